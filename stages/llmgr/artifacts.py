@@ -1,0 +1,141 @@
+"""Files that appear whole or not at all, their digests, and the folder where interrupted work waits."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmgr.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block succeeds and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that replaces it when the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write `content` atomically as UTF-8."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` atomically as indented JSON with keys in the given order; floats keep six digits."""
+    write_text(path, json.dumps(_rounded(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file that an earlier stage wrote."""
+    return json.loads(require(path).read_text())
+
+
+def write_table(path: str | Path, frame: Any) -> None:
+    """Write a polars frame atomically: Parquet, or CSV where the name ends so."""
+    buffer = io.BytesIO()
+    frame.write_csv(buffer) if Path(path).suffix == ".csv" else frame.write_parquet(buffer, compression="zstd")
+    write_bytes(path, buffer.getvalue())
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors atomically as safetensors; equal tensors give equal bytes."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}, metadata))
+
+
+def load_tensors(path: str | Path) -> dict[str, Any]:
+    """Read a safetensors file onto the CPU."""
+    from safetensors.torch import load_file
+
+    return load_file(require(path))
+
+
+def require(path: str | Path) -> Path:
+    """`path`, or a UserError that names the missing file and how to get it."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `dvc repro` so that the stage that writes it runs first")
+    return path
+
+
+def digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file, or of a folder's relative names and contents."""
+    path = Path(path)
+    if path.is_dir():
+        total = hashlib.new(algorithm)
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            total.update(f"{file.relative_to(path).as_posix()}\0{digest(file, algorithm)}\n".encode())
+        return total.hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+def home() -> Path:
+    """The repository root: DVC_ROOT inside a DVC stage (the parent repository in `--temp` runs), else the folder."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def resume_folder(stage: str, params: Any, inputs: Iterable[str | Path]) -> Path:
+    """Where a stage keeps what it needs to go on after an interruption.
+
+    The folder's name is a fingerprint of everything that decides the outcome: the parameters read, the inputs'
+    contents, the code, the thread and process counts (they decide rounding). It lies outside DVC's outs.
+    """
+    source = Path(__file__).resolve().parent.parent
+    print_of = hashlib.sha256()
+    print_of.update(json.dumps(params, sort_keys=True, default=str).encode())
+    for path in inputs:
+        print_of.update(f"{path}\0{digest(require(path))}\n".encode())
+    for file in sorted(source.rglob("*.py")):
+        print_of.update(f"{file.relative_to(source).as_posix()}\0{digest(file)}\n".encode())
+    print_of.update(f"threads {os.environ.get('OMP_NUM_THREADS', os.cpu_count())}".encode())
+    print_of.update(f"world {os.environ.get('WORLD_SIZE', 1)}".encode())
+    folder = home() / ".resume" / stage / print_of.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value

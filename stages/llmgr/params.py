@@ -1,0 +1,510 @@
+"""params.yaml as frozen dataclasses: every key typed, documented, checked, before any work starts.
+
+Defaults live in params.yaml alone, so every key must stand there.
+
+The docstring below a field is its documentation. Values are coerced to the declared type or refused, because
+`dvc exp run -S tune.lr=1e-5` writes `1e-05`, which YAML 1.1 reads as a string.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmgr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: str
+    """`sample`, a name of the catalogue (`beauty`, `office`, `music`, `pantry`, ...) or `RELEASE:Category`."""
+    mirror: str | None
+    """Folder or URL that holds the files under their official names; null takes the official host."""
+    sha256: dict[str, str]
+    """Expected digests, file name to hex; a file that differs is refused."""
+    max_session: int
+    """Items of a session that a model sees, the most recent ones."""
+    retries: int
+    """Further attempts after a failed request, with exponential back-off."""
+    timeout: float
+    """Seconds without a byte after which a request is given up."""
+    sample_users: int
+    """Users that the simulator of the embedded sample draws."""
+    sample_items: int
+    """Items of the embedded sample."""
+
+    def check(self) -> None:
+        positive(self, "data", "max_session", "timeout", "sample_users", "sample_items")
+        at_least(self, "data", "retries", 0)
+
+
+@dataclass(frozen=True)
+class Filter:
+    core: int
+    """Least number of interactions of every user and item (k of the k-core)."""
+    duplicates: Literal["first", "last", "keep"]
+    """Which of several interactions of one user with one item stays."""
+    textless: Literal["keep", "drop"]
+    """Items without any text: `keep` them with the text "unknown item", or `drop` them before the k-core."""
+    max_chars: int
+    """Length cap of an item's cleaned text, cut at a word."""
+    template_items: int
+    """A description sentence that at least so many items share is a template, not a description, and is removed."""
+    max_bad_share: float
+    """Largest share of malformed lines that is skipped instead of refused."""
+
+    def check(self) -> None:
+        positive(self, "filter", "core", "max_chars")
+        at_least(self, "filter", "template_items", 2)
+        share(self, "filter", "max_bad_share")
+
+
+@dataclass(frozen=True)
+class Split:
+    ties: Literal["hash", "file"]
+    """Order among equal timestamps: a seeded hash of (user, item), or the order of the file (common, leaks)."""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Gcsan:
+    gnn_layers: int
+    """Propagation steps of the gated graph network, 1 to 5."""
+    attention_layers: int
+    """Self-attention blocks, 1 to 5."""
+    attention_heads: int
+    """Heads of each block; divides encoder.dim."""
+    omega: float
+    """Weight of the attention output against the last GNN state in the session vector (paper eq. 12)."""
+
+    def check(self) -> None:
+        for name in ("gnn_layers", "attention_layers"):
+            between(self, "encoder.gcsan", name, 1, 5)
+        positive(self, "encoder.gcsan", "attention_heads")
+        share(self, "encoder.gcsan", "omega")
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    epochs: int
+    """Most passes over all prefixes; the learning rate falls along a cosine over these."""
+    patience: int
+    """Epochs without a better validation NDCG@20 after which training stops."""
+    batch_size: int
+    """Prefixes a step."""
+    lr: float
+    """Peak learning rate of Adam."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    warmup_share: float
+    """Share of the steps over which the learning rate rises."""
+    dropout: float
+    """Dropout inside the encoders."""
+    clip: float
+    """Largest gradient norm."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """Arithmetic of matrix products; `auto` takes bf16 where the machine multiplies it faster."""
+    checkpoint_seconds: float
+    """Seconds between checkpoints; an interruption loses at most so much."""
+
+    def check(self) -> None:
+        at_least(self, "encoder.training", "checkpoint_seconds", 0)
+        positive(self, "encoder.training", "epochs", "patience", "batch_size", "lr", "clip")
+        at_least(self, "encoder.training", "weight_decay", 0)
+        share(self, "encoder.training", "warmup_share", "dropout")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    names: list[str]
+    """Session encoders that learn from item ids alone."""
+    controls: list[str]
+    """Encoders whose item vector adds a linear map of the item's text vector; `-shuffled` permutes the texts."""
+    dim: int
+    """Width d of item and session vectors."""
+    text_dim: int
+    """Principal components of the text vectors that a control reads."""
+    training: EncoderTraining
+    gcsan: Gcsan
+
+    def check(self) -> None:
+        positive(self, "encoder", "dim", "text_dim")
+        if self.dim % self.gcsan.attention_heads:
+            raise UserError(f"encoder.gcsan.attention_heads={self.gcsan.attention_heads} does not divide "
+                            f"encoder.dim={self.dim}; choose a divisor")
+        for name in self.names:
+            if "-" in name:
+                raise UserError(f"encoder.names holds {name!r}, which reads texts: move it to encoder.controls")
+        for name in self.controls:
+            if not name.endswith(("-text", "-shuffled")):
+                raise UserError(f"encoder.controls holds {name!r}: a control ends in -text or -shuffled")
+
+
+@dataclass(frozen=True)
+class Scratch:
+    layers: int
+    """Decoder blocks of the small LLaMA."""
+    width: int
+    """Hidden width."""
+    heads: int
+    """Attention heads; divides the width."""
+    vocabulary: int
+    """Entries of its BPE tokenizer."""
+    epochs: int
+    """Passes over the item texts."""
+    lr: float
+    """Peak learning rate."""
+    batch_size: int
+    """Texts a step."""
+
+    def check(self) -> None:
+        positive(self, "llm.scratch", "layers", "width", "heads", "epochs", "lr", "batch_size")
+        at_least(self, "llm.scratch", "vocabulary", 300)
+        if self.width % (2 * self.heads):
+            raise UserError(f"llm.scratch.heads={self.heads}: llm.scratch.width={self.width} must be a multiple of "
+                            "twice the heads (rotary positions need an even head width)")
+
+
+@dataclass(frozen=True)
+class Llm:
+    name: str
+    """Hub id, local folder with safetensors, or `scratch`: a small LLaMA trained on the catalogue's texts."""
+    revision: str
+    """Hub revision; what it resolved to is recorded in models/backbone/backbone.json."""
+    item_text: Literal["title", "text"]
+    """What stands for an item wherever its text is read: the title, or the whole cleaned text."""
+    max_text_tokens: int
+    """Tokens of an item's text that the text vectors see."""
+    scratch: Scratch
+
+    def check(self) -> None:
+        positive(self, "llm", "max_text_tokens")
+        if not self.name.strip():
+            raise UserError("llm.name is empty: give a hub id, a folder or scratch")
+
+
+@dataclass(frozen=True)
+class Model:
+    base: str
+    """The pretrained encoder whose item vectors and session graph LLMGR reads: one of encoder.names or controls."""
+    lora_r: int
+    """Rank of the LoRA adapters; 0 trains no adapter (the language model stays frozen)."""
+    lora_alpha: float
+    """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    lora_dropout: float
+    """Dropout before the adapters."""
+    lora_targets: list[str]
+    """Names of the linear layers that get adapters; `auto` takes the attention projections."""
+    attention: Literal["native", "causal"]
+    """`native` keeps the backbone's own masking; `causal` puts a bidirectional one under a causal mask."""
+    readout: Literal["auto", "last", "first", "mean"]
+    """Where the hidden state h is read; `auto`: `last` under causal attention, `first` else."""
+    output: Literal["linear", "mlp", "items"]
+    """`linear`: the paper's free layer over items; `mlp`: with one hidden layer; `items`: (W h)·[x_i ; text_i]."""
+    text_dim: int
+    """Principal components of the text vectors in the `items` output."""
+    session_residual: bool
+    """With `items`: the encoder's session vector is added to W h, so that tuning starts from the encoder's scores."""
+
+    def check(self) -> None:
+        at_least(self, "model", "lora_r", 0)
+        positive(self, "model", "lora_alpha", "text_dim")
+        share(self, "model", "lora_dropout")
+        if not self.lora_targets:
+            raise UserError("model.lora_targets is empty: name layers, or set model.lora_r=0 to train no adapter")
+        if self.session_residual and self.output != "items":
+            raise UserError(f"model.session_residual=true needs model.output=items, not {self.output}")
+
+
+@dataclass(frozen=True)
+class Training:
+    epochs: int
+    """Passes over the stage's prompts."""
+    batch_size: int
+    """Prompts a micro-batch."""
+    accumulate: int
+    """Micro-batches an optimiser step."""
+    lr: float
+    """Peak learning rate of AdamW; cosine with warm-up."""
+    weight_decay: float
+    """Decoupled weight decay of matrices."""
+    warmup_share: float
+    """Share of the steps over which the learning rate rises."""
+    clip: float
+    """Largest gradient norm."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """Arithmetic of the language model; `auto` takes bf16 where the machine multiplies it faster."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_seconds: float
+    """Seconds between checkpoints; an interruption loses at most so much."""
+
+    section: typing.ClassVar[str] = ""
+
+    def check(self) -> None:
+        positive(self, self.section, "epochs", "batch_size", "accumulate", "lr", "clip")
+        at_least(self, self.section, "weight_decay", 0)
+        at_least(self, self.section, "checkpoint_seconds", 0)
+        share(self, self.section, "warmup_share")
+
+
+@dataclass(frozen=True)
+class Align(Training):
+    enabled: bool
+    """False skips stage 1: tuning starts from an untrained bridge (the paper's RQ3)."""
+    candidates: int
+    """Node slots that a prompt lists, the described one among them."""
+    softmax: Literal["items", "candidates"]
+    """What the described node is told apart from: all items, or the candidates shown."""
+    max_text_tokens: int
+    """Tokens of the description in a prompt."""
+
+    section = "align"
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, "align", "candidates", 2)
+        positive(self, "align", "max_text_tokens")
+
+
+@dataclass(frozen=True)
+class Tune(Training):
+    epochs: int
+    targets: Literal["prefix", "positions"]
+    """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
+    samples: int
+    """Training prompts an epoch, drawn by seed; 0 takes all."""
+    train_encoder: Literal["all", "partial", "none"]
+    """What of the graph encoder learns in stage 2: everything, its readout, nothing. Item embeddings stay frozen."""
+    titles: bool
+    """Titles stand beside the node slots."""
+    title_tokens: int
+    """Tokens of each title in a prompt."""
+    edges: bool
+    """The prompt lists the session graph's edges (nearly redundant; see METHOD in README)."""
+    mask_seen: bool
+    """Items already in the session leave the softmax of training."""
+
+    section = "tune"
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, "tune", "samples", 0)
+        positive(self, "tune", "title_tokens")
+        if self.edges and self.targets == "positions":
+            raise UserError("tune.edges=true needs tune.targets=prefix: an edge list differs from prefix to prefix")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    batch_size: int
+    """Sessions scored at a time."""
+    decay: float
+    """text-kNN: weight of an item falls by this factor a step back in the session; 0 uses the last item only."""
+
+    def check(self) -> None:
+        positive(self, "evaluate", "batch_size")
+        share(self, "evaluate", "decay")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    resamples: int
+    """Bootstrap resamples of sessions behind every 95% interval."""
+    cold: list[int]
+    """The paper's cold items: fewest and most interactions in the 5-core data, both ends included."""
+    warm: int
+    """The paper's warm items: fewest interactions in the 5-core data."""
+    practice: list[int]
+    """Lower ends of all but the first practitioner bucket, by interactions in the 5-core data."""
+    trained: list[int]
+    """The same by interactions in the training sessions."""
+
+    def check(self) -> None:
+        at_least(self, "bucket", "resamples", 100)
+        for name in ("cold", "practice", "trained"):
+            edges = getattr(self, name)
+            if edges != sorted(set(edges)):
+                raise UserError(f"bucket.{name}={edges} must rise: each edge above the one before")
+        if len(self.cold) != 2 or self.warm <= self.cold[-1]:
+            raise UserError(f"bucket.cold={self.cold} must be a lowest and a highest count below bucket.warm={self.warm}")
+
+
+@dataclass(frozen=True)
+class Track:
+    experiment: str
+    """MLflow experiment that runs are filed under."""
+    uri: str | None
+    """Tracking store; null takes MLFLOW_TRACKING_URI, else sqlite under the repository root."""
+
+    def check(self) -> None:
+        if not self.experiment.strip():
+            raise UserError("track.experiment is empty: give the MLflow experiment a name")
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of params.yaml. `view` gives a stage the keys that it declares."""
+
+    seed: int
+    """Everything random derives from it."""
+    data: Data
+    filter: Filter
+    split: Split
+    encoder: Encoder
+    llm: Llm
+    model: Model
+    align: Align
+    tune: Tune
+    evaluate: Evaluate
+    bucket: Bucket
+    track: Track
+
+    def check(self) -> None:
+        if self.model.base not in self.encoder.names + self.encoder.controls:
+            known = ", ".join(self.encoder.names + self.encoder.controls)
+            raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
+                            "encoder.names or encoder.controls")
+
+    def view(self, keys: Sequence[str]) -> Any:
+        """The parameters under `keys` (`seed`, `tune`, `data.max_session`) and no others, by attribute."""
+        tree: dict[str, Any] = {}
+        for key in keys:
+            *parents, leaf = key.split(".")
+            source, branch = self, tree
+            for parent in parents:
+                source, branch = getattr(source, parent), branch.setdefault(parent, {})
+            branch[leaf] = getattr(source, leaf)
+        return _namespace(tree)
+
+
+def load(path: str | Path) -> Params:
+    """Read and check a parameter file; UserError names the key as one types it after `-S`."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not here: run the stage from the repository's root folder") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no sections: restore it with `git checkout {path}`")
+    return build(Params, content, "")
+
+
+def build(kind: type, content: dict[str, Any], prefix: str) -> Any:
+    """A dataclass from a mapping, strictly: unknown keys and values of a wrong type are refused."""
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.0)
+            raise UserError(f"params.yaml: unknown key {prefix}{key}; the nearest known one is {prefix}{near[0]}")
+    for key in known:
+        if key not in content:
+            raise UserError(f"params.yaml: {prefix}{key} is missing; add it (the committed file has every key)")
+    values = {key: _coerced(hints[key], value, prefix + key) for key, value in content.items()}
+    result = kind(**values)
+    result.check()
+    return result
+
+
+def flat(params: Any, prefix: str = "") -> dict[str, Any]:
+    """Parameters as one level of dotted keys, as one types them after `-S`."""
+    content = params if isinstance(params, dict) else vars(params)
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        if dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def _namespace(tree: dict[str, Any]) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{k: _namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
+
+
+def _coerced(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{key}={value!r} must be a section with keys, such as {key}."
+                            f"{dataclasses.fields(hint)[0].name}")
+        return build(hint, value, key + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{key}={value} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None or value in ("null", ""):
+            return None
+        return _coerced(next(a for a in arguments if a is not type(None)), value, key)
+    if origin is list:
+        if isinstance(value, (str, int, float)):
+            value = [value]
+        if not isinstance(value, list):
+            raise UserError(f"{key}={value!r} must be a list, such as '{key}=[a,b]'")
+        return [_coerced(arguments[0], v, key) for v in value]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{key}={value!r} must map names to values")
+        return {str(k): _coerced(arguments[1], v, f"{key}.{k}") for k, v in value.items()}
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+    wants = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+    refusal = UserError(f"{key}={value} must be {wants}; set it with -S {key}=VALUE")
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise refusal
+    if hint is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise refusal
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise refusal
+    try:
+        number = float(value)
+    except ValueError:
+        raise refusal from None
+    if number != number or number in (float("inf"), float("-inf")) or (hint is int and number != int(number)):
+        raise refusal
+    return int(number) if hint is int else number
+
+
+def positive(section: Any, prefix: str, *names: str) -> None:
+    """Refuse values that are not above zero."""
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise UserError(f"{prefix}.{name}={getattr(section, name)} must be above 0")
+
+
+def at_least(section: Any, prefix: str, name: str, low: float) -> None:
+    """Refuse a value below `low`."""
+    if getattr(section, name) < low:
+        raise UserError(f"{prefix}.{name}={getattr(section, name)} must be at least {low}")
+
+
+def between(section: Any, prefix: str, name: str, low: float, high: float) -> None:
+    """Refuse a value outside [low, high]."""
+    if not low <= getattr(section, name) <= high:
+        raise UserError(f"{prefix}.{name}={getattr(section, name)} must lie between {low} and {high}")
+
+
+def share(section: Any, prefix: str, *names: str) -> None:
+    """Refuse values outside [0, 1]."""
+    for name in names:
+        between(section, prefix, name, 0, 1)

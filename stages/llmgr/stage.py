@@ -1,0 +1,64 @@
+"""What every stage script shares: its command line, its view of params.yaml, and how it fails."""
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmgr.errors import UserError
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None) -> None:
+    """Parse the command line, load the declared keys of params.yaml, run `main(params, **options)`.
+
+    `doc` is the script's docstring and becomes `--help`; `reads` are the parameter keys that `main` may use
+    (`tune`, `data.max_session`), the same ones that dvc.yaml declares; `options` maps further required options to
+    their help. Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in (options or {}).items():
+        parser.add_argument(f"--{name}", required=True, help=text)
+    arguments = vars(parser.parse_args())
+    try:
+        from llmgr.params import load
+
+        main(load("params.yaml").view(reads), **arguments)
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on from the last checkpoint", status=130)
+    except Exception as error:
+        if _disk_is_full(error):
+            _fail(f"the disk is full or a file limit was reached ({error}); free some space and run `dvc repro` again: "
+                  "finished files are whole and training goes on from its last checkpoint")
+        if _out_of_memory(error):
+            _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
+                  "tune.gradient_checkpointing=true, or lower encoder.batch_size (align.* likewise for stage 1)")
+        raise
+
+
+def say(text: str) -> None:
+    """One line of progress to standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(sentence: str, status: int = 2) -> None:
+    say(f"error: {sentence}")
+    sys.stdout.flush()
+    os._exit(status) if status == 130 else sys.exit(status)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    return any(os.strerror(code) in str(error) for code in FULL_DISK)  # Rust writers wrap the errno in text
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        "can't allocate memory" in str(error))
