@@ -37,6 +37,8 @@ class Data:
     """Users that the simulator of the embedded sample draws."""
     sample_items: int
     """Items of the embedded sample."""
+    sample_seed: int
+    """Seed of the simulator; apart from `seed`, so that another seed trains on the same data and downloads nothing."""
 
     def check(self) -> None:
         positive(self, "data", "max_session", "timeout", "sample_users", "sample_items")
@@ -161,11 +163,22 @@ class Scratch:
     """Passes over the item texts."""
     lr: float
     """Peak learning rate."""
+    weight_decay: float
+    """Decoupled weight decay of matrices."""
+    warmup_share: float
+    """Share of the steps over which the learning rate rises."""
+    clip: float
+    """Largest gradient norm."""
     batch_size: int
     """Texts a step."""
+    checkpoint_seconds: float
+    """Seconds between checkpoints; an interruption loses at most so much."""
 
     def check(self) -> None:
-        positive(self, "llm.scratch", "layers", "width", "heads", "epochs", "lr", "batch_size")
+        positive(self, "llm.scratch", "layers", "width", "heads", "epochs", "lr", "batch_size", "clip")
+        share(self, "llm.scratch", "warmup_share")
+        at_least(self, "llm.scratch", "checkpoint_seconds", 0)
+        at_least(self, "llm.scratch", "weight_decay", 0)
         at_least(self, "llm.scratch", "vocabulary", 300)
         if self.width % (2 * self.heads):
             raise UserError(f"llm.scratch.heads={self.heads}: llm.scratch.width={self.width} must be a multiple of "
@@ -279,6 +292,8 @@ class Tune(Training):
     epochs: int
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
+    prompt: Literal["paper", "short"]
+    """Which stage-2 template of llmgr.prompts: the paper's wording, or a short one that costs a fifth of the tokens."""
     samples: int
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]
@@ -289,6 +304,8 @@ class Tune(Training):
     """Tokens of each title in a prompt."""
     edges: bool
     """The prompt lists the session graph's edges (nearly redundant; see METHOD in README)."""
+    valid_sessions: int
+    """Validation sessions scored after each epoch, drawn by seed; 0 takes all."""
     mask_seen: bool
     """Items already in the session leave the softmax of training."""
 
@@ -297,7 +314,10 @@ class Tune(Training):
     def check(self) -> None:
         super().check()
         at_least(self, "tune", "samples", 0)
+        at_least(self, "tune", "valid_sessions", 0)
         positive(self, "tune", "title_tokens")
+        if self.edges and self.prompt != "paper":
+            raise UserError("tune.edges=true needs tune.prompt=paper: the short prompt has no place for edges")
         if self.edges and self.targets == "positions":
             raise UserError("tune.edges=true needs tune.targets=prefix: an edge list differs from prefix to prefix")
 
@@ -375,14 +395,15 @@ class Params:
 
     def view(self, keys: Sequence[str]) -> Any:
         """The parameters under `keys` (`seed`, `tune`, `data.max_session`) and no others, by attribute."""
-        tree: dict[str, Any] = {}
+        result = types.SimpleNamespace()
         for key in keys:
             *parents, leaf = key.split(".")
-            source, branch = self, tree
+            source, branch = self, result
             for parent in parents:
-                source, branch = getattr(source, parent), branch.setdefault(parent, {})
-            branch[leaf] = getattr(source, leaf)
-        return _namespace(tree)
+                source = getattr(source, parent)
+                branch = vars(branch).setdefault(parent, types.SimpleNamespace())
+            setattr(branch, leaf, getattr(source, leaf))
+        return result
 
 
 def load(path: str | Path) -> Params:
@@ -427,10 +448,6 @@ def flat(params: Any, prefix: str = "") -> dict[str, Any]:
         else:
             result[prefix + key] = value
     return result
-
-
-def _namespace(tree: dict[str, Any]) -> types.SimpleNamespace:
-    return types.SimpleNamespace(**{k: _namespace(v) if isinstance(v, dict) else v for k, v in tree.items()})
 
 
 def _coerced(hint: Any, value: Any, key: str) -> Any:

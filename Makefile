@@ -1,0 +1,31 @@
+# make repro: the whole pipeline on the embedded sample. make test: the test suite. Both need only Python 3.11 and make.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: repro test lint results mlflow clean
+
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==$$(sed -n 's/^torch==//p' requirements.lock)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	touch $@
+
+repro: $(VENV)/.installed
+	$(BIN)/dvc repro
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check stages tests
+
+results: $(VENV)/.installed  # keep the current results under reports/results/<dataset>/
+	$(BIN)/python stages/record.py
+
+mlflow: $(VENV)/.installed  # open http://127.0.0.1:5000 and compare experiments
+	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf .resume .pytest_cache .ruff_cache

@@ -1,0 +1,51 @@
+"""Stage 1: align nodes with texts. The model is shown candidate nodes and a description and names the node described.
+
+reads   models/embeddings/, models/backbone/, data/core/items.parquet
+writes  models/aligned/ (bridge, output layer and LoRA adapters; no frozen weight), reports/metrics/align.json,
+        reports/curves/align_{steps,epochs}.csv, reports/metrics/cost/align.json
+With align.enabled=false the untrained bridge is written (the paper's RQ3).
+"""
+from llmgr.stage import run
+
+READS = ("seed", "model", "align", "llm.item_text")
+INPUTS = ("models/embeddings", "models/backbone", "data/core/items.parquet")
+
+
+def main(params) -> None:
+    from pathlib import Path
+
+    import torch
+
+    from llmgr.artifacts import replacing_folder, resume_folder, write_json
+    from llmgr.backbone import load_tokenizer
+    from llmgr.llmgr import build_llmgr, save_llmgr
+    from llmgr.params import flat
+    from llmgr.prompts import AlignmentPrompts
+    from llmgr.text_vectors import item_texts
+    from llmgr.training import Progress, arithmetic, device_of, finish, fit
+    from llmgr.tuning import AlignJob
+
+    settings = params.align
+    resume = resume_folder("align", flat(params), INPUTS)
+    dtype = arithmetic(settings.precision)
+    torch.manual_seed(params.seed)
+    model = build_llmgr(params.model, dtype).to(device_of())
+    progress = Progress()
+    if settings.enabled:
+        if settings.gradient_checkpointing:
+            model.checkpoint_activations()
+        prompts = AlignmentPrompts(load_tokenizer("models/backbone"), item_texts(INPUTS[2], params.llm.item_text),
+                                   settings.max_text_tokens)
+        job = AlignJob(model, prompts, settings, params.seed, dtype)
+        progress = fit(job, settings, seed=params.seed, resume=resume, name="align")
+    with replacing_folder("models/aligned") as folder:
+        save_llmgr(folder, model, params.model, encoder=False)
+    last = progress.epoch_rows[-1] if progress.epoch_rows else {}
+    write_json("reports/metrics/align.json", {
+        "enabled": settings.enabled, "items": len(model.vectors) - 1, "chance_candidates": 1 / settings.candidates,
+        **{k: last[k] for k in ("train_loss", "accuracy_candidates", "accuracy_items") if k in last}})
+    finish(progress, model, name="align", resume=resume, reports=Path("reports"))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)

@@ -1,0 +1,52 @@
+"""Resolve the language model and turn every item's text into a vector with it, frozen.
+
+reads   data/core/items.parquet; llm.name: a hub id, a local folder, or `scratch`
+writes  models/backbone/ (config, weights as safetensors, tokenizer, backbone.json, item_text.safetensors),
+        reports/metrics/backbone.json, reports/metrics/cost/backbone.json, reports/curves/backbone_{steps,epochs}.csv
+        (without rows unless the model was trained here)
+"""
+from llmgr.stage import run
+
+READS = ("seed", "llm", "data.max_session")
+
+
+def main(params) -> None:
+    import time
+    from pathlib import Path
+
+    import torch
+
+    from llmgr.artifacts import replacing_folder, resume_folder, save_tensors, write_json
+    from llmgr.backbone import describe, load_language_model, load_tokenizer, resolve, train_scratch
+    from llmgr.params import flat
+    from llmgr.text_vectors import encode_texts, item_texts
+    from llmgr.training import Progress, device_of, finish
+
+    texts = item_texts("data/core/items.parquet", params.llm.item_text)
+    resume = resume_folder("backbone", flat(params), ["data/core/items.parquet"])
+    scratch = None
+    with replacing_folder("models/backbone") as folder:
+        if params.llm.name == "scratch":
+            settings = params.llm.scratch
+            scratch = train_scratch(item_texts("data/core/items.parquet", "text"), settings, folder, resume, params.seed,
+                                    max_positions=32 + 12 * params.data.max_session)
+            origin = {"name": "scratch", "revision": "trained on this catalogue's texts"}
+        else:
+            origin = resolve(params.llm.name, params.llm.revision, folder)
+        start = time.monotonic()
+        model = load_language_model(folder).to(device_of())
+        vectors = encode_texts(model, load_tokenizer(folder), texts, params.llm.max_text_tokens)
+        save_tensors(folder / "item_text.safetensors", {"vectors": torch.cat((torch.zeros_like(vectors[:1]), vectors))})
+        record = {**origin, **describe(folder)}
+        write_json(folder / "backbone.json", record)
+    write_json("reports/metrics/backbone.json", {
+        "name": record["name"], "revision": record["revision"], "architecture": record["architecture"],
+        "attention": record["attention"], "parameters": sum(p.numel() for p in model.parameters()),
+        "items_encoded": len(texts)})
+    if scratch is None:
+        scratch = Progress(seconds=time.monotonic() - start, samples=len(texts)), model
+    finish(*scratch, name="backbone", resume=resume, reports=Path("reports"))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)

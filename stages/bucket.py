@@ -1,0 +1,52 @@
+"""Measure every model by bucket: how cold the target item is.
+
+Reads:  reports/ranks/<model>.parquet, data/core/items.parquet, data/sessions/{train,test}.parquet
+Writes: reports/metrics/buckets.json      HR, NDCG, MRR at 5, 10, 20 by model, convention and bucket, with n
+        reports/metrics/intervals.json    95% bootstrap intervals of the same
+        reports/metrics/differences.json  LLMGR minus every other model, with paired intervals
+        reports/plots/buckets.csv         the table behind `dvc plots`
+Params: seed, bucket
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmgr import stage
+from llmgr.errors import UserError
+
+READS = ("seed", "bucket")
+
+
+def main(params: Any) -> None:
+    import numpy as np
+    import polars as pl
+
+    from llmgr import buckets
+    from llmgr.artifacts import require, write_json, write_table
+
+    test = pl.read_parquet(require("data/sessions/test.parquet"), columns=["target"])
+    train = pl.read_parquet(require("data/sessions/train.parquet"), columns=["user", "items", "target"])
+    items = pl.read_parquet(require("data/core/items.parquet"), columns=["item_id", "count"])
+    files = {path.stem: path for path in require("reports/ranks").glob("*.parquet")}
+    if not files:
+        raise UserError("reports/ranks holds no ranks: run `dvc repro evaluate`")
+    ranks = {model: buckets.checked(files[model], test) for model in buckets.order(files)}
+
+    counts = np.zeros(items.height + 1, np.int64)
+    counts[items["item_id"].to_numpy()] = items["count"].to_numpy()
+    targets = test["target"].to_numpy()
+    trained = buckets.training_counts(train, items.height)
+    masks = buckets.masks(counts[targets], trained[targets], params.bucket)
+    found, bounds, gaps = buckets.measure(ranks, masks, params.bucket.resamples, params.seed)
+
+    folder = Path("reports/metrics")
+    write_json(folder / "buckets.json", found)
+    write_json(folder / "intervals.json", bounds)
+    write_json(folder / "differences.json", gaps)
+    write_table("reports/plots/buckets.csv", buckets.plot_rows(found, bounds))
+    stage.say(f"{len(ranks)} models, {test.height:,} test sessions, {len(masks)} buckets")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS)

@@ -1,0 +1,53 @@
+"""Fetch the reviews and the item metadata of a dataset, byte for byte.
+
+reads   params: data.dataset, data.mirror, data.sha256, data.retries, data.timeout, data.sample_*
+writes  data/raw/: the two files under their official names, and source.json (which is which, origin, size, SHA-256)
+
+The files come from the official host, from data.mirror (a folder or a URL), or, for data.dataset=sample, out of a
+simulator. A broken transfer goes on where it stopped; nothing is used before it is verified.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmgr import stage
+
+READS = ("data.dataset", "data.mirror", "data.sha256", "data.retries", "data.timeout", "data.sample_users",
+         "data.sample_items", "data.sample_seed")
+
+
+def main(params) -> None:
+    """Bring both files to data/raw, verify them, record where they came from."""
+    import shutil
+    from contextlib import ExitStack
+
+    from llmgr import amazon, artifacts, fetch, sample
+
+    data = params.data
+    dataset = amazon.dataset(data.dataset)
+    raw, files = Path("data/raw"), {}
+    simulated = {}
+    if dataset.name == "sample":
+        simulated = sample.generate(data.sample_users, data.sample_items, data.sample_seed)
+    with ExitStack() as held:
+        for role, url in dataset.addresses().items():
+            name = url.rsplit("/", 1)[1]
+            if simulated:
+                origin = "simulator"
+                artifacts.write_bytes(raw / name, simulated[role])
+            else:
+                expected = data.sha256.get(name)
+                file, origin = held.enter_context(fetch.source(url, data.mirror, expected, data.retries, data.timeout))
+                with artifacts.replacing(raw / name) as temporary:
+                    shutil.copyfile(file, temporary)
+            size, digest = (raw / name).stat().st_size, artifacts.digest(raw / name)
+            files[role] = {"name": name, "origin": origin, "size": size, "sha256": digest}
+            stage.say(f"{name}: {size / 1e6:.1f} MB from {origin}")
+        artifacts.write_json(raw / "source.json", {
+            "dataset": dataset.name, "release": dataset.release, "category": dataset.category,
+            "published": dataset.published, "files": files,
+        })
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS)

@@ -1,0 +1,54 @@
+"""Rank every item for every validation and test session, with every model. The only place that reads the test sessions.
+
+reads   models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
+writes  reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
+        reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
+"""
+from llmgr.stage import run
+
+READS = ("seed", "evaluate", "model", "tune", "data.max_session", "encoder.names", "encoder.controls")
+
+
+def main(params) -> None:
+    import time
+    from pathlib import Path
+
+    import polars as pl
+
+    from llmgr.artifacts import replacing_folder, write_json, write_table
+    from llmgr.evaluation import scorers, seen_items
+    from llmgr.graph import read_sessions
+    from llmgr.pretraining import rank_sessions
+    from llmgr.ranking import metrics
+    from llmgr.stage import say
+    from llmgr.training import device_of, hardware, peak_memory_mb
+
+    device, found, seconds = device_of(), {}, {}
+    tables = {split: read_sessions(f"data/sessions/{split}.parquet", params.data.max_session)
+              for split in ("valid", "test")}
+    with replacing_folder("reports/ranks") as folder:
+        for name, make in scorers(params, device).items():
+            start = time.monotonic()
+            score = make()
+            found[name] = {}
+            for split, (sessions, frame) in tables.items():
+                kept, unseen = rank_sessions(score(sessions.to(device)), sessions.to(device),
+                                             params.evaluate.batch_size, seen_items(frame))
+                write_table(folder / ("valid" if split == "valid" else "") / f"{name}.parquet", pl.DataFrame({
+                    "target": sessions.target.int().numpy(), "rank": kept.int().numpy(),
+                    "rank_unseen": unseen.int().numpy()}))
+                found[name] |= {split: {"all": metrics(kept)}, f"{split}_unseen": {"all": metrics(unseen)}}
+            seconds[name] = time.monotonic() - start
+            say(f"{name}: HR@20 {found[name]['test']['all']['hr_at_20']:.4f}  NDCG@20 "
+                f"{found[name]['test']['all']['ndcg_at_20']:.4f}  ({seconds[name]:.1f} s)")
+    write_json("reports/metrics/evaluate.json", found)
+    total = sum(seconds.values())
+    sessions = sum(len(s) for s, _ in tables.values())
+    write_json(Path("reports/metrics/cost/evaluate.json"), {
+        "seconds": total, "seconds_by_model": seconds, "samples_per_second": sessions * len(seconds) / total,
+        "tokens_per_second": None, "peak_memory_mb": peak_memory_mb(), "trainable_parameters": 0,
+        "total_parameters": 0, "hardware": hardware()})
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)

@@ -1,0 +1,27 @@
+"""Export what the tuning needs of a pretrained encoder: its item vectors and its session graph network.
+
+reads   models/encoders/BASE/ where BASE is model.base
+writes  models/embeddings/ (items.safetensors: vectors [V+1, d], row 0 pads; encoder.safetensors; config.json)
+"""
+from llmgr.stage import run
+
+READS = ("model.base",)
+
+
+def main(params) -> None:
+    import shutil
+
+    from llmgr.artifacts import load_tensors, replacing_folder, require
+    from llmgr.errors import UserError
+
+    source = require(f"models/encoders/{params.model.base}")
+    vectors = load_tensors(source / "items.safetensors")["vectors"]
+    if not bool(vectors.isfinite().all()):
+        raise UserError(f"{source} holds item vectors that are not finite: lower encoder.training.lr and train it anew")
+    with replacing_folder("models/embeddings") as folder:
+        for name in ("items.safetensors", "encoder.safetensors", "config.json"):
+            shutil.copyfile(require(source / name), folder / name)
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)

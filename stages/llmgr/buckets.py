@@ -1,0 +1,105 @@
+"""Metrics by how cold the target item is, with bootstrap intervals and paired differences between models."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from llmgr import ranking
+from llmgr.errors import UserError
+
+OURS = "llmgr"
+FLOORS = ("pop", "text-knn")
+COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
+COLUMNS = {"test": "rank", "test_unseen": "rank_unseen"}  # convention -> column of reports/ranks/<model>.parquet
+
+Ranks = dict[str, dict[str, np.ndarray]]
+
+
+def order(models: Sequence[str]) -> list[str]:
+    """Models as every table lists them: the untrained floors, the encoders by name, LLMGR."""
+    return sorted(models, key=lambda name: (name == OURS, name not in FLOORS, name))
+
+
+def training_counts(train: pl.DataFrame, items: int) -> np.ndarray:
+    """Interactions of every item in the training sessions, int64 of shape (items + 1,); index 0 is padding.
+
+    `train` has a row a prefix, in user order and then by position, so that a user's training items are the first row's
+    only item and every row's target.
+    """
+    first = train.filter(pl.col("user").is_first_distinct())["items"].list.first()
+    seen = np.concatenate([train["target"].to_numpy(), first.to_numpy()])
+    return np.bincount(seen, minlength=items + 1)
+
+
+def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
+    """Bucket name to a mask over the test sessions, from the targets' 5-core and training interactions.
+
+    `all`; the paper's `cold` and `warm`; `count_*` by `bucket.practice`; `trained_*` by `bucket.trained`.
+    """
+    low, high = bucket.cold
+    return {
+        "all": np.ones(len(counts), bool),
+        "cold": (counts >= low) & (counts <= high),
+        "warm": counts >= bucket.warm,
+        **_bands("count", counts, bucket.practice),
+        **_bands("trained", trained, bucket.trained),
+    }
+
+
+def _bands(prefix: str, values: np.ndarray, edges: Sequence[int]) -> dict[str, np.ndarray]:
+    bands = {f"{prefix}_0" if edges[0] == 1 else f"{prefix}_lt{edges[0]}": values < edges[0]}
+    for low, end in itertools.pairwise(edges):
+        bands[f"{prefix}_{low}" + (f"_{end - 1}" if end > low + 1 else "")] = (values >= low) & (values < end)
+    bands[f"{prefix}_ge{edges[-1]}"] = values >= edges[-1]
+    return bands
+
+
+def checked(path: Any, test: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Ranks of one model by convention; UserError if the file does not belong to these test sessions."""
+    frame = pl.read_parquet(path)
+    if not frame["target"].equals(test["target"]):
+        raise UserError(f"{path} ranks other sessions than data/sessions/test.parquet: run `dvc repro evaluate`")
+    return {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}
+
+
+def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], resamples: int, seed: int) -> tuple[dict, dict, dict]:
+    """Metrics, 95% intervals and LLMGR's paired differences, by model, convention and bucket.
+
+    Returns `{model: {convention: {bucket: {"n", metric: value}}}}`, `{model: {convention: {bucket: {metric: [low,
+    high]}}}}` and `{other: {convention: {bucket: {metric: {"difference", "low", "high", "relative"}}}}}`; the last is
+    empty without LLMGR. A bucket without sessions has n = 0 and nothing else. All models of a bucket share the same
+    resamples.
+    """
+    found, bounds, gaps = ({m: {c: {} for c in COLUMNS} for m in ranks} for _ in range(3))
+    gaps = {model: gaps[model] for model in ranks if OURS in ranks and model != OURS}
+    for bucket, mask in masks.items():
+        inside = {(m, c): rank[mask] for m, by in ranks.items() for c, rank in by.items()}
+        sessions = int(mask.sum())
+        resampled = ranking.bootstrap(inside, resamples, seed) if sessions else {}
+        for (model, convention), rank in inside.items():
+            found[model][convention][bucket] = {"n": sessions} | (ranking.metrics(rank) if sessions else {})
+            if sessions:
+                bounds[model][convention][bucket] = ranking.intervals(resampled[model, convention])
+        for model, convention in resampled:
+            if model in gaps and bucket in COMPARED:
+                gaps[model][convention][bucket] = ranking.paired(
+                    found[OURS][convention][bucket], found[model][convention][bucket],
+                    resampled[OURS, convention], resampled[model, convention])
+    return found, bounds, gaps
+
+
+def plot_rows(found: dict, bounds: dict) -> pl.DataFrame:
+    """One row a model and bucket for `dvc plots`, seen items kept: n, HR@20 with its interval, NDCG@20, MRR@20."""
+    rows = []
+    for model, by in found.items():
+        for bucket, figures in by["test"].items():
+            low, high = bounds[model]["test"].get(bucket, {}).get("hr_at_20", (None, None))
+            rows.append((model, bucket, figures["n"], figures.get("hr_at_20"), low, high, figures.get("ndcg_at_20"),
+                         figures.get("mrr_at_20")))
+    kinds = {"model": pl.String, "bucket": pl.String, "n": pl.Int64}
+    kinds |= dict.fromkeys(("hr_at_20", "low", "high", "ndcg_at_20", "mrr_at_20"), pl.Float64)
+    return pl.DataFrame(rows, kinds, orient="row").with_columns(pl.col(pl.Float64).round(6))

@@ -1,0 +1,81 @@
+"""What is compared: popularity, text-kNN, every encoder and LLMGR, each as scores of all items for a session."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmgr.artifacts import load_tensors
+from llmgr.encoders import load_encoder
+from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Score = Callable[[Tensor], Tensor]
+
+
+def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callable[[Sessions], Score]]]:
+    """By model name, in the report's order: what loads it; calling that gives sessions -> samples -> scores [B, V+1]."""
+    items = catalogue_size("data/core/items.parquet")
+    found: dict[str, Callable[[], Callable[[Sessions], Score]]] = {
+        "pop": lambda: popularity(items, params.data.max_session, device),
+        "text-knn": lambda: text_knn(params.evaluate.decay, device)}
+    for name in params.encoder.names + params.encoder.controls:
+        found[name] = lambda name=name: encoder(name, items, device)
+    found["llmgr"] = lambda: llmgr(params, device)
+    return found
+
+
+def popularity(items: int, max_session: int, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores an item by how often it was clicked in the training sessions."""
+    train, _ = read_sessions("data/sessions/train.parquet", max_session)
+    opening = train.items[train.row[train.length == 1], 0].long()
+    count = torch.bincount(torch.cat((train.target, opening)), minlength=items + 1).float().to(device)
+    return lambda sessions: lambda samples: count.expand(len(samples), -1)
+
+
+def text_knn(decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores an item by the cosine of its text vector to those of the clicks, weighted by `decay` a step back."""
+    vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"].to(device)
+
+    def over(sessions: Sessions) -> Score:
+        def score(samples: Tensor) -> Tensor:
+            graphs = sessions.graphs(samples)
+            back = (graphs.length_B[:, None] - 1 - torch.arange(graphs.items_BS.shape[1], device=device)).clamp(min=0)
+            weight = torch.full_like(back, decay, dtype=torch.float).pow(back) * graphs.mask_BS()
+            return (vectors[graphs.items_BS] * weight[..., None]).sum(1) @ vectors.T
+
+        return score
+
+    return over
+
+
+def encoder(name: str, items: int, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores of a pretrained encoder: inner products of its session and item vectors."""
+    module, vectors = load_encoder(Path("models/encoders") / name, items)
+    module, vectors = module.to(device).eval(), vectors.to(device)
+    return lambda sessions: lambda samples: module(sessions.graphs(samples), vectors) @ vectors.T
+
+
+def llmgr(params: Any, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores of the tuned LLMGR."""
+    from llmgr.llmgr import build_llmgr, load_llmgr
+    from llmgr.training import arithmetic
+    from llmgr.tuning import Scorer, behaviour_prompts
+
+    dtype = arithmetic(params.tune.precision)
+    model = build_llmgr(params.model, dtype)
+    load_llmgr(Path("models/tuned"), model)
+    prompts = behaviour_prompts(params, params.tune)
+    return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)
+
+
+def seen_items(frame: pl.DataFrame) -> Tensor:
+    """All items a user had before the target, window and earlier, [sessions, longest], 0 pads."""
+    import polars as pl
+
+    return padded(frame.select(pl.concat_list("earlier", "items").alias("seen"))["seen"])

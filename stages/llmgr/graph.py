@@ -1,0 +1,169 @@
+"""Sessions as tensors, and their graphs: built once for all prefixes, batched by indexing alone.
+
+A session's nodes are its distinct items in order of first click, so the graph of a prefix is a corner of the graph of
+the whole session: every prefix of a session shares one row of the tables below.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmgr.artifacts import require
+from llmgr.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class GraphBatch:
+    """Session graphs of B prefixes, padded.
+
+    items_BS: clicked items, 0 pads. nodes_BN: distinct items in order of first click, 0 pads. alias_BS: the node of
+    each click (0 where padded). length_B: clicks. edges_BNN: 1 where column follows row at least once.
+    """
+
+    items_BS: Tensor
+    nodes_BN: Tensor
+    alias_BS: Tensor
+    length_B: Tensor
+    edges_BNN: Tensor
+
+    def last_node_B(self) -> Tensor:
+        """Index of the node of the last click."""
+        return self.alias_BS.gather(1, (self.length_B - 1)[:, None])[:, 0]
+
+    def mask_BS(self) -> Tensor:
+        """True at clicks, False at padding."""
+        return torch.arange(self.items_BS.shape[1], device=self.length_B.device) < self.length_B[:, None]
+
+    def normalised(self) -> tuple[Tensor, Tensor]:
+        """Incoming and outgoing adjacency, each row divided by its degree (SR-GNN, Wu et al. 2019, fig. 2)."""
+        into = self.edges_BNN.transpose(1, 2)
+        return (into / into.sum(2, keepdim=True).clamp(min=1),
+                self.edges_BNN / self.edges_BNN.sum(2, keepdim=True).clamp(min=1))
+
+
+class Sessions:
+    """Prefixes with their targets, over rows that nested prefixes share.
+
+    Sample i is the first `length[i]` clicks of row `row[i]`, to be followed by `target[i]`.
+    """
+
+    def __init__(self, items: Tensor, row: Tensor, length: Tensor, target: Tensor) -> None:
+        self.items, self.row, self.length, self.target = items, row, length, target
+        self.alias, self.nodes, self.count = _node_tables(items)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def to(self, device: torch.device | str) -> Sessions:
+        """The same tables on another device."""
+        moved = object.__new__(Sessions)
+        moved.__dict__ = {k: v.to(device) for k, v in vars(self).items()}
+        return moved
+
+    def subset(self, samples: Tensor) -> Sessions:
+        """The same rows with `samples` alone."""
+        chosen = object.__new__(Sessions)
+        chosen.__dict__ = vars(self) | {"row": self.row[samples], "length": self.length[samples],
+                                        "target": self.target[samples]}
+        return chosen
+
+    def graphs(self, samples: Tensor) -> GraphBatch:
+        """The graphs of samples [B], by indexing, without a loop over them."""
+        return self.prefix_graphs(self.row[samples], self.length[samples])
+
+    def prefix_graphs(self, row: Tensor, length: Tensor) -> GraphBatch:
+        """The graphs of the first `length` [B] clicks of rows [B]."""
+        steps = int(length.max())
+        position = torch.arange(steps, device=length.device)
+        mask = position < length[:, None]
+        items = self.items[row, :steps].long() * mask
+        alias = self.alias[row, :steps].long() * mask
+        count = self.count[row, length - 1].long()
+        width = int(count.max())
+        nodes = self.nodes[row, :width].long() * (torch.arange(width, device=row.device) < count[:, None])
+        edges = torch.zeros(len(row) * width * width + 1, device=row.device)
+        offset = torch.arange(len(row), device=row.device)[:, None] * width * width
+        index = offset + alias[:, :-1] * width + alias[:, 1:]
+        edges[torch.where(mask[:, 1:], index, edges.numel() - 1)] = 1.0
+        return GraphBatch(items, nodes, alias, length, edges[:-1].view(len(row), width, width))
+
+
+def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.DataFrame]:
+    """Sessions of a split and the table itself.
+
+    In train.parquet a user's rows are the prefixes in order; the first `max_session` of them nest and share one row
+    here, later ones are windows of their own.
+    """
+    import polars as pl
+
+    frame = pl.read_parquet(require(path))
+    if frame.is_empty():
+        raise UserError(f"{path} holds no session: lower filter.core or take a larger data.dataset")
+    frame = frame.with_row_index("sample")
+    within = frame.with_columns(
+        length=pl.col("items").list.len(),
+        longest=pl.col("items").list.len().cum_count().over("user") == pl.len().over("user").clip(upper_bound=max_session),
+        rank=pl.int_range(1, pl.len() + 1).over("user"))
+    nests = (within["rank"] == within["length"]).to_numpy()
+    base = within["longest"].to_numpy() | ~nests
+    owner = within.select(pl.col("user").rle_id())["user"].to_torch().long()
+    base_rows = torch.from_numpy(base.copy()).nonzero()[:, 0]
+    row_of_sample = torch.full((len(frame),), -1)
+    row_of_sample[base_rows] = torch.arange(len(base_rows))
+    nested_base = torch.from_numpy((base & nests).copy()).nonzero()[:, 0]
+    row_of_user = torch.full((int(owner.max()) + 1,), -1)
+    row_of_user[owner[nested_base]] = row_of_sample[nested_base]
+    row = torch.where(row_of_sample >= 0, row_of_sample, row_of_user[owner])
+    length = within["length"].to_torch().long()
+    items = padded(frame["items"].gather(base_rows.numpy()))
+    return Sessions(items, row, length, frame["target"].to_torch().long()), frame
+
+
+def padded(lists: pl.Series) -> Tensor:
+    """A column of item lists as int32 [rows, longest], 0 pads."""
+    length = lists.list.len().to_torch().long()
+    flat = lists.explode(empty_as_null=False).to_torch() if len(lists) else torch.zeros(0, dtype=torch.int32)
+    table = torch.zeros(len(lists), max(1, int(length.max()) if len(lists) else 1), dtype=torch.int32)
+    table[torch.arange(table.shape[1]) < length[:, None]] = flat.int()
+    return table
+
+
+def bucketed(length: Tensor, batch_size: int, generator: torch.Generator, window: int = 64) -> list[Tensor]:
+    """Random batches of samples of like length: shuffled, sorted within windows of batches, batches shuffled.
+
+    Padding falls to a few per cent while every epoch still mixes sessions anew.
+    """
+    order = torch.randperm(len(length), generator=generator)
+    batches: list[Tensor] = []
+    for chunk in order.split(batch_size * window):
+        batches += chunk[torch.argsort(length[chunk], stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _node_tables(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, steps = items.shape
+    position = torch.arange(steps).expand(rows, steps)
+    key = torch.arange(rows)[:, None] * (int(items.max()) + 1) + items.long()
+    _, inverse = torch.unique(key, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), steps).scatter_reduce(
+        0, inverse.flatten(), position.flatten(), "amin")[inverse]
+    fresh = (first == position) & (items > 0)
+    count = fresh.cumsum(1)
+    alias = (count - 1).clamp(min=0).gather(1, first.clamp(max=steps - 1))
+    nodes = torch.zeros(rows, steps, dtype=torch.int32)
+    nodes[fresh.nonzero()[:, 0], (count - 1)[fresh]] = items[fresh]
+    return alias.short(), nodes, count.short()
+
+
+def catalogue_size(path: str | Path) -> int:
+    """The number V of items of items.parquet; ids run from 1 to V."""
+    import polars as pl
+
+    return pl.scan_parquet(require(path)).select(pl.len()).collect().item()

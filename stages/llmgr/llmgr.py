@@ -1,0 +1,204 @@
+"""LLMGR (arXiv 2402.16539): hybrid encoding layer, language model with LoRA, output layer over all items."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.artifacts import load_tensors, read_json, save_tensors, write_json
+from llmgr.backbone import add_adapters, is_causal, load_language_model, position_offset
+from llmgr.errors import UserError
+from llmgr.graph import GraphBatch
+from llmgr.prompts import GRAPH, NODE, PromptBatch
+
+
+class HybridEncoding(nn.Module):
+    """Text tokens and node or graph slots as one sequence of vectors (paper, hybrid encoding layer).
+
+    One linear map W_p in R^{H x D} turns a node's embedding and a session graph's readout into token-shaped vectors;
+    text tokens keep the language model's own input embeddings. W_p starts at the scale of the token embeddings.
+    """
+
+    def __init__(self, tokens: nn.Embedding, vectors_VD: Tensor) -> None:
+        super().__init__()
+        dim = vectors_VD.shape[1]
+        self.project = nn.Linear(dim, tokens.embedding_dim, bias=False)
+        token_scale = tokens.weight.detach().float().square().mean().sqrt()
+        node_scale = vectors_VD[1:].square().mean().sqrt().clamp(min=1e-6)
+        nn.init.normal_(self.project.weight, std=float(token_scale / node_scale) * dim ** -0.5)
+
+    def forward(self, tokens: nn.Embedding, prompts: PromptBatch, vectors_VD: Tensor, session_RD: Tensor | None
+                ) -> Tensor:
+        """`inputs_embeds` [B, L, H]; node slots read `vectors_VD`, graph slots `session_RD`."""
+        embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
+        node = prompts.kind_BL == NODE
+        embeds_BLH = embeds_BLH.masked_scatter(node[..., None], self.project(vectors_VD[prompts.ref_BL[node]]).to(
+            embeds_BLH.dtype))
+        if session_RD is not None:
+            graph = prompts.kind_BL == GRAPH
+            embeds_BLH = embeds_BLH.masked_scatter(graph[..., None], self.project(session_RD[prompts.ref_BL[graph]]).to(
+                embeds_BLH.dtype))
+        return embeds_BLH
+
+
+class LinearOutput(nn.Module):
+    """The paper's output layer: free weights W [V, H] and biases; `hidden` puts one GELU layer before it."""
+
+    def __init__(self, width: int, items: int, hidden: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.GELU()) if hidden else nn.Identity()
+        self.items = nn.Linear(width, items + 1)
+        nn.init.normal_(self.items.weight, std=0.02)
+        nn.init.zeros_(self.items.bias)
+
+    def forward(self, h_RH: Tensor, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [R, K], item table [V+1, K] and item biases [V+1] whose product and sum are the logits."""
+        return self.inner(h_RH), self.items.weight, self.items.bias
+
+
+class ItemsOutput(nn.Module):
+    """Logits (W h + b) . [x_i ; t_i]: frozen item vectors and text features on the item side.
+
+    Deviation: the paper's layer is free (LinearOutput); an item met five times learns little there, and a text that
+    is only read on the session's side cannot raise a cold item's score. With `residual` W starts at zero and the
+    encoder's session vector is added, so that tuning starts from the encoder's own scores.
+    """
+
+    def __init__(self, width: int, vectors_VD: Tensor, text_VT: Tensor, residual: bool) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.cat((vectors_VD, text_VT), 1), persistent=False)
+        self.query = nn.Linear(width, self.table.shape[1])
+        self.dim, self.residual = vectors_VD.shape[1], residual
+        nn.init.normal_(self.query.weight, std=0.0 if residual else 0.1 * width ** -0.5)
+        nn.init.zeros_(self.query.bias)
+
+    def forward(self, h_RH: Tensor, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [R, K], item table [V+1, K] and no bias."""
+        query = self.query(h_RH)
+        if self.residual and session_RD is not None:
+            query = query + F.pad(session_RD, (0, query.shape[1] - self.dim))
+        return query, self.table, None
+
+
+class Llmgr(nn.Module):
+    """Session graph encoder, hybrid encoding layer, language model and output layer.
+
+    `encoder` and `vectors_VD` come from pretraining; the item vectors stay frozen. `params` is the model section.
+    UserError where the readout or the LoRA targets do not fit the backbone.
+    """
+
+    def __init__(self, language_model: nn.Module, encoder: nn.Module, vectors_VD: Tensor, text_VT: Tensor, params: Any
+                 ) -> None:
+        super().__init__()
+        config = language_model.config
+        self.causal = is_causal(config) or params.attention == "causal"
+        self.readout = params.readout
+        if self.readout == "auto":
+            self.readout = "last" if self.causal else "first"
+        if self.causal and self.readout != "last":
+            raise UserError(f"model.readout={self.readout} reads nothing useful under causal attention: "
+                            "set model.readout=last")
+        self.positions = config.max_position_embeddings - position_offset(config)
+        self.offset = position_offset(config)
+        self.register_buffer("vectors", vectors_VD, persistent=False)
+        self.encoder = encoder.requires_grad_(False)
+        width, items = config.hidden_size, len(vectors_VD) - 1
+        self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD)
+        self.output = (ItemsOutput(width, vectors_VD, text_VT, params.session_residual) if params.output == "items"
+                       else LinearOutput(width, items, hidden=params.output == "mlp"))
+        self.language_model = add_adapters(language_model, params)
+
+    def hidden(self, prompts: PromptBatch, session_RD: Tensor | None) -> Tensor:
+        """Hidden states at the readouts [R, H]."""
+        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, self.vectors, session_RD)
+        mask = prompts.mask(self.causal)
+        h_BLH = self.language_model(inputs_embeds=embeds, attention_mask=mask,
+                                    position_ids=prompts.position_BL + self.offset).last_hidden_state
+        if self.readout == "mean":
+            weight_BL1 = prompts.real_BL[..., None].to(h_BLH.dtype)
+            return ((h_BLH * weight_BL1).sum(1) / weight_BL1.sum(1))[prompts.row_R].float()
+        column_R = torch.zeros_like(prompts.column_R) if self.readout == "first" else prompts.column_R
+        return h_BLH[prompts.row_R, column_R].float()
+
+    def forward(self, prompts: PromptBatch, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [R, K], item table [V+1, K], biases [V+1] or None; see the output layers."""
+        return self.output(self.hidden(prompts, session_RD), session_RD)
+
+    def sessions(self, graphs: GraphBatch) -> Tensor:
+        """The encoder's readouts [B, D] of session graphs over the frozen item vectors."""
+        return self.encoder(graphs, self.vectors)
+
+    def unfreeze_encoder(self, part: str) -> None:
+        """Let `all` of the graph encoder learn, its readout (`partial`) or nothing (`none`)."""
+        chosen = {"all": self.encoder.parameters, "partial": self.encoder.readout_parameters, "none": lambda: ()}[part]
+        for parameter in chosen():
+            parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Llmgr:
+        """As usual, but a frozen graph encoder stays without dropout."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What LLMGR's own files hold: bridge, output layer and adapters, with their names."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(("hybrid.", "output.")) or "lora_" in name:
+                yield name, parameter
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass (not reentrant: `inputs_embeds` may need no gradient)."""
+        base = self.language_model
+        (base.get_base_model() if hasattr(base, "get_base_model") else base).gradient_checkpointing_enable(
+            {"use_reentrant": False})
+
+
+def logits(query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Scores of all items [R, V+1]; column 0 is padding."""
+    return F.linear(query_RK, table_VK, bias_V)
+
+
+def save_llmgr(folder: Path, model: Llmgr, params: Any, encoder: bool) -> None:
+    """Trained tensors (and the graph encoder's with `encoder`) and the shape they belong to, into `folder`."""
+    save_tensors(folder / "llmgr.safetensors", dict(model.trained()))
+    if encoder:
+        save_tensors(folder / "encoder.safetensors", model.encoder.state_dict())
+    write_json(folder / "config.json", {"items": len(model.vectors) - 1, "backbone": backbone_digest(),
+                                        "model": {k: v for k, v in sorted(vars(params).items())}})
+
+
+def load_llmgr(folder: Path, model: Llmgr) -> None:
+    """Load what `save_llmgr` wrote; UserError where it belongs to another backbone, catalogue or adapter shape."""
+    config = read_json(folder / "config.json")
+    if config["items"] != len(model.vectors) - 1 or config["backbone"] != backbone_digest():
+        raise UserError(f"{folder} belongs to another backbone or catalogue: run `dvc repro` to train it anew")
+    tensors = load_tensors(folder / "llmgr.safetensors")
+    own = dict(model.trained())
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
+        raise UserError(f"{folder} has other adapters than the model section asks for: run `dvc repro` to train it anew")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+    if (folder / "encoder.safetensors").exists():
+        model.encoder.load_state_dict(load_tensors(folder / "encoder.safetensors"))
+
+
+def backbone_digest() -> str:
+    """The weights' digests as models/backbone records them."""
+    return json.dumps(read_json("models/backbone/backbone.json")["sha256"], sort_keys=True)
+
+
+def build_llmgr(params: Any, dtype: torch.dtype) -> Llmgr:
+    """LLMGR over models/backbone and models/embeddings, untrained; `params` is the model section."""
+    from llmgr.encoders import load_encoder
+    from llmgr.text_vectors import principal_components
+
+    text_VT = principal_components(load_tensors("models/backbone/item_text.safetensors")["vectors"], params.text_dim)
+    encoder, vectors_VD = load_encoder("models/embeddings", len(text_VT) - 1)
+    return Llmgr(load_language_model("models/backbone", dtype), encoder, vectors_VD, text_VT, params)

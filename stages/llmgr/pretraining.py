@@ -1,0 +1,75 @@
+"""Next-item training of a session encoder over all prefixes, and its full ranking."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.encoders import Recommender
+from llmgr.graph import Sessions, bucketed
+from llmgr.ranking import metrics, ranks, ranks_both
+from llmgr.training import Loss
+
+
+class EncoderJob:
+    """Cross-entropy over all items of every prefix's next item; validation by full ranking, NDCG@20 selects."""
+
+    selects = "valid_ndcg_at_20"
+
+    def __init__(self, model: Recommender, train: Sessions, valid: Sessions, settings: Any, dtype: torch.dtype) -> None:
+        self.model, self.train, self.valid, self.settings, self.dtype = model, train, valid, settings, dtype
+
+    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
+        return [[samples] for samples in bucketed(self.train.length.cpu(), self.settings.batch_size, generator)]
+
+    def targets(self, micro: Tensor) -> int:
+        return len(micro)
+
+    def loss(self, micro: Tensor) -> Loss:
+        samples = micro.to(self.train.row.device)
+        with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            session_BD, vectors_VD = self.model(self.train.graphs(samples))
+            total = item_cross_entropy(session_BD, vectors_VD, self.train.target[samples])
+        return Loss(total, len(samples), 0)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        vectors_VD = self.model.vectors()
+        kept = rank_sessions(lambda samples: self.model.encoder(self.valid.graphs(samples), vectors_VD) @ vectors_VD.T,
+                             self.valid, self.settings.batch_size)
+        found = metrics(kept)
+        return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
+
+
+def item_cross_entropy(query_RD: Tensor, vectors_VD: Tensor, target_R: Tensor) -> Tensor:
+    """Summed softmax cross-entropy of the targets among all items (row 0 of the vectors is padding and left out).
+
+    In chunks of 128 targets, so that the logits stay in cache: on two CPU threads and 12,101 items 2.8 times as fast
+    as one product of 1,024 rows.
+    """
+    return F.linear_cross_entropy(query_RD, vectors_VD[1:], target_R - 1, reduction="sum",
+                                  options=nn.LinearCrossEntropyOptions(batch_chunk_size=128))
+
+
+@torch.no_grad()
+def rank_sessions(score: Callable[[Tensor], Tensor], sessions: Sessions, batch_size: int,
+                  seen: Tensor | None = None) -> Any:
+    """Ranks of all sessions' targets, in their order, scored in batches of like length.
+
+    `score` maps samples [B] to scores [B, V+1]. With `seen` [sessions, any] (item ids, 0 pads) a pair is returned:
+    ranks with seen items kept, and excluded.
+    """
+    order = torch.argsort(sessions.length.cpu(), stable=True)
+    found = torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long)
+    for samples in order.split(batch_size):
+        here = samples.to(sessions.row.device)
+        scores_BV, target_B = score(here).float(), sessions.target[here]
+        if seen is None:
+            found[samples, 0] = ranks(scores_BV, target_B).cpu()
+        else:
+            both = ranks_both(scores_BV, target_B, seen[samples].to(scores_BV.device).long())
+            found[samples] = torch.stack(both, 1).cpu()
+    return found[:, 0] if seen is None else (found[:, 0], found[:, 1])

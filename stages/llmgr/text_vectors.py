@@ -1,0 +1,64 @@
+"""Item texts as vectors: pooled hidden states of a frozen language model, and their principal components."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.artifacts import require
+
+
+@torch.no_grad()
+def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens: int, batch_tokens: int = 8192) -> Tensor:
+    """A unit vector a text [len(texts), H]: the mean of the last hidden states over its tokens (Sentence-BERT).
+
+    Texts go through in batches of like length, at most `batch_tokens` tokens with padding.
+    """
+    ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    device = next(model.parameters()).device
+    length = torch.tensor([len(i) for i in ids])
+    order = torch.argsort(length, stable=True)
+    vectors = torch.zeros(len(texts), model.config.hidden_size)
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, int(length[order[min(len(order) - 1, start + 511)]])))
+        chosen = order[start:start + size]
+        start += size
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in chosen], batch_first=True).to(device)
+        mask = (torch.arange(padded.shape[1]) < length[chosen][:, None]).to(device)
+        hidden = model(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        vectors[chosen] = F.normalize(pooled, dim=-1).cpu()
+    return vectors
+
+
+def principal_components(vectors_VH: Tensor, dim: int) -> Tensor:
+    """The first `dim` principal components of item text vectors, scaled to unit mean variance; row 0 (padding) is 0.
+
+    Where the vectors are narrower than `dim`, all of their components.
+    """
+    centred = vectors_VH[1:].double()
+    centred = centred - centred.mean(0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    axes = axes.flip(1)[:, :dim]
+    axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+    reduced = centred @ axes
+    reduced = reduced / reduced.square().mean().sqrt().clamp(min=1e-12)
+    return torch.cat((torch.zeros(1, reduced.shape[1]), reduced.float()))
+
+
+def shuffled(vectors_VH: Tensor, seed: int) -> Tensor:
+    """The same vectors dealt out to other items (row 0 stays): what is left of a gain is not the text."""
+    order = torch.randperm(len(vectors_VH) - 1, generator=torch.Generator().manual_seed(seed))
+    return torch.cat((vectors_VH[:1], vectors_VH[1:][order]))
+
+
+def item_texts(path: str | Path, column: str) -> list[str]:
+    """The items' `title` or `text` in the order of their ids; the text stands in for an empty title."""
+    import polars as pl
+
+    text = pl.col("text") if column == "text" else pl.when(pl.col("title") == "").then("text").otherwise("title")
+    return pl.read_parquet(require(path)).sort("item_id").select(text.alias("read"))["read"].to_list()

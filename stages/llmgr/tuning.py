@@ -1,0 +1,236 @@
+"""LLMGR's two training stages and its scoring: which prompts, which targets, which loss (METHOD 1, steps 5 and 6)."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmgr.errors import UserError
+from llmgr.graph import Sessions, bucketed
+from llmgr.llmgr import Llmgr, logits
+from llmgr.pretraining import item_cross_entropy, rank_sessions
+from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
+from llmgr.ranking import metrics
+from llmgr.training import Loss
+
+ACCURACY_ITEMS = 1024
+
+
+def check_length(longest: int, model: Llmgr, mend: str) -> None:
+    """UserError where a prompt of `longest` tokens would pass the backbone's positions."""
+    if longest > model.positions:
+        raise UserError(f"the longest prompt spans {longest} tokens, the backbone has {model.positions} positions: {mend}")
+
+
+class AlignJob:
+    """Stage 1: among candidate nodes, the one that a text describes; every item is described once an epoch.
+
+    The softmax runs over all items or over the candidates shown (`align.softmax`). Validation draws other candidates
+    for a fixed sample of items and reports how often the described node scores highest.
+    """
+
+    selects = None
+
+    def __init__(self, model: Llmgr, prompts: AlignmentPrompts, settings: Any, seed: int, dtype: torch.dtype) -> None:
+        check_length(prompts.longest(settings.candidates), model,
+                     "lower align.max_text_tokens or align.candidates")
+        self.model, self.prompts, self.settings, self.dtype = model, prompts, settings, dtype
+        self.device = model.vectors.device
+        self.items = len(model.vectors) - 1
+        if settings.candidates > self.items:
+            raise UserError(f"align.candidates={settings.candidates} exceeds the catalogue's {self.items} items")
+        held = torch.Generator().manual_seed(seed + 1)
+        self.checked = torch.randperm(self.items, generator=held)[:ACCURACY_ITEMS] + 1
+        self.checked_candidates = draw_candidates(self.items, settings.candidates, held)
+
+    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
+        self.candidates = draw_candidates(self.items, self.settings.candidates, generator)
+        batches = bucketed(self.prompts.count[1:], self.settings.batch_size, generator)
+        return grouped([batch + 1 for batch in batches], self.settings.accumulate)
+
+    def targets(self, micro: Tensor) -> int:
+        return len(micro)
+
+    def loss(self, micro: Tensor) -> Loss:
+        query, table, bias, tokens = self._forward(micro, self.candidates)
+        shown = self.candidates[micro].to(self.device)
+        target = micro.to(self.device)
+        if self.settings.softmax == "candidates":
+            scores = self._among(query, table, bias, shown)
+            total = F.cross_entropy(scores, (shown == target[:, None]).int().argmax(1), reduction="sum")
+        elif bias is None:
+            total = item_cross_entropy(query, table, target)
+        else:
+            total = F.cross_entropy(logits(query, table, bias)[:, 1:], target - 1, reduction="sum")
+        return Loss(total, len(micro), tokens)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        among = overall = 0
+        for micro in self.checked.split(64):
+            query, table, bias, _ = self._forward(micro, self.checked_candidates)
+            shown, target = self.checked_candidates[micro].to(self.device), micro.to(self.device)
+            best = self._among(query, table, bias, shown).argmax(1)
+            among += int((shown.gather(1, best[:, None])[:, 0] == target).sum())
+            overall += int((logits(query, table, bias)[:, 1:].argmax(1) + 1 == target).sum())
+        return {"accuracy_candidates": among / len(self.checked), "accuracy_items": overall / len(self.checked)}
+
+    def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        prompts = self.prompts(micro.to(self.device), candidates[micro].to(self.device))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            query, table, bias = self.model(prompts, None)
+        return query.float(), table, bias, prompts.tokens
+
+    @staticmethod
+    def _among(query: Tensor, table: Tensor, bias: Tensor | None, shown: Tensor) -> Tensor:
+        scores = (table[shown] @ query[..., None])[..., 0]
+        return scores if bias is None else scores + bias[shown]
+
+
+def draw_candidates(items: int, count: int, generator: torch.Generator) -> Tensor:
+    """For every item (row 0 unused) `count` distinct-from-it nodes with itself at a random place: [V+1, count]."""
+    item = torch.arange(items + 1)[:, None]
+    others = torch.randint(1, items, (items + 1, count), generator=generator)
+    others += others >= item  # skips the item itself, keeps the draw uniform
+    place = torch.randint(count, (items + 1, 1), generator=generator)
+    return others.clamp(max=items).scatter(1, place, item)
+
+
+class BehaviourJob:
+    """Stage 2: the next item of every training prefix, from prompts over session graphs.
+
+    `targets: prefix` makes a prompt of every prefix, `positions` a prompt of every session with a branch a prefix.
+    """
+
+    selects = None
+
+    def __init__(self, model: Llmgr, prompts: BehaviourPrompts, train: Sessions, valid: Sessions, settings: Any,
+                 seed: int, dtype: torch.dtype) -> None:
+        check_length(prompts.longest(train.items.shape[1]), model,
+                     "lower data.max_session or tune.title_tokens, or set tune.titles=false")
+        if settings.targets == "positions" and not model.causal:
+            raise UserError("tune.targets=positions needs causal attention and the backbone is bidirectional: set "
+                            "model.attention=causal or tune.targets=prefix")
+        self.model, self.prompts, self.settings, self.dtype = model, prompts, settings, dtype
+        self.train, self.device = train, model.vectors.device
+        self.first, self.last, self.sample = spans(train, settings.targets == "positions")
+        draw = torch.Generator().manual_seed(seed + 2)
+        count = settings.valid_sessions or len(valid)
+        self.scorer = Scorer(model, prompts, valid.subset(torch.randperm(len(valid), generator=draw)[:count].sort()[0]),
+                             dtype)
+        self.frozen = None
+        if not any(p.requires_grad for p in model.encoder.parameters()):
+            self.frozen = all_sessions(model, train)
+
+    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
+        chosen = torch.arange(len(self.first))
+        if self.settings.samples:
+            chosen = torch.randperm(len(self.first), generator=generator)[:self.settings.samples]
+        batches = bucketed(self.last[chosen], self.settings.batch_size, generator)
+        return grouped([chosen[batch] for batch in batches], self.settings.accumulate)
+
+    def targets(self, micro: Tensor) -> int:
+        return int((self.last[micro] - self.first[micro] + 1).sum())
+
+    def loss(self, micro: Tensor) -> Loss:
+        count = (self.last[micro] - self.first[micro] + 1)
+        within = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
+        sample_R = (self.sample[micro].repeat_interleave(count) + within).to(self.device)
+        row_B = self.train.row[self.sample[micro].to(self.device)]
+        graphs = self.train.prefix_graphs(row_B, self.last[micro].to(self.device))
+        prompts = self.prompts(graphs, self.first[micro].to(self.device))
+        session_RD = self.frozen[sample_R] if self.frozen is not None else self.model.sessions(
+            self.train.graphs(sample_R))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            query, table, bias = self.model(prompts, session_RD)
+        target_R = self.train.target[sample_R]
+        if bias is None and not self.settings.mask_seen:
+            total = item_cross_entropy(query.float(), table, target_R)
+        else:
+            scores = logits(query.float(), table, bias)
+            if self.settings.mask_seen:
+                items_RS = self.train.graphs(sample_R).items_BS
+                seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, items_RS, True)
+                scores = scores.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
+            total = F.cross_entropy(scores[:, 1:], target_R - 1, reduction="sum")
+        return Loss(total, len(sample_R), prompts.tokens)
+
+    def validate(self) -> dict[str, float]:
+        return self.scorer.validate()
+
+
+class Scorer:
+    """Scores of all items for sessions, from a prompt a session; what validation and test both use."""
+
+    def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype) -> None:
+        self.model, self.prompts, self.sessions, self.dtype = model, prompts, sessions, dtype
+        self.tokens = 0
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Scores [B, V+1] of samples [B]."""
+        graphs = self.sessions.graphs(samples)
+        prompts = self.prompts(graphs, graphs.length_B)
+        self.tokens += prompts.tokens
+        with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            query, table, bias = self.model(prompts, self.model.sessions(graphs))
+        return logits(query.float(), table.float(), bias)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss and full-ranking metrics at 20 of all its sessions."""
+        total = 0.0
+
+        def score(samples: Tensor) -> Tensor:
+            nonlocal total
+            scores = self(samples)
+            total += F.cross_entropy(scores[:, 1:], self.sessions.target[samples] - 1, reduction="sum").item()
+            return scores
+
+        found = metrics(rank_sessions(score, self.sessions, 128))
+        return {"valid_loss": total / len(self.sessions),
+                **{f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}}
+
+
+def spans(train: Sessions, positions: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts of a training set: shortest prefix, longest prefix and first sample of each.
+
+    With `positions` a prompt covers all prefixes that share a row; else each sample is a prompt of its own.
+    """
+    length, row = train.length.cpu(), train.row.cpu()
+    sample = torch.arange(len(train))
+    if not positions:
+        return length, length, sample
+    start = torch.full((int(row.max()) + 1,), len(train)).scatter_reduce(0, row, sample, "amin")
+    count = torch.bincount(row)
+    assert torch.equal(row, torch.arange(len(count)).repeat_interleave(count)), "prefixes of a row must be consecutive"
+    return length[start], length[start] + count - 1, start
+
+
+@torch.no_grad()
+def all_sessions(model: Llmgr, sessions: Sessions) -> Tensor:
+    """The frozen encoder's readouts of all samples, computed once [samples, D]."""
+    model.encoder.eval()
+    result = torch.zeros(len(sessions), model.vectors.shape[1], device=model.vectors.device)
+    for samples in torch.argsort(sessions.length, stable=True).split(1024):
+        result[samples] = model.sessions(sessions.graphs(samples))
+    return result
+
+
+def grouped(batches: list[Tensor], size: int) -> list[list[Tensor]]:
+    """Micro-batches in runs of `size`, one run an optimiser step."""
+    return [batches[i:i + size] for i in range(0, len(batches), size)]
+
+
+
+
+def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:
+    """Stage 2's prompts over models/backbone and the catalogue, as the tune section words them."""
+    from llmgr.backbone import load_tokenizer
+    from llmgr.text_vectors import item_texts
+
+    titles = item_texts("data/core/items.parquet", "title") if settings.titles else None
+    return BehaviourPrompts(load_tokenizer("models/backbone"), settings.prompt, titles, settings.title_tokens,
+                            settings.edges)

@@ -1,0 +1,53 @@
+"""Pretrain one session encoder on next-item prediction over all training prefixes.
+
+reads   data/sessions/{train,valid}.parquet, data/core/items.parquet (their number);
+        models/backbone/item_text.safetensors for a control (an encoder whose name ends in -text or -shuffled)
+writes  models/encoders/NAME/ (weights, item vectors, config), reports/metrics/encoders/NAME.json,
+        reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json
+"""
+from llmgr.stage import run
+
+READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.training", "encoder.gcsan")
+
+
+def main(params, encoder: str) -> None:
+    from pathlib import Path
+
+    import torch
+
+    from llmgr.artifacts import load_tensors, resume_folder, write_json
+    from llmgr.encoders import build_recommender, family, save_recommender
+    from llmgr.graph import catalogue_size, read_sessions
+    from llmgr.params import flat
+    from llmgr.pretraining import EncoderJob
+    from llmgr.text_vectors import principal_components, shuffled
+    from llmgr.training import arithmetic, device_of, finish, fit
+
+    _, text = family(encoder)
+    inputs = ["data/sessions/train.parquet", "data/sessions/valid.parquet"]
+    features = None
+    if text != "none":
+        inputs.append("models/backbone/item_text.safetensors")
+        vectors = load_tensors(inputs[-1])["vectors"]
+        features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
+                                        params.encoder.text_dim)
+    resume = resume_folder(f"pretrain-{encoder}", flat(params), inputs)
+    train, _ = read_sessions(inputs[0], params.data.max_session)
+    valid, _ = read_sessions(inputs[1], params.data.max_session)
+    device = device_of()
+    torch.manual_seed(params.seed)
+    items = catalogue_size("data/core/items.parquet")
+    model = build_recommender(encoder, items, params.encoder, features).to(device)
+    settings = params.encoder.training
+    job = EncoderJob(model, train.to(device), valid.to(device), settings, arithmetic(settings.precision))
+    progress = fit(job, settings, seed=params.seed, resume=resume, name=encoder)
+    save_recommender(f"models/encoders/{encoder}", encoder, model, params.encoder)
+    best = progress.epoch_rows[progress.best_epoch]
+    write_json(f"reports/metrics/encoders/{encoder}.json", {
+        "best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],
+        "valid": {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}})
+    finish(progress, model, name=encoder, resume=resume, reports=Path("reports"))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS, {"encoder": "name from encoder.names or encoder.controls"})

@@ -1,0 +1,32 @@
+"""Write the report: one page that opens from the file system, without a network.
+
+Reads:  reports/metrics/, reports/curves/
+Writes: reports/index.html, and its figures as reports/figures/{buckets,differences,curves,cost}.svg
+Params: all that decides a result (shown on the page)
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmgr import stage
+
+READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder", "llm", "model", "align", "tune",
+         "evaluate", "bucket")
+
+
+def main(params: Any) -> None:
+    from llmgr import report
+    from llmgr.artifacts import replacing_folder, write_text
+
+    found = report.evidence(Path("reports"))
+    drawn = report.draw(found, params)
+    with replacing_folder("reports/figures") as folder:
+        for name, svg in drawn.items():
+            write_text(folder / f"{name}.svg", svg)
+    write_text("reports/index.html", report.render(found, params, drawn))
+    stage.say("reports/index.html is ready")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS)

@@ -1,0 +1,53 @@
+"""Split the core into leave-one-out sessions.
+
+reads   params: seed, data.max_session, split; data/core/
+writes  data/sessions/{train,valid,test}.parquet (user, items oldest first, target; valid and test also the `earlier`
+        items beyond the window); reports/metrics/split.json
+
+A user's last item is the test target, the second-last the validation target, the rest is training, where every
+position from the second on is a target. A user with fewer than three interactions stays in training whole.
+"""
+from __future__ import annotations
+
+from llmgr import stage
+
+READS = ("seed", "data.max_session", "split")
+
+
+def main(params) -> None:
+    """Order every user's interactions, cut the three parts, describe them."""
+    import polars as pl
+
+    from llmgr import sessions
+    from llmgr.artifacts import require, write_json, write_table
+
+    items = pl.read_parquet(require("data/core/items.parquet"), columns=["item", "item_id"])
+    interactions = pl.read_parquet(require("data/core/interactions.parquet"))
+    rows = sessions.ordered(interactions, params.split.ties, params.seed).join(
+        items, on="item", how="left", maintain_order="left"
+    )
+    parts = sessions.leave_one_out(rows, params.data.max_session)
+    for name, part in parts.items():
+        write_table(f"data/sessions/{name}.parquet", part)
+
+    lengths = rows.group_by("user").len()["len"]
+    trained = pl.concat([parts["train"]["target"], parts["train"]["items"].explode()]).unique()
+    unseen = {name: int((~parts[name]["target"].is_in(trained.implode())).sum()) for name in ("valid", "test")}
+    write_json("reports/metrics/split.json", {
+        "users": len(lengths),
+        "train_prefixes": parts["train"].height,
+        "valid_sessions": parts["valid"].height,
+        "test_sessions": parts["test"].height,
+        "users_in_training_only": int((lengths < sessions.LEAST).sum()),
+        "users_with_one_interaction": int((lengths == 1).sum()),
+        "session_length": {"mean": lengths.mean(), "max": lengths.max()},
+        "sessions_cut_to_window": int((parts["test"]["earlier"].list.len() > 0).sum()),
+        "targets_unseen_in_training": unseen,
+        "tied_timestamps_share": interactions.select(sessions.tied().mean()).item(),
+        "ties": params.split.ties,
+    })
+    stage.say(f"{parts['train'].height} training prefixes, {parts['test'].height} test sessions")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS)

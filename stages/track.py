@@ -1,0 +1,31 @@
+"""Publish the results as one MLflow run, or find the run that already holds them.
+
+Reads:  reports/metrics/, reports/curves/, reports/plots/, reports/figures/, reports/ranks/, reports/index.html;
+        data/ and dvc.lock for the lineage
+Writes: reports/mlflow_run.json  run id, experiment, name, key and kind of store
+Params: the whole file, to log it; track says where to
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmgr import stage
+
+READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", "tune", "evaluate", "bucket", "track")
+
+
+def main(params: Any) -> None:
+    from llmgr import tracking
+    from llmgr.artifacts import require, write_json
+    from llmgr.params import flat
+
+    require("reports/index.html")
+    logged = {name: value for name, value in flat(params).items() if not name.startswith("track.")}
+    run = tracking.publish(logged, params.track.experiment, params.track.uri, Path("reports"))
+    write_json("reports/mlflow_run.json", run)
+    stage.say(f"MLflow run {run['name']} ({run['run_id']}) in experiment {run['experiment']}, {run['store']} store")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS)

@@ -1,0 +1,93 @@
+"""The DAG declares what the scripts read: parameters, code and files, so that no stage can go stale."""
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAME = {"__init__", "errors", "artifacts", "stage", "params"}  # they decide how a stage fails, not what it computes
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of llmgr that a file imports anywhere in it, type-checking blocks aside."""
+    tree = ast.parse(path.read_text())
+    skipped = {id(n) for block in ast.walk(tree) if isinstance(block, ast.If)
+               and getattr(block.test, "id", "") == "TYPE_CHECKING" for n in ast.walk(block)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmgr") and id(node) not in skipped:
+            module = node.module.removeprefix("llmgr").lstrip(".")
+            for name in ([f"{module}.{a.name}".strip(".") for a in node.names] + [module]):
+                if (ROOT / "stages/llmgr" / f"{name.replace('.', '/')}.py").exists():
+                    found.add(name.replace(".", "/") + ".py")
+                elif name and (ROOT / "stages/llmgr" / name.replace(".", "/") / "__init__.py").exists():
+                    found.add(name.replace(".", "/"))
+    return found
+
+
+def closure(script: Path) -> set[str]:
+    """Everything of llmgr that a script can reach, as paths below stages/llmgr; a package stands for its files."""
+    seen: set[str] = set()
+    todo = imports(script)
+    while todo:
+        name = todo.pop()
+        if name in seen or Path(name).stem in FRAME:
+            continue
+        seen.add(name)
+        path = ROOT / "stages/llmgr" / name
+        for file in (path.rglob("*.py") if path.is_dir() else [path]):
+            todo |= imports(file) - seen
+    return {n for n in seen if not any(n != m and n.startswith(m + "/") for m in seen)}
+
+
+def declared(name: str) -> tuple[list[str], list[str]]:
+    deps = [d for d in STAGES[name].get("deps", []) if d.startswith("stages/llmgr/")]
+    return [d.removeprefix("stages/llmgr/") for d in deps], STAGES[name].get("params", [])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_code_dependencies_are_those_the_script_reaches(name: str) -> None:
+    deps, _ = declared(name)
+    code = {d for d in deps if not d.endswith(".j2")}
+    assert code == closure(SCRIPTS[name])
+    assert str(SCRIPTS[name].relative_to(ROOT)) in STAGES[name]["deps"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_parameters_are_those_the_script_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "stages"))
+    reads = importlib.import_module(SCRIPTS[name].stem).READS
+    assert set(reads) == {p.removesuffix(".yaml:") for p in declared(name)[1]}
+
+
+def test_every_file_of_the_pipeline_is_written_by_exactly_one_stage() -> None:
+    outs: dict[str, str] = {}
+    for name, body in STAGES.items():
+        for kind in ("outs", "metrics", "plots"):
+            for entry in body.get(kind, []):
+                path = entry if isinstance(entry, str) else next(iter(entry))
+                assert path not in outs, f"{path} is written by {outs[path]} and {name}"
+                outs[path] = name
+    for name, body in STAGES.items():
+        for dep in body.get("deps", []):
+            if dep.startswith(("data/", "models/", "reports/")):
+                assert any(dep == out or dep.startswith(out + "/") or out.startswith(dep + "/") or "${" in out
+                           for out in outs), f"{name} reads {dep}, which nothing writes"
+
+
+@pytest.mark.parametrize("name", sorted({p.name for p in SCRIPTS.values()}))
+def test_help_answers_at_once(name: str) -> None:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "stages" / name), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "reads" in done.stdout and "writes" in done.stdout
+    assert time.monotonic() - start < 2  # half a second on a quiet machine

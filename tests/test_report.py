@@ -1,0 +1,234 @@
+"""The page says what the metrics say, loads nothing, and survives what is absent or new; the README tables agree."""
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import record
+import report as stage
+from llmgr import buckets, report
+from llmgr.artifacts import write_json, write_table
+from llmgr.errors import UserError
+from llmgr.params import load
+
+ROOT = Path(__file__).parents[1]
+MODELS = ("pop", "text-knn", "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
+PARAMS = load(ROOT / "params.yaml")
+VIEW = PARAMS.view(stage.READS)
+
+
+def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int = 1500, gain: float = 1.6) -> None:
+    """reports/ as the stages before the report leave it: seeded ranks, their metrics, curves, costs and facts.
+
+    `gain` multiplies the chance of a hit that LLMGR has over GCSAN.
+    """
+    random = np.random.default_rng(3)
+    counts, trained = random.integers(5, 90, sessions), random.integers(0, 80, sessions)
+    ranks = {}
+    for number, model in enumerate(models):
+        chance = 0.002 + 0.003 * (1 if model == "pop" else gain * 2 if model == "llmgr" else 2 + number % 3)
+        rank = random.geometric(chance * (0.6 + counts / 90)).clip(1, 700)
+        ranks[model] = {"test": rank, "test_unseen": np.maximum(rank - random.integers(0, 4, sessions), 1)}
+    settings = PARAMS.bucket
+    found, bounds, gaps = buckets.measure(ranks, buckets.masks(counts, trained, settings), 200, 1)
+    metrics, curves = folder / "reports/metrics", folder / "reports/curves"
+    for name, content in (("buckets", found), ("intervals", bounds), ("differences", gaps)):
+        write_json(metrics / f"{name}.json", content)
+    write_json(metrics / "evaluate.json", {
+        model: {split: {"all": by[split.replace("valid", "test")]["all"]} for split in
+                ("valid", "valid_unseen", "test", "test_unseen")} for model, by in found.items()})
+    write_table(folder / "reports/plots/buckets.csv", buckets.plot_rows(found, bounds))
+    write_json(metrics / "filter.json", {
+        "dataset": "sample", "before": {"users": 1800, "items": 700, "interactions": 12345},
+        "after": {"users": 1500, "items": 640, "interactions": 11890}, "published": None, "rounds": 3,
+        "reviews": {"lines": 12400, "malformed": {"not JSON": 4}}, "metadata": {"lines": 700, "malformed": {}},
+        "share_with": {"title": 0.998, "brand": 0.61}, "sparsity": 0.9876})
+    write_json(metrics / "backbone.json", {"name": "scratch", "revision": None, "perplexity": 21.35})
+    write_json(metrics / "align.json", {"accuracy": 0.31})
+    curves.mkdir(parents=True)
+    trained_parts = [m for m in models if m not in ("pop", "text-knn", "llmgr")] + ["backbone", "align", "tune"]
+    for number, name in enumerate(trained_parts):
+        epochs = 1 if name == "align" else 6
+        with (curves / f"{name}_steps.csv").open("w", newline="") as handle:
+            table = csv.writer(handle)
+            table.writerow(["step", "epoch", "loss", "lr"])
+            for step in range(1, 50 * epochs + 1):
+                table.writerow([step, step / 50, round(3 + 4 / (1 + step / 40) + random.normal(0, 0.05), 4), 1e-3])
+        with (curves / f"{name}_epochs.csv").open("w", newline="") as handle:
+            table = csv.writer(handle)
+            if name == "align":
+                table.writerows([["epoch", "step", "train_loss", "accuracy"], [0, 0, "", 0.1], [1, 50, 4.2, 0.31]])
+            else:
+                table.writerow(["epoch", "step", "train_loss", "valid_hr_at_20", "valid_ndcg_at_20", "valid_mrr_at_20"])
+                for epoch in range(1, epochs + 1):
+                    level = 0.1 - 0.06 / epoch
+                    table.writerow([epoch, 50 * epoch, round(3 + 1 / epoch, 4), level, level / 2, level / 3])
+        write_json(metrics / f"cost/{name}.json", {
+            "seconds": 12.5 * 3 ** number, "samples_per_second": 4321.0 / (1 + number),
+            "tokens_per_second": 2800.0 if number > 2 else None, "peak_memory_mb": 900.0 + number,
+            "trainable_parameters": 51_000 * (1 + number), "total_parameters": 1_250_000,
+            "hardware": "2 CPU threads, X"})
+        if name not in ("backbone", "align", "tune"):
+            write_json(metrics / f"encoders/{name}.json", {"best_epoch": 5, "valid": {"ndcg_at_20": 0.047}})
+
+
+class Page(html.parser.HTMLParser):
+    """Collects text, ids, and everything that a browser would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words, self.ids, self.loaded, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.loaded += [values[name] for name in ("src", "srcset", "data") if name in values]
+        self.loaded += [values["href"]] if tag == "link" else []
+        self.open += [tag] if tag not in ("meta", "br", "link") else []
+        if tag == "script":
+            self.loaded.append("script")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.ids += [dict(attributes)["id"]] if "id" in dict(attributes) else []
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_reports(folder)
+    return folder
+
+
+@pytest.fixture
+def project(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_stands_alone_and_is_the_same_twice(project: Path) -> None:
+    stage.main(VIEW)
+    content = Path("reports/index.html").read_text()
+    page = Page(content)
+    assert page.loaded == [] and page.open == []
+    assert "@import" not in content and not re.search(r"url\((?!#)", content)
+    assert len(page.ids) == len(set(page.ids))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', content))
+    assert used and used <= set(page.ids)
+    assert str(project) not in content
+    figures = {path.name: path.read_bytes() for path in Path("reports/figures").iterdir()}
+    assert sorted(figures) == ["buckets.svg", "cost.svg", "curves.svg", "differences.svg"]
+    stage.main(VIEW)
+    assert Path("reports/index.html").read_text() == content
+    assert {path.name: path.read_bytes() for path in Path("reports/figures").iterdir()} == figures
+
+
+def test_the_page_shows_the_figures_of_the_metrics(project: Path) -> None:
+    stage.main(VIEW)
+    text = Page(Path("reports/index.html").read_text()).text()
+    found = json.loads(Path("reports/metrics/buckets.json").read_text())
+    bounds = json.loads(Path("reports/metrics/intervals.json").read_text())
+    for model in MODELS:
+        for convention in ("test", "test_unseen"):
+            for metric, value in found[model][convention]["all"].items():
+                assert metric == "n" or f"{value:.4f}" in text
+                assert metric == "n" or f"{bounds[model][convention]['all'][metric][0]:.4f}–" in text
+            assert f"{found[model][convention]['cold']['ndcg_at_20']:.4f}" in text
+    assert "12,345" in text and "11,890" in text and "1,500 test sessions" in text
+    assert "Synthetic data." in text and "2 CPU threads, X" in text and "21.35" in text
+
+
+@pytest.mark.parametrize(("gain", "words"), [(4.0, "LLMGR ranks better"), (0.2, "LLMGR ranks worse")])
+def test_the_headline_follows_the_numbers(tmp_path: Path, gain: float, words: str) -> None:
+    write_reports(tmp_path, gain=gain)
+    found = report.evidence(tmp_path / "reports")
+    text = Page(report.render(found, VIEW, {"buckets": "", "differences": ""})).text()
+    assert {v["model"] for v in report.verdicts(found, VIEW)} >= {"gcsan", "gcsan-text"}
+    assert words in text and "No clear difference" not in text
+
+
+def test_a_difference_is_one_only_where_the_interval_excludes_zero() -> None:
+    assert report.call({"low": 0.001, "high": 0.004}) == "better"
+    assert report.call({"low": -0.004, "high": -0.001}) == "worse"
+    assert report.call({"low": -0.001, "high": 0.004}) == "no clear difference"
+    assert report.call({"low": 0.0, "high": 0.0}) == "no clear difference"
+
+
+def test_real_data_bear_no_banner(project: Path) -> None:
+    view = PARAMS.view(stage.READS)
+    view.data = SimpleNamespace(dataset="beauty", max_session=50)
+    stage.main(view)
+    text = Page(Path("reports/index.html").read_text()).text()
+    assert "Synthetic" not in text and "LLMGR on beauty" in text
+
+
+def test_new_encoders_appear_and_a_missing_llmgr_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_reports(tmp_path, models=(*MODELS[:-1], "sasrec", "sasrec-text", "<new> & odd"))
+    for name in ("cost", "encoders"):
+        shutil.rmtree(tmp_path / "reports/metrics" / name)
+    shutil.rmtree(tmp_path / "reports/curves")
+    monkeypatch.chdir(tmp_path)
+    stage.main(VIEW)
+    text = Page(Path("reports/index.html").read_text()).text()
+    assert "LLMGR has not been evaluated" in text and "sasrec-text" in text and "<new> & odd" in text
+    assert sorted(path.name for path in Path("reports/figures").iterdir()) == ["buckets.svg"]
+
+
+def test_missing_metrics_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"reports/metrics/buckets\.json is missing"):
+        stage.main(VIEW)
+
+
+def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
+    found = report.evidence(written / "reports")
+    took = {name: cost["seconds"] for name, cost in found["cost"].items()}
+    spent = report.training_seconds(found, VIEW)
+    assert spent["gcsan"] == took["gcsan"] and spent["gcsan-text"] == took["gcsan-text"] + took["backbone"]
+    assert spent["llmgr"] == pytest.approx(sum(took[part] for part in ("gcsan", "backbone", "align", "tune")))
+    assert "pop" not in spent
+
+
+def test_recorded_results_are_the_reports_numbers(project: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    record.main(PARAMS.view(record.READS))
+    folder = Path("reports/results/sample")
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "params.yaml", "results.md"]
+    assert (folder / "params.yaml").read_bytes() == Path("params.yaml").read_bytes()
+    kept = json.loads((folder / "metrics.json").read_text())
+    found = json.loads(Path("reports/metrics/buckets.json").read_text())
+    assert kept["buckets"] == found and kept["cost"]["tune"]["hardware"] == "2 CPU threads, X"
+    assert kept["facts"]["filter"]["after"]["users"] == 1500
+    table = (folder / "results.md").read_text()
+    top = max(MODELS, key=lambda model: found[model]["test"]["cold"]["hr_at_20"])
+    assert f"| {top} | **{found[top]['test']['cold']['hr_at_20']:.4f}**" in table
+    assert all(f"**{title} (n = 1,500)**" in table for title in ("Seen items kept", "Seen items excluded"))
+    for block in table.split("\n\n"):
+        widths = {line.count("|") for line in block.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1
+    assert str(project) not in "".join(path.read_text() for path in folder.iterdir())
+
+
+def test_recording_without_results_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="evaluate"):
+        record.main(PARAMS.view(record.READS))
+    assert not Path("reports").exists()
