@@ -1,9 +1,10 @@
 """Stage 1: align nodes with texts. The model is shown candidate nodes and a description and names the node described.
 
-reads   models/embeddings/, models/backbone/, data/core/items.parquet
-writes  models/aligned/ (bridge, output layer and LoRA adapters; no frozen weight), reports/metrics/align.json,
+Reads:  models/embeddings/, models/backbone/, data/core/items.parquet
+Writes: models/aligned/ (bridge, output layer and LoRA adapters; no frozen weight), reports/metrics/align.json,
         reports/curves/align_{steps,epochs}.csv, reports/metrics/cost/align.json
 With align.enabled=false the untrained bridge is written (the paper's RQ3).
+Params: seed, model, align, llm.item_text
 """
 from llmgr.stage import run
 

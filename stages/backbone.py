@@ -1,9 +1,10 @@
 """Resolve the language model and turn every item's text into a vector with it, frozen.
 
-reads   data/core/items.parquet; llm.name: a hub id, a local folder, or `scratch`
-writes  models/backbone/ (config, weights as safetensors, tokenizer, backbone.json, item_text.safetensors),
+Reads:  data/core/items.parquet; llm.name: a hub id, a local folder, or `scratch`
+Writes: models/backbone/ (config, weights as safetensors, tokenizer, backbone.json, item_text.safetensors),
         reports/metrics/backbone.json, reports/metrics/cost/backbone.json, reports/curves/backbone_{steps,epochs}.csv
         (without rows unless the model was trained here)
+Params: seed, llm, data.max_session
 """
 from llmgr.stage import run
 

@@ -1,7 +1,8 @@
 """Fetch the reviews and the item metadata of a dataset, byte for byte.
 
-reads   params: data.dataset, data.mirror, data.sha256, data.retries, data.timeout, data.sample_*
-writes  data/raw/: the two files under their official names, and source.json (which is which, origin, size, SHA-256)
+Reads:  nothing
+Writes: data/raw/: the two files under their official names, and source.json (which is which, origin, size, SHA-256)
+Params: data.dataset, data.mirror, data.sha256, data.retries, data.timeout, data.sample_*
 
 The files come from the official host, from data.mirror (a folder or a URL), or, for data.dataset=sample, out of a
 simulator. A broken transfer goes on where it stopped; nothing is used before it is verified.

@@ -1,8 +1,9 @@
 """Rank every item for every validation and test session, with every model. The only place that reads the test sessions.
 
-reads   models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
-writes  reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
+Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
+Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
         reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
+Params: seed, evaluate, model, tune, data.max_session, encoder.names, encoder.controls
 """
 from llmgr.stage import run
 

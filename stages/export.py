@@ -1,7 +1,8 @@
 """Export what the tuning needs of a pretrained encoder: its item vectors and its session graph network.
 
-reads   models/encoders/BASE/ where BASE is model.base
-writes  models/embeddings/ (items.safetensors: vectors [V+1, d], row 0 pads; encoder.safetensors; config.json)
+Reads:  models/encoders/BASE/ where BASE is model.base
+Writes: models/embeddings/ (items.safetensors: vectors [V+1, d], row 0 pads; encoder.safetensors; config.json)
+Params: model.base
 """
 from llmgr.stage import run
 

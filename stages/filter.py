@@ -1,9 +1,10 @@
 """Reduce the raw files to their k-core and clean the items' texts.
 
-reads   params: filter; data/raw/ (found through data/raw/source.json)
-writes  data/core/interactions.parquet (user, item, timestamp in seconds, rating, line; by user, time, line),
+Reads:  data/raw/ (found through data/raw/source.json)
+Writes: data/core/interactions.parquet (user, item, timestamp in seconds, rating, line; by user, time, line),
         data/core/items.parquet (item_id from 1 in the order of the item strings, item, title, brand, category,
         description, text, count); reports/metrics/filter.json
+Params: filter
 
 Malformed lines are counted by reason and skipped, up to filter.max_bad_share of a file.
 """

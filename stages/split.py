@@ -1,8 +1,9 @@
 """Split the core into leave-one-out sessions.
 
-reads   params: seed, data.max_session, split; data/core/
-writes  data/sessions/{train,valid,test}.parquet (user, items oldest first, target; valid and test also the `earlier`
+Reads:  data/core/
+Writes: data/sessions/{train,valid,test}.parquet (user, items oldest first, target; valid and test also the `earlier`
         items beyond the window); reports/metrics/split.json
+Params: seed, data.max_session, split
 
 A user's last item is the test target, the second-last the validation target, the rest is training, where every
 position from the second on is a target. A user with fewer than three interactions stays in training whole.

@@ -1,9 +1,10 @@
 """Stage 2: tune LLMGR on behaviour, the next item of session graphs, from stage 1's weights.
 
-reads   models/aligned/, models/embeddings/, models/backbone/, data/sessions/{train,valid}.parquet,
+Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{train,valid}.parquet,
         data/core/items.parquet
-writes  models/tuned/ (bridge, output layer, adapters, graph encoder; no frozen weight), reports/metrics/tune.json,
+Writes: models/tuned/ (bridge, output layer, adapters, graph encoder; no frozen weight), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
+Params: seed, model, tune, data.max_session
 """
 from llmgr.stage import run
 

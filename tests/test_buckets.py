@@ -15,6 +15,7 @@ import pytest
 import bucket as stage
 from llmgr import buckets, ranking
 from llmgr.errors import UserError
+from llmgr.sessions import training_counts
 
 ROOT = Path(__file__).parents[1]
 BUCKET = SimpleNamespace(resamples=200, cold=[5, 10], warm=50, practice=[10, 50], trained=[1, 5, 10, 50])
@@ -38,6 +39,8 @@ def project(folder: Path, users: int = 300, items: int = 60, seed: int = 1) -> d
     rows = [(u, h[:end], h[end]) for u, h in histories.items() for end in range(1, len(h) - 2)]
     kinds = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}
     pl.DataFrame(rows, kinds, orient="row").write_parquet(folder / "data/sessions/train.parquet")
+    held_out = [(u, h[:-2], h[-2]) for u, h in histories.items()]
+    pl.DataFrame(held_out, kinds, orient="row").write_parquet(folder / "data/sessions/valid.parquet")
     tests = [(u, h[:-1], h[-1]) for u, h in histories.items()]
     pl.DataFrame(tests, kinds, orient="row").write_parquet(folder / "data/sessions/test.parquet")
     for number, model in enumerate(MODELS):
@@ -52,7 +55,8 @@ def project(folder: Path, users: int = 300, items: int = 60, seed: int = 1) -> d
 def test_training_counts_are_each_users_items_before_the_last_two(tmp_path: Path) -> None:
     histories = project(tmp_path)
     expected = Counter(item for history in histories.values() for item in history[:-2])
-    found = buckets.training_counts(pl.read_parquet(tmp_path / "data/sessions/train.parquet"), 60)
+    targets = [pl.read_parquet(tmp_path / f"data/sessions/{split}.parquet")["target"] for split in ("valid", "test")]
+    found = training_counts(pl.read_parquet(tmp_path / "data/core/items.parquet"), targets)
     assert found.tolist() == [expected[item] for item in range(61)]
 
 

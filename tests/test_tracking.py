@@ -147,7 +147,7 @@ def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     rows = "".join(f"{step},{step / 10},{7 - step / 1e4},0.001\n" for step in range(1, 12_346))
     (tmp_path / "tune_steps.csv").write_text("step,epoch,loss,lr\n" + rows)
     (tmp_path / "tune_epochs.csv").write_text("epoch,step,train_loss,valid_hr_at_20\n0,0,,0.01\n1,100,5.5,0.02\n")
-    found = list(tracking.curves(tmp_path))
+    found = list(tracking.curves(tmp_path.glob("*.csv")))
     loss = [(step, value) for name, value, step in found if name == "curve.tune.loss"]
     assert 900 < len(loss) <= 1000 and loss[-1] == (12_345, 7 - 1.2345) and loss == sorted(loss)
     assert [(v, s) for n, v, s in found if n == "curve.tune.valid_hr_at_20"] == [(0.01, 0), (0.02, 100)]

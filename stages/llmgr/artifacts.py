@@ -31,17 +31,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that replaces it when the block succeeds."""
+    """A temporary folder beside `path` that takes its place, whole, when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, former = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.former.tmp")
+    for leftover in (temporary, former):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(former)
         temporary.replace(path)
+        shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -106,6 +108,15 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
         return total.hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+def left_behind(reports: Path) -> set[Path]:
+    """Files of encoders that are not evaluated: what earlier, longer encoder.names and encoder.controls left there."""
+    metrics, curves = reports / "metrics", reports / "curves"
+    evaluated = read_json(metrics / "buckets.json")
+    gone = [path.stem for path in (metrics / "encoders").glob("*.json") if path.stem not in evaluated]
+    return {path for name in gone for path in (metrics / f"encoders/{name}.json", metrics / f"cost/{name}.json",
+                                               curves / f"{name}_steps.csv", curves / f"{name}_epochs.csv")}
 
 
 def home() -> Path:

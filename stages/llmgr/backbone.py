@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 from llmgr.artifacts import digest, home, require
 from llmgr.errors import UserError
+from llmgr.stage import FULL_DISK
 from llmgr.training import Loss
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.txt",
                    "vocab.json", "merges.txt", "added_tokens.json")
-ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "out_lin",
-                    "c_attn", "query_key_value", "Wqkv", "q", "k", "v")
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin",
+                    "out_lin", "c_attn", "query_key_value", "Wqkv", "q", "k", "v")
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their position ids start after the padding id
+SCRATCH_TOKENS = 128  # of each text that a scratch model is trained on
 
 
 def resolve(name: str, revision: str, folder: Path) -> dict[str, str]:
@@ -53,7 +55,7 @@ def _copy(source: Path, folder: Path, name: str) -> None:
 
 def _fetch(name: str, revision: str, folder: Path) -> str:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi().model_info(name, revision=revision, timeout=30)
@@ -70,7 +72,9 @@ def _fetch(name: str, revision: str, folder: Path) -> str:
         raise UserError(f"llm.name={name} is not on the hub (or needs HF_TOKEN)") from None
     except UserError:
         raise
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's client passes on those of whichever HTTP library it uses
+        if getattr(error, "errno", None) in FULL_DISK:
+            raise
         raise UserError(f"llm.name={name} cannot be fetched from the hub ({type(error).__name__}): connect, give a "
                         "local folder, or set llm.name=scratch") from None
     _copy(cached, folder, name)
@@ -79,6 +83,7 @@ def _fetch(name: str, revision: str, folder: Path) -> str:
 
 def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode."""
+    from safetensors import SafetensorError
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -88,10 +93,17 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) 
     try:
         model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
                                           trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0][:200]}): choose another llm.name") from None
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0][:200]}): choose another llm.name"
+                        ) from None
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    for module in model.modules():  # a frozen model gains nothing from its own dropout, which took a third of a step
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model.config.use_cache = False  # keys and values of past tokens serve generation only
     return model.requires_grad_(False).eval()
 
 
@@ -193,9 +205,9 @@ def train_scratch(texts: list[str], params: Any, folder: Path, resume: Path, see
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=params.width, intermediate_size=params.width * 8 // 3,
         num_hidden_layers=params.layers, num_attention_heads=params.heads, num_key_value_heads=params.heads,
-        max_position_embeddings=max_positions, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        max_position_embeddings=max(max_positions, SCRATCH_TOKENS), bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=True)).to(device_of())
-    ids = [row[:128] for row in tokenizer(texts)["input_ids"]]
+    ids = [row[:SCRATCH_TOKENS] for row in tokenizer(texts)["input_ids"]]
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     table = nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in order], batch_first=True)
     job = TextJob(model, table, torch.tensor([len(ids[i]) for i in order]), max(1, len(ids) // 20), params.batch_size)

@@ -24,17 +24,6 @@ def order(models: Sequence[str]) -> list[str]:
     return sorted(models, key=lambda name: (name == OURS, name not in FLOORS, name))
 
 
-def training_counts(train: pl.DataFrame, items: int) -> np.ndarray:
-    """Interactions of every item in the training sessions, int64 of shape (items + 1,); index 0 is padding.
-
-    `train` has a row a prefix, in user order and then by position, so that a user's training items are the first row's
-    only item and every row's target.
-    """
-    first = train.filter(pl.col("user").is_first_distinct())["items"].list.first()
-    seen = np.concatenate([train["target"].to_numpy(), first.to_numpy()])
-    return np.bincount(seen, minlength=items + 1)
-
-
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
     """Bucket name to a mask over the test sessions, from the targets' 5-core and training interactions.
 

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from llmgr.artifacts import load_tensors
+from llmgr.artifacts import load_tensors, require
 from llmgr.encoders import load_encoder
-from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
+from llmgr.graph import Sessions, catalogue_size, padded
+from llmgr.sessions import training_counts
+from llmgr.text_vectors import principal_components
 
 if TYPE_CHECKING:
     import polars as pl
@@ -22,25 +25,31 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callabl
     """By model name, in the report's order: what loads it; calling that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
     found: dict[str, Callable[[], Callable[[Sessions], Score]]] = {
-        "pop": lambda: popularity(items, params.data.max_session, device),
-        "text-knn": lambda: text_knn(params.evaluate.decay, device)}
+        "pop": lambda: popularity(device),
+        "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device)}
     for name in params.encoder.names + params.encoder.controls:
         found[name] = lambda name=name: encoder(name, items, device)
     found["llmgr"] = lambda: llmgr(params, device)
     return found
 
 
-def popularity(items: int, max_session: int, device: torch.device) -> Callable[[Sessions], Score]:
-    """Scores an item by how often it was clicked in the training sessions."""
-    train, _ = read_sessions("data/sessions/train.parquet", max_session)
-    opening = train.items[train.row[train.length == 1], 0].long()
-    count = torch.bincount(torch.cat((train.target, opening)), minlength=items + 1).float().to(device)
+def popularity(device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores an item by its interactions in the training sessions."""
+    import polars as pl
+
+    held_out = [pl.read_parquet(require(f"data/sessions/{split}.parquet"))["target"] for split in ("valid", "test")]
+    trained = training_counts(pl.read_parquet(require("data/core/items.parquet")), held_out)
+    count = torch.from_numpy(trained).float().to(device)
     return lambda sessions: lambda samples: count.expand(len(samples), -1)
 
 
-def text_knn(decay: float, device: torch.device) -> Callable[[Sessions], Score]:
-    """Scores an item by the cosine of its text vector to those of the clicks, weighted by `decay` a step back."""
-    vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"].to(device)
+def text_knn(text_dim: int, decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores an item by the cosine of its text vector to those of the clicks, weighted by `decay` a step back.
+
+    Untrained. The vectors are whitened to `text_dim` components, which takes away what all texts share.
+    """
+    raw = load_tensors("models/backbone/item_text.safetensors")["vectors"]
+    vectors = F.normalize(principal_components(raw, text_dim, whiten=True), dim=1).to(device)
 
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:

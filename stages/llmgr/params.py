@@ -326,11 +326,13 @@ class Tune(Training):
 class Evaluate:
     batch_size: int
     """Sessions scored at a time."""
+    text_dim: int
+    """text-kNN: whitened principal components of the text vectors."""
     decay: float
     """text-kNN: weight of an item falls by this factor a step back in the session; 0 uses the last item only."""
 
     def check(self) -> None:
-        positive(self, "evaluate", "batch_size")
+        positive(self, "evaluate", "batch_size", "text_dim")
         share(self, "evaluate", "decay")
 
 
@@ -495,11 +497,11 @@ def _scalar(hint: type, value: Any, key: str) -> Any:
         raise refusal
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise refusal from None
     if number != number or number in (float("inf"), float("-inf")) or (hint is int and number != int(number)):
         raise refusal
-    return int(number) if hint is int else number
+    return int(value if isinstance(value, int) else number) if hint is int else number
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:

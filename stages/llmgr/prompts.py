@@ -171,14 +171,14 @@ class BehaviourPrompts:
         trunk, branch = BEHAVIOUR[family]
         self.trunk = pieces(trunk, tokenizer, start=True)
         self.branch = pieces(branch if edges else EDGES.sub("", branch), tokenizer, start=False)
-        self.arrow = tokenizer(">", add_special_tokens=False)["input_ids"][:1]
+        self.arrow = tokenizer(">", add_special_tokens=False)["input_ids"]
         self.titles = text_table(tokenizer, titles, title_tokens) if titles is not None else None
 
     def longest(self, max_session: int) -> int:
         """Tokens that the longest possible prompt spans."""
-        fixed = sum(1 if isinstance(p, str) else len(p) for p in self.trunk + self.branch)
-        edges = 4 * max_session if "edges" in self.branch else 0
-        return fixed + max_session * (1 + (self.titles[0].shape[1] if self.titles else 0)) + edges
+        click = 1 + (self.titles[0].shape[1] if self.titles else 0)
+        slots = {"nodes": max_session * click, "edges": (max_session - 1) * (2 + len(self.arrow))}
+        return sum(slots.get(p, 1) if isinstance(p, str) else len(p) for p in self.trunk + self.branch)
 
     def __call__(self, graphs: GraphBatch, first_B: Tensor) -> PromptBatch:
         """Prompts for sessions, with a branch for every prefix of `first_B` to all clicks.
@@ -243,9 +243,9 @@ class BehaviourPrompts:
         for piece in self.branch:
             if piece == "edges":
                 source, target = graphs.items_BS[:, :-1], graphs.items_BS[:, 1:]
-                arrow = torch.full_like(source, self.arrow[0])
-                value = torch.stack((source, arrow, target), -1)
-                kind = torch.tensor([NODE, TEXT, NODE], device=value.device).expand_as(value)
+                arrow = [torch.full_like(source, token) for token in self.arrow]
+                value = torch.stack((source, *arrow, target), -1)
+                kind = torch.tensor([NODE, *[TEXT] * len(arrow), NODE], device=value.device).expand_as(value)
                 layout.add(kind.flatten(1), value.flatten(1),
                            graphs.mask_BS()[:, 1:, None].expand_as(value).flatten(1))
             elif piece == "graph":

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from llmgr import figures
-from llmgr.artifacts import read_json
+from llmgr.artifacts import left_behind, read_json
 from llmgr.buckets import OURS
 from llmgr.figures import duration, pretty, signed
 from llmgr.params import flat
@@ -29,20 +29,22 @@ def evidence(reports: Path) -> dict[str, Any]:
     metrics, curves = reports / "metrics", reports / "curves"
     order = [*FACTS, "evaluate"]
     facts = {name: read_json(metrics / f"{name}.json") for name in FACTS if (metrics / f"{name}.json").exists()}
-    encoders = sorted(metrics.glob("encoders/*.json"), key=lambda path: path.stem)
+    ignored = left_behind(reports)
+    encoders = sorted({*metrics.glob("encoders/*.json")} - ignored, key=lambda path: path.stem)
     costs = {path.stem: read_json(path) for path in sorted(
-        metrics.glob("cost/*.json"), key=lambda path: (path.stem in order and 1 + order.index(path.stem), path.stem))}
+        {*metrics.glob("cost/*.json")} - ignored,
+        key=lambda path: (path.stem in order and 1 + order.index(path.stem), path.stem))}
     return {name: read_json(metrics / f"{name}.json") for name in REQUIRED} | {
         "facts": facts | ({"encoders": {path.stem: read_json(path) for path in encoders}} if encoders else {}),
         "cost": costs,
-        "steps": _curves(curves, "_steps", costs),
-        "epochs": _curves(curves, "_epochs", costs),
+        "steps": _curves({*curves.glob("*_steps.csv")} - ignored, costs),
+        "epochs": _curves({*curves.glob("*_epochs.csv")} - ignored, costs),
     }
 
 
-def _curves(folder: Path, suffix: str, order: Mapping) -> dict[str, pl.DataFrame]:
+def _curves(paths: set[Path], order: Mapping) -> dict[str, pl.DataFrame]:
     place = {name: number for number, name in enumerate(order)}
-    found = {path.stem.removesuffix(suffix): path for path in folder.glob(f"*{suffix}.csv")}
+    found = {path.stem.rpartition("_")[0]: path for path in paths}
     frames = {name: pl.read_csv(found[name], infer_schema_length=None)
               for name in sorted(found, key=lambda name: (place.get(name, len(place)), name))}
     return {name: frame for name, frame in frames.items() if frame.height}

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
+import numpy as np
 import polars as pl
 
 LEAST = 3
@@ -83,3 +84,15 @@ def _history(rows: pl.DataFrame, targets: pl.DataFrame, skip: pl.Expr, count: pl
     empty = pl.lit([], pl.List(pl.Int32))
     joined = targets.join(lists, on="row", how="left", maintain_order="left")
     return joined.with_columns(pl.col(name).fill_null(empty), target=pl.col("item_id").cast(pl.Int32))
+
+
+def training_counts(items: pl.DataFrame, held_out: list[pl.Series]) -> np.ndarray:
+    """Interactions of every item in the training sessions, int64 [V+1]; index 0 is padding.
+
+    `items` is the table of items.parquet, `held_out` are the targets of validation and test, which its counts include.
+    """
+    counts = np.zeros(items.height + 1, np.int64)
+    counts[items["item_id"].to_numpy()] = items["count"].to_numpy()
+    for targets in held_out:
+        counts -= np.bincount(targets.to_numpy(), minlength=items.height + 1)
+    return counts

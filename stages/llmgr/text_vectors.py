@@ -9,14 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.artifacts import require
+from llmgr.errors import UserError
+
+BATCH_TEXTS = 512
 
 
 @torch.no_grad()
-def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens: int, batch_tokens: int = 8192) -> Tensor:
+def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens: int, batch_tokens: int = 8192
+                 ) -> Tensor:
     """A unit vector a text [len(texts), H]: the mean of the last hidden states over its tokens (Sentence-BERT).
 
-    Texts go through in batches of like length, at most `batch_tokens` tokens with padding.
+    Texts go through in batches of like length, at most `batch_tokens` tokens with padding. UserError where `max_tokens`
+    passes the model's positions.
     """
+    positions = model.config.max_position_embeddings
+    if max_tokens > positions:
+        raise UserError(f"llm.max_text_tokens={max_tokens} exceeds the backbone's {positions} positions: lower it")
     ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
     device = next(model.parameters()).device
     length = torch.tensor([len(i) for i in ids])
@@ -24,7 +32,8 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
     vectors = torch.zeros(len(texts), model.config.hidden_size)
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // max(1, int(length[order[min(len(order) - 1, start + 511)]])))
+        longest = int(length[order[min(len(order), start + BATCH_TEXTS) - 1]])
+        size = min(BATCH_TEXTS, max(1, batch_tokens // max(1, longest)))
         chosen = order[start:start + size]
         start += size
         padded = nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in chosen], batch_first=True).to(device)
@@ -35,10 +44,10 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
     return vectors
 
 
-def principal_components(vectors_VH: Tensor, dim: int) -> Tensor:
+def principal_components(vectors_VH: Tensor, dim: int, whiten: bool = False) -> Tensor:
     """The first `dim` principal components of item text vectors, scaled to unit mean variance; row 0 (padding) is 0.
 
-    Where the vectors are narrower than `dim`, all of their components.
+    Where the vectors are narrower than `dim`, all of their components. With `whiten` each has unit variance by itself.
     """
     centred = vectors_VH[1:].double()
     centred = centred - centred.mean(0)
@@ -46,6 +55,9 @@ def principal_components(vectors_VH: Tensor, dim: int) -> Tensor:
     axes = axes.flip(1)[:, :dim]
     axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
     reduced = centred @ axes
+    if whiten:
+        deviation = reduced.square().mean(0).sqrt()
+        reduced = reduced / deviation.clamp(min=1e-3 * float(deviation.max()))
     reduced = reduced / reduced.square().mean().sqrt().clamp(min=1e-12)
     return torch.cat((torch.zeros(1, reduced.shape[1]), reduced.float()))
 

@@ -13,12 +13,12 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmgr.artifacts import digest, home, read_json
+from llmgr.artifacts import digest, home, left_behind, read_json
 from llmgr.errors import UserError
 
 KEY = "llmgr.key"
@@ -33,8 +33,8 @@ LOCK_SECONDS = 600
 
 def key(parameters: Mapping[str, Any], reports: Path) -> str:
     """Hex digest of the parameters and of every result that does not depend on timing."""
-    total = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
-    for path in sorted(path for folder in RESULTS for path in (reports / folder).rglob("*.*")):
+    total, ignored = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()), left_behind(reports)
+    for path in sorted(path for folder in RESULTS for path in (reports / folder).rglob("*.*") if path not in ignored):
         name = path.relative_to(reports).as_posix()
         if not name.startswith(TIMED) and not path.name.startswith("."):
             total.update(f"{name}\0{digest(path)}\n".encode())
@@ -76,16 +76,16 @@ def metrics(reports: Path) -> dict[str, float]:
                     add(f"difference.{other}.{split}.{bucket}.{metric}", gap.pop("difference"))
                     add(f"difference.{other}.{split}.{bucket}.{metric}", gap)
     known = {"evaluate", "buckets", "intervals", "differences"}
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted({*folder.rglob("*.json")} - left_behind(reports)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in known:
             add(name.replace("/", ".").replace("encoders.", "encoder."), read_json(path))
     return found
 
 
-def curves(folder: Path) -> Iterator[tuple[str, float, int]]:
+def curves(paths: Iterable[Path]) -> Iterator[tuple[str, float, int]]:
     """(name, value, step) of every curve, at most `POINTS` of each: `curve.tune.loss`, `curve.gcsan.valid_hr_at_20`."""
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(paths):
         part = path.stem.removesuffix("_steps").removesuffix("_epochs")
         with path.open(newline="") as handle:
             rows = list(csv.DictReader(handle))
@@ -139,6 +139,13 @@ def store(uri: str | None) -> str:
     return uri
 
 
+def beside(address: str) -> Path:
+    """Where a store's lock and artifacts lie: beside a sqlite file, which clones may share, else in the root."""
+    if address.startswith("sqlite:///"):
+        return Path(address.removeprefix("sqlite:///").partition("?")[0]).parent
+    return home()
+
+
 def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, reports: Path) -> dict[str, str]:
     """Publish the results under `reports`, or find the run that already holds them; what stands in mlflow_run.json.
 
@@ -153,13 +160,13 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
     address = store(uri)
     kind = address.split(":", 1)[0]
     shown = kind if kind == "sqlite" else address
-    identity = key(parameters, reports)
     values = metrics(reports)
+    identity = key(parameters, reports)
     name = os.environ.get("DVC_EXP_NAME") or f"{parameters['data.dataset']}-{identity[:8]}"
     try:
-        with filelock.FileLock(home() / ".mlflow.lock", timeout=LOCK_SECONDS):
+        with filelock.FileLock(beside(address) / ".mlflow.lock", timeout=LOCK_SECONDS):
             client = _client(mlflow, address)
-            experiment_id = _experiment(client, experiment, kind)
+            experiment_id = _experiment(client, experiment, address)
             run = _finished(client, experiment_id, identity)
             if run is None:
                 run = client.create_run(experiment_id, tags=tags(identity), run_name=name)
@@ -190,11 +197,11 @@ def _client(mlflow: Any, address: str) -> Any:
     return client
 
 
-def _experiment(client: Any, name: str, kind: str) -> str:
+def _experiment(client: Any, name: str, address: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         # A database store would put artifacts below the current folder, which in DVC's temporary copies vanishes.
-        place = None if kind.startswith("http") else (home() / "mlartifacts").resolve().as_uri()
+        place = None if address.startswith("http") else (beside(address) / "mlartifacts").resolve().as_uri()
         return client.create_experiment(name, artifact_location=place)
     if found.lifecycle_stage == "deleted":
         raise UserError(f"track.experiment={name} was deleted in MLflow: restore it there or choose another name")
@@ -219,17 +226,18 @@ def _fill(client: Any, run_id: str, parameters: Mapping, values: Mapping, report
     texts = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in parameters.items()]
     for start in range(0, len(texts), 100):
         client.log_batch(run_id, params=texts[start:start + 100])
+    kept = {path for folder in ("figures", "metrics", "curves", "plots") for path in (reports / folder).rglob("*.*")}
+    kept -= left_behind(reports)
     now = int(time.time() * 1000)
     points = [Metric(name, value, now, 0) for name, value in values.items()]
-    points += [Metric(name, value, now, step) for name, value, step in curves(reports / "curves")]
+    points += [Metric(name, value, now, step) for name, value, step in curves(
+        path for path in kept if path.parent.name == "curves")]
     for start in range(0, len(points), 1000):
         client.log_batch(run_id, metrics=points[start:start + 1000])
     client.log_inputs(run_id, [
         DatasetInput(Dataset(path, content[:36], "dvc", json.dumps({"path": path, "md5": content})),
                      [InputTag("mlflow.data.context", path.split("/")[1])])
         for path, content in datasets(Path("dvc.lock"), Path("data")).items()])
-    for path in ("index.html", "figures", "metrics", "curves", "plots"):
-        if (reports / path).is_dir():
-            client.log_artifacts(run_id, str(reports / path), path)
-        elif (reports / path).exists():
-            client.log_artifact(run_id, str(reports / path))
+    client.log_artifact(run_id, str(reports / "index.html"))
+    for path in sorted(kept):
+        client.log_artifact(run_id, str(path), path.parent.relative_to(reports).as_posix())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmgr.artifacts import replacing, write_json, write_text
+from llmgr.artifacts import write_bytes, write_json, write_text
 from llmgr.errors import UserError
 from llmgr.stage import say
 
@@ -123,10 +123,10 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
                 progress.window[0] += loss.total.item()
             progress.samples += targets
             progress.window[1] += targets
-            if not math.isfinite(progress.window[0]):
-                raise UserError(f"{name}: the loss is not finite at step {progress.step + 1}; lower {name_of(name)}.lr; "
-                                "the last good checkpoint is kept")
-            nn.utils.clip_grad_norm_(trained.values(), settings.clip, error_if_nonfinite=False)
+            norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip)
+            if not math.isfinite(progress.window[0] + norm.item()):
+                raise UserError(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
+                                f"{name_of(name)}.lr; the last good checkpoint is kept")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.step += 1
@@ -279,8 +279,9 @@ def _save(path: Path, progress: Progress, trained: dict[str, nn.Parameter], opti
     state = {"progress": vars(progress), "weights": {k: p.detach() for k, p in trained.items()},
              "optimizer": optimizer.state_dict(), "best": best, "random": torch.get_rng_state(),
              "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    buffer = io.BytesIO()  # written by Python, whose errors say when a disk is full; those of torch.save do not
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def _load(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer

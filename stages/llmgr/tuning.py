@@ -108,7 +108,8 @@ class BehaviourJob:
 
     def __init__(self, model: Llmgr, prompts: BehaviourPrompts, train: Sessions, valid: Sessions, settings: Any,
                  seed: int, dtype: torch.dtype) -> None:
-        check_length(prompts.longest(train.items.shape[1]), model,
+        clicks = max(train.items.shape[1], valid.items.shape[1] + 1)  # a test session holds the validation target, too
+        check_length(prompts.longest(clicks), model,
                      "lower data.max_session or tune.title_tokens, or set tune.titles=false")
         if settings.targets == "positions" and not model.causal:
             raise UserError("tune.targets=positions needs causal attention and the backbone is bidirectional: set "
@@ -166,16 +167,14 @@ class Scorer:
 
     def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype) -> None:
         self.model, self.prompts, self.sessions, self.dtype = model, prompts, sessions, dtype
-        self.tokens = 0
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Tensor:
         """Scores [B, V+1] of samples [B]."""
         graphs = self.sessions.graphs(samples)
-        prompts = self.prompts(graphs, graphs.length_B)
-        self.tokens += prompts.tokens
+        prompts, session_BD = self.prompts(graphs, graphs.length_B), self.model.sessions(graphs)
         with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            query, table, bias = self.model(prompts, self.model.sessions(graphs))
+            query, table, bias = self.model(prompts, session_BD)
         return logits(query.float(), table.float(), bias)
 
     @torch.no_grad()

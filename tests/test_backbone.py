@@ -1,0 +1,210 @@
+"""Where a language model comes from, what is refused and in which words, and the small one trained from scratch."""
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmgr import backbone
+from llmgr.backbone import describe, is_causal, load_language_model, load_tokenizer, position_offset, resolve, train_scratch
+from llmgr.errors import UserError
+from tiny import checkpoint, language_model, tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A whole model folder in the Hugging Face format, with files that must not be taken along."""
+    path = tmp_path / "given"
+    language_model("llama").save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+    (path / "modeling_own.py").write_text("raise SystemExit")
+    return path
+
+
+def test_a_local_folder_is_copied_without_pickles_and_code(folder, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    assert resolve(str(folder), "main", target) == {"name": str(folder), "revision": "local folder"}
+    assert {p.name for p in target.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    ours, theirs = load_language_model(target), language_model("llama")
+    ids = torch.tensor([[1, 7, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).last_hidden_state, theirs(input_ids=ids).last_hidden_state)
+    assert not any(p.requires_grad for p in ours.parameters()) and not ours.training
+    assert load_tokenizer(target)("ab")["input_ids"] == tokenizer()("ab")["input_ids"]
+
+
+def test_a_folder_is_found_from_the_repository_root(folder, tmp_path, monkeypatch):
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    target.mkdir(), elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    resolve("given", "main", target)
+    assert (target / "model.safetensors").exists()
+
+
+def refused(call) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_wrong_with_a_folder(folder, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (folder / "model.safetensors").unlink()
+    assert "has no *.safetensors: convert" in refused(lambda: resolve(str(folder), "main", target))
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refused(lambda: resolve(str(folder), "main", target))
+    for name in ("../nowhere/model", "/nowhere", "nowhere", "~/model"):
+        assert f"llm.name={name} is no folder here: give a folder" in refused(lambda name=name: resolve(name, "main", target))
+    assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "config", "architecture"])
+def test_a_damaged_folder_is_one_sentence(folder, damage):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "garbage":
+        weights.write_bytes(b"garbage")
+    elif damage == "config":
+        config.write_text("{")
+    else:
+        config.write_text(config.read_text().replace('"llama"', '"nosuch"'))
+    assert f"{folder} cannot be loaded (" in refused(lambda: load_language_model(folder))
+
+
+def test_weights_in_a_pickle_alone_are_never_loaded(folder):
+    (folder / "model.safetensors").unlink()
+    mark = folder / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
+
+    torch.save(Evil(), folder / "pytorch_model.bin")
+    refused(lambda: load_language_model(folder))
+    assert not mark.exists()
+
+
+def test_a_folder_without_a_tokenizer(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "config.json").write_text('{"model_type": "nosuch"}')
+    assert "has no usable tokenizer" in refused(lambda: load_tokenizer(folder))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Points the hub's client at an address and gives what `resolve` says of a name there."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def ask(name: str, endpoint: str, offline: bool = False) -> str:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        close_session()
+        return refused(lambda: resolve(name, "main", tmp_path))
+
+    yield ask
+    close_session()
+
+
+def test_a_hub_out_of_reach_is_one_sentence(hub):
+    for name, offline in (("org/model", False), ("an org/model", False), ("org/model", True)):
+        said = hub(name, "http://127.0.0.1:9", offline)
+        assert said.startswith(f"llm.name={name} cannot be fetched from the hub (")
+        assert said.endswith("connect, give a local folder, or set llm.name=scratch")
+        assert ("OfflineModeIsEnabled" in said) == offline
+
+
+def test_what_the_hub_says_is_passed_on(hub):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            code = {"gated": "GatedRepo", "norevision": "RevisionNotFound", "missing": "RepoNotFound"}.get(
+                self.path.split("/")[4])
+            body = b"{}" if code else json.dumps({"id": "org/pickle", "sha": "0" * 40, "siblings": [
+                {"rfilename": "pytorch_model.bin"}]}).encode()
+            self.send_response(200 if code is None else 403 if code == "GatedRepo" else 404)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        said = [hub(f"org/{name}", f"http://127.0.0.1:{server.server_port}")
+                for name in ("gated", "norevision", "missing", "pickle")]
+    finally:
+        server.shutdown()
+    assert "is gated: accept its licence" in said[0] and "HF_TOKEN" in said[0]
+    assert said[1] == "llm.revision=main does not exist for llm.name=org/norevision"
+    assert said[2].startswith("llm.name=org/missing is not on the hub")
+    assert said[3].startswith("llm.name=org/pickle at llm.revision=main has no *.safetensors")
+
+
+def test_attention_and_positions_of_architectures():
+    from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, MistralConfig, RobertaConfig
+
+    assert [is_causal(c()) for c in (LlamaConfig, MistralConfig, GPT2Config)] == [True] * 3
+    assert [is_causal(c()) for c in (BertConfig, RobertaConfig, DistilBertConfig)] == [False] * 3
+    assert is_causal(BertConfig(is_decoder=True))
+    assert position_offset(RobertaConfig(pad_token_id=1)) == 2 and position_offset(BertConfig()) == 0
+
+
+def scratch(tmp_path, name: str, seed: int = 0):
+    settings = types.SimpleNamespace(layers=1, width=16, heads=2, vocabulary=300, epochs=2, lr=0.01, weight_decay=0.01,
+                                     warmup_share=0.1, clip=1.0, batch_size=16, checkpoint_seconds=60.0)
+    texts = [f"{a} {b} for {c}" for a in ("red", "blue", "soft", "small") for b in ("soap", "brush", "cream")
+             for c in ("hands", "hair", "face", "men", "women", "children")]
+    folder = tmp_path / name
+    folder.mkdir()
+    progress, model = train_scratch(texts, settings, folder, tmp_path / f"{name}-resume", seed, max_positions=40)
+    return progress, model, folder
+
+
+def test_a_scratch_model_learns_loads_and_is_the_same_twice(tmp_path):
+    progress, model, folder = scratch(tmp_path, "a")
+    assert progress.epoch_rows[-1]["valid_loss"] < progress.epoch_rows[0]["valid_loss"] - 0.5
+    _, _, again = scratch(tmp_path, "b")
+    _, _, other = scratch(tmp_path, "c", seed=1)
+    files = {p.name for p in folder.iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    for name in files:
+        assert (folder / name).read_bytes() == (again / name).read_bytes(), name
+    assert (folder / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+    read = load_tokenizer(folder)
+    ids = read("red soap for hands")["input_ids"]
+    assert ids[0] == read.bos_token_id and read.decode(ids[1:]) == "red soap for hands"
+    loaded = load_language_model(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=torch.tensor([ids])).last_hidden_state,
+                                   model.eval().model(input_ids=torch.tensor([ids])).last_hidden_state)
+    found = describe(folder)
+    assert (found["architecture"], found["attention"], found["width"], found["layers"]) == ("LlamaForCausalLM", "causal", 16, 1)
+    assert found["positions"] == backbone.SCRATCH_TOKENS, "as long as the texts it is trained on, at least"
+    assert list(found["sha256"]) == ["model.safetensors"]
+
+
+def test_a_real_checkpoint_is_described():
+    assert describe(checkpoint("stories260K"))["attention"] == "causal"
+    found = describe(checkpoint("all-MiniLM-L6-v2"))
+    assert (found["attention"], found["width"], found["layers"], found["positions"]) == ("bidirectional", 384, 6, 512)

@@ -1,0 +1,97 @@
+"""The simple baselines against plain loops, and what counts as seen."""
+from __future__ import annotations
+
+import collections
+import random
+import types
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from llmgr import evaluation
+from llmgr.artifacts import save_tensors
+from llmgr.encoders import build_recommender, save_recommender
+from llmgr.graph import read_sessions
+
+ITEMS = 15
+CPU = torch.device("cpu")
+SCHEMA = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}
+
+
+def histories() -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randint(1, ITEMS) for _ in range(rng.randint(3, 9))] for _ in range(30)]
+
+
+def written(folder, window: int) -> None:
+    """Items and sessions as the earlier stages write them: a history ends in its validation and its test target."""
+    (folder / "data/sessions").mkdir(parents=True)
+    (folder / "data/core").mkdir(parents=True)
+    held = SCHEMA | {"earlier": pl.List(pl.Int32)}
+    for split, ends in (("valid", 2), ("test", 1)):
+        before = [(x[:len(x) - ends], x[-ends]) for x in histories()]
+        rows = [(f"u{n:02d}", x[-window:], target, x[:-window]) for n, (x, target) in enumerate(before)]
+        pl.DataFrame(rows, held, orient="row").write_parquet(folder / f"data/sessions/{split}.parquet")
+    count = collections.Counter(i for x in histories() for i in x)
+    pl.DataFrame({"item_id": range(1, ITEMS + 1), "count": [count[i] for i in range(1, ITEMS + 1)]}).write_parquet(
+        folder / "data/core/items.parquet")
+
+
+@pytest.mark.parametrize("window", [1, 50])
+def test_popularity_counts_every_training_click_once(tmp_path, monkeypatch, window):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, window)
+    expected = collections.Counter(i for x in histories() for i in x[:-2])
+    sessions, _ = read_sessions("data/sessions/test.parquet", window)
+    scores = evaluation.popularity(CPU)(sessions)(torch.tensor([4, 0]))
+    assert scores.shape == (2, ITEMS + 1)
+    assert scores[0].tolist() == scores[1].tolist() == [float(expected[i]) for i in range(ITEMS + 1)]
+
+
+@pytest.mark.parametrize(("decay", "dim"), [(0.0, 6), (0.7, 6), (1.0, 3)])
+def test_text_knn_is_a_decayed_sum_of_cosines_of_whitened_vectors(tmp_path, monkeypatch, decay, dim):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 4)
+    raw = torch.randn(ITEMS + 1, 6, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 6) + 2
+    raw[0] = 0
+    save_tensors("models/backbone/item_text.safetensors", {"vectors": raw})
+    centred = raw[1:].double().numpy()
+    axes, _, _ = np.linalg.svd(centred - centred.mean(0), full_matrices=False)
+    white = axes[:, :dim] / np.linalg.norm(axes[:, :dim], axis=1, keepdims=True)
+    sessions, frame = read_sessions("data/sessions/test.parquet", 4)
+    samples = torch.tensor([7, 2, 11, 0])
+    scores = evaluation.text_knn(dim, decay, CPU)(sessions)(samples)
+    for row, sample in enumerate(samples.tolist()):
+        items = frame["items"][sample].to_list()
+        for candidate in range(1, ITEMS + 1):
+            expected = sum(decay**back * float(white[i - 1] @ white[candidate - 1]) for back, i in enumerate(reversed(items)))
+            assert float(scores[row, candidate]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_seen_items_are_all_a_user_had_before_the_target(tmp_path):
+    written(tmp_path, 3)
+    frame = pl.read_parquet(tmp_path / "data/sessions/test.parquet")
+    assert frame["earlier"].list.len().max() > 0
+    for row, items in zip(evaluation.seen_items(frame).tolist(), histories()):
+        assert [i for i in row if i] == items[:-1]
+
+
+def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 5)
+    section = types.SimpleNamespace(dim=8, training=types.SimpleNamespace(dropout=0.3), gcsan=types.SimpleNamespace(
+        gnn_layers=1, attention_layers=1, attention_heads=1, omega=0.6))
+    torch.manual_seed(0)
+    model = build_recommender("gcsan", ITEMS, section, None).eval()
+    save_recommender("models/encoders/gcsan", "gcsan", model, section)
+    params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5), evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
+                                   encoder=types.SimpleNamespace(names=["gcsan"], controls=["gcsan-text"]))
+    found = evaluation.scorers(params, CPU)
+    assert list(found) == ["pop", "text-knn", "gcsan", "gcsan-text", "llmgr"]
+    sessions, _ = read_sessions("data/sessions/test.parquet", 5)
+    samples = torch.arange(len(sessions))
+    with torch.no_grad():
+        query, vectors = model(sessions.graphs(samples))
+        torch.testing.assert_close(found["gcsan"]()(sessions)(samples), query @ vectors.T)

@@ -1,0 +1,222 @@
+"""GC-SAN against its equations, its invariances, the control's item vectors, and that it learns."""
+from __future__ import annotations
+
+import math
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llmgr.encoders import Recommender, build_recommender, family, load_encoder, save_recommender
+from llmgr.encoders.gcsan import AttentionBlock, Gcsan
+from llmgr.errors import UserError
+from llmgr.graph import Sessions
+from llmgr.pretraining import EncoderJob, item_cross_entropy, rank_sessions
+from llmgr.training import fit
+
+ITEMS, DIM = 12, 8
+
+
+def settings(**changes) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{"gnn_layers": 1, "attention_layers": 1, "attention_heads": 1, "omega": 0.6} | changes)
+
+
+def sessions(lists: list[list[int]], target: list[int] | None = None) -> Sessions:
+    items = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int32)
+    for row, clicks in enumerate(lists):
+        items[row, :len(clicks)] = torch.tensor(clicks)
+    return Sessions(items, torch.arange(len(lists)), torch.tensor([len(x) for x in lists]),
+                    torch.tensor(target or [1] * len(lists)))
+
+
+LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
+
+
+def made(seed: int = 0, **changes) -> tuple[Gcsan, torch.Tensor]:
+    torch.manual_seed(seed)
+    return Gcsan(DIM, 0.3, settings(**changes)).eval(), F.pad(torch.randn(ITEMS, DIM), (0, 0, 1, 0))
+
+
+def by_hand(model: Gcsan, vectors: torch.Tensor, items: list[int]) -> torch.Tensor:
+    """SR-GNN equations 1-5 click by click, GC-SAN's attention over all queries (with the layer norms of AttentionBlock's
+    Deviation), and equation 12."""
+    nodes = list(dict.fromkeys(items))
+    edges = {(nodes.index(a), nodes.index(b)) for a, b in zip(items, items[1:])}
+    h = [vectors[i] for i in nodes]
+    for layer in model.graph:
+        after = []
+        for v in range(len(nodes)):
+            before = [a for a, b in edges if b == v]
+            following = [b for a, b in edges if a == v]
+            message_in, message_out = torch.zeros(DIM), torch.zeros(DIM)
+            for u in before:
+                message_in = message_in + (layer.message_in.weight @ h[u] + layer.message_in.bias) / len(before)
+            for u in following:
+                message_out = message_out + (layer.message_out.weight @ h[u] + layer.message_out.bias) / len(following)
+            a = torch.cat((message_in, message_out))
+            gates = layer.gates.weight_ih @ a + layer.gates.bias_ih
+            states = layer.gates.weight_hh @ h[v] + layer.gates.bias_hh
+            reset = torch.sigmoid(gates[:DIM] + states[:DIM])
+            update = torch.sigmoid(gates[DIM:2 * DIM] + states[DIM:2 * DIM])
+            candidate = torch.tanh(gates[2 * DIM:] + reset * states[2 * DIM:])
+            after.append((1 - update) * candidate + update * h[v])
+        h = after
+    x = torch.stack([h[nodes.index(i)] for i in items])
+    gnn_last = x[-1]
+    for block in model.attention:
+        key, value = block.key_value(x).chunk(2, -1)
+        query = block.query(x)
+        width = DIM // block.heads
+        heads = []
+        for n in range(block.heads):
+            part = slice(n * width, (n + 1) * width)
+            weight = torch.softmax(query[:, part] @ key[:, part].T / math.sqrt(width), -1)
+            heads.append(weight @ value[:, part])
+        x = F.layer_norm(x + block.out(torch.cat(heads, -1)), (DIM,), block.norm_attention.weight, block.norm_attention.bias)
+        inner = block.inner[2](torch.relu(block.inner[0](x)))
+        x = F.layer_norm(x + inner, (DIM,), block.norm_inner.weight, block.norm_inner.bias)
+    return model.omega * x[-1] + (1 - model.omega) * gnn_last
+
+
+@pytest.mark.parametrize("changes", [{}, {"gnn_layers": 2, "attention_layers": 3, "attention_heads": 4, "omega": 0.3},
+                                     {"gnn_layers": 5, "attention_layers": 5, "omega": 1.0}, {"omega": 0.0}])
+@torch.no_grad()
+def test_forward_is_the_papers_equations(changes):
+    model, vectors = made(**changes)
+    for module in model.modules():  # layer norms that do something
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.uniform_(0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
+    found = model(sessions(LISTS).graphs(torch.arange(len(LISTS))), vectors)
+    torch.testing.assert_close(found, torch.stack([by_hand(model, vectors, items) for items in LISTS]), atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_session_does_not_hang_on_its_batch():
+    model, vectors = made(gnn_layers=2, attention_layers=2)
+    every = sessions(LISTS)
+    together = model(every.graphs(torch.arange(len(LISTS))), vectors)
+    alone = torch.cat([model(sessions([items]).graphs(torch.tensor([0])), vectors) for items in LISTS])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    torch.testing.assert_close(model(every.graphs(order), vectors), together[order], atol=1e-6, rtol=1e-5)
+    assert together.std(0).min() > 1e-3, "sessions differ"
+
+
+@torch.no_grad()
+def test_the_last_query_alone_equals_full_attention():
+    torch.manual_seed(1)
+    block = AttentionBlock(DIM, 2, 0.3).eval()
+    x, last = torch.randn(3, 5, DIM), torch.tensor([4, 0, 2])
+    mask = torch.arange(5) <= last[:, None]
+    full = block(x, mask)[torch.arange(3), last]
+    torch.testing.assert_close(block(x, mask, last)[:, 0], full)
+
+
+def test_partial_training_is_the_attention():
+    model, _ = made(attention_layers=2)
+    names = {n for n, p in model.named_parameters() if any(p is q for q in model.readout_parameters())}
+    assert names == {n for n, _ in model.named_parameters() if n.startswith("attention.")} != set()
+
+
+def test_item_vectors_of_the_control():
+    torch.manual_seed(0)
+    features = F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0))
+    model = Recommender(ITEMS, made()[0], DIM, features)
+    torch.testing.assert_close(model.vectors(), model.vectors.table.weight + features @ model.vectors.text.weight.T)
+    assert (model.vectors() - model.vectors.table.weight).abs().max() > 1e-3
+    batch = sessions(LISTS).graphs(torch.arange(len(LISTS)))
+    with torch.no_grad():
+        model.vectors.text.weight.zero_()
+    plain = Recommender(ITEMS, model.encoder, DIM)
+    plain.vectors.table.load_state_dict(model.vectors.table.state_dict())
+    plain.encoder.load_state_dict(model.encoder.state_dict())
+    for ours, ids in zip(model(batch), plain(batch)):
+        torch.testing.assert_close(ours, ids)
+    session, vectors = model(batch)
+    item_cross_entropy(session, vectors, torch.tensor([1, 2, 3, 4, 5, 6])).backward()
+    table = model.vectors.table.weight.grad
+    assert model.vectors.text.weight.grad.abs().sum() > 0 and (table[1:].abs().sum(1) > 0).all()
+    assert table[0].abs().sum() == 0 and model.vectors()[0].abs().sum() == 0, "padding stays 0"
+    assert "features" not in " ".join(model.state_dict())
+
+
+def test_cross_entropy_is_the_softmax_over_items():
+    torch.manual_seed(0)
+    query, vectors = torch.randn(300, DIM), torch.randn(ITEMS + 1, DIM)
+    target = torch.randint(1, ITEMS + 1, (300,))
+    expected = -torch.log_softmax(query @ vectors.T[:, 1:], 1)[torch.arange(300), target - 1].sum()
+    torch.testing.assert_close(item_cross_entropy(query, vectors, target), expected, rtol=1e-5, atol=1e-4)
+
+
+def params(**changes) -> types.SimpleNamespace:
+    return types.SimpleNamespace(dim=DIM, gcsan=settings(), training=types.SimpleNamespace(**{
+        "dropout": 0.1, "epochs": 12, "patience": 12, "batch_size": 64, "lr": 0.02, "weight_decay": 0.0,
+        "warmup_share": 0.0, "clip": 5.0, "precision": "fp32", "checkpoint_seconds": 60.0} | changes))
+
+
+def chain(count: int, seed: int, shuffle: bool) -> Sessions:
+    """Walks on a fixed successor of every item; with `shuffle` the targets belong to other walks."""
+    generator = torch.Generator().manual_seed(seed)
+    successor = F.pad(torch.randperm(30, generator=torch.Generator().manual_seed(9)) + 1, (1, 0))
+    walk = [torch.randint(1, 31, (count,), generator=generator)]
+    for _ in range(4):
+        walk.append(successor[walk[-1]])
+    items, target = torch.stack(walk[:-1], 1).int(), walk[-1]
+    if shuffle:
+        target = torch.randint(1, 31, (count,), generator=generator)
+    return Sessions(items, torch.arange(count), torch.full((count,), 4), target)
+
+
+def hit_at_1(tmp_path, shuffle: bool) -> float:
+    torch.manual_seed(0)
+    model = build_recommender("gcsan", 30, params(), None)
+    train, valid = chain(300, 1, shuffle), chain(60, 2, False)
+    job = EncoderJob(model, train, valid, params().training, torch.float32)
+    fit(job, params().training, seed=1, resume=tmp_path / str(shuffle), name="gcsan")
+    vectors = model.vectors()
+    found = rank_sessions(lambda s: model.encoder(valid.graphs(s), vectors) @ vectors.T, valid, 25)
+    assert len(found) == 60
+    return float((found == 1).float().mean())
+
+
+def test_it_learns_a_markov_chain_and_not_its_shuffled_twin(tmp_path):
+    assert hit_at_1(tmp_path, shuffle=False) > 0.9
+    assert hit_at_1(tmp_path, shuffle=True) < 0.3
+
+
+def test_ranks_come_in_the_order_of_the_sessions_with_seen_items_in_and_out():
+    lists = [[1, 2, 3], [4], [5, 6], [1, 1]]
+    these = sessions(lists, [4, 1, 2, 3])
+    scores = torch.zeros(4, ITEMS + 1)
+    scores[0, 4], scores[0, 1:4] = 1.0, 2.0   # three seen items above
+    scores[1, 1], scores[1, 9] = 1.0, 3.0     # one unseen item above
+    scores[2, 2] = 1.0                        # first
+    scores[3, :] = 1.0                        # all tie
+    seen = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0], [1, 1, 0]])
+    kept, unseen = rank_sessions(lambda s: scores[s], these, 3, seen)
+    assert kept.tolist() == [4, 2, 1, 12]
+    assert unseen.tolist() == [1, 2, 1, 11]
+    assert rank_sessions(lambda s: scores[s], these, 2).tolist() == kept.tolist()
+
+
+def test_an_encoder_comes_back_as_it_was_and_only_for_its_catalogue(tmp_path):
+    features = torch.randn(ITEMS + 1, 3)
+    model = build_recommender("gcsan-text", ITEMS, params(), features).eval()
+    save_recommender(tmp_path / "m", "gcsan-text", model, params())
+    encoder, vectors = load_encoder(tmp_path / "m", ITEMS)
+    batch = sessions(LISTS).graphs(torch.arange(len(LISTS)))
+    session, own = model(batch)
+    assert torch.equal(vectors, own)
+    assert torch.equal(encoder.eval()(batch, vectors), session)
+    with pytest.raises(UserError, match=r"was trained for 12 items, the sessions have 13"):
+        load_encoder(tmp_path / "m", ITEMS + 1)
+
+
+def test_names_of_encoders():
+    assert family("gcsan") == ("gcsan", "none")
+    assert family("gcsan-text") == ("gcsan", "text")
+    assert family("gcsan-shuffled") == ("gcsan", "shuffled")
+    with pytest.raises(UserError, match="holds gcsam-text, which is no encoder; the nearest is gcsan"):
+        family("gcsam-text")
+    assert build_recommender("gcsan", ITEMS, params(), torch.randn(ITEMS + 1, 3)).vectors.text is None

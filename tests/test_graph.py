@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import random
+
+import polars as pl
+import pytest
+import torch
+from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import dense_to_sparse, to_dense_adj
+
+from llmgr.errors import UserError
+from llmgr.graph import Sessions, bucketed, catalogue_size, padded, read_sessions
+
+WINDOW = 6
+
+
+def histories(seed: int = 0, users: int = 25) -> list[list[int]]:
+    """Training items of every user: repeats, self loops, and some longer than the window."""
+    rng = random.Random(seed)
+    drawn = [[rng.randint(1, 9) for _ in range(rng.randint(2, 14))] for _ in range(users)]
+    return [*drawn, [3, 3, 3, 3], [1, 2, 1, 2, 1], [5, 4]]
+
+
+def table(lists: list[list[int]], window: int = WINDOW) -> pl.DataFrame:
+    """Rows as the split stage writes them."""
+    rows = [(f"u{n:03d}", items[max(0, t - window):t], items[t]) for n, items in enumerate(lists)
+            for t in range(1, len(items))]
+    return pl.DataFrame(rows, {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}, orient="row")
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory) -> tuple[Sessions, pl.DataFrame]:
+    path = tmp_path_factory.mktemp("sessions") / "train.parquet"
+    table(histories()).write_parquet(path)
+    return read_sessions(path, WINDOW)
+
+
+def by_hand(items: list[int]) -> tuple[list[int], list[int], torch.Tensor]:
+    """Nodes in order of first click, the node of each click, the edges between consecutive clicks."""
+    nodes = list(dict.fromkeys(items))
+    alias = [nodes.index(i) for i in items]
+    edges = torch.zeros(len(nodes), len(nodes))
+    for a, b in zip(alias, alias[1:]):
+        edges[a, b] = 1
+    return nodes, alias, edges
+
+
+def test_the_graph_of_every_prefix_is_that_of_its_clicks(read):
+    sessions, frame = read
+    order = torch.randperm(len(sessions), generator=torch.Generator().manual_seed(1))
+    assert len(sessions) == len(frame)
+    for samples in order.split(17):
+        batch = sessions.graphs(samples)
+        into, out = batch.normalised()
+        for at, sample in enumerate(samples.tolist()):
+            items = frame["items"][sample].to_list()
+            nodes, alias, edges = by_hand(items)
+            s, n = len(items), len(nodes)
+            assert int(batch.length_B[at]) == s
+            assert batch.items_BS[at].tolist() == items + [0] * (batch.items_BS.shape[1] - s)
+            assert batch.nodes_BN[at].tolist() == nodes + [0] * (batch.nodes_BN.shape[1] - n)
+            assert batch.alias_BS[at].tolist() == alias + [0] * (batch.alias_BS.shape[1] - s)
+            assert torch.equal(batch.edges_BNN[at, :n, :n], edges)
+            assert batch.edges_BNN[at].sum() == edges.sum(), "padding has edges"
+            assert batch.mask_BS()[at].tolist() == [True] * s + [False] * (batch.items_BS.shape[1] - s)
+            assert int(batch.last_node_B()[at]) == alias[-1]
+            for node in range(n):
+                assert torch.allclose(out[at, node, :n], edges[node] / max(1, edges[node].sum()))
+                assert torch.allclose(into[at, node, :n], edges[:, node] / max(1, edges[:, node].sum()))
+        assert sessions.target[samples].tolist() == [frame["target"][s] for s in samples.tolist()]
+
+
+def test_prefixes_share_a_row_until_the_window_slides(read):
+    sessions, _ = read
+    expected = sum(1 + max(0, len(items) - 1 - WINDOW) for items in histories())
+    assert len(sessions.items) == expected == int(sessions.row.max()) + 1
+
+
+def test_validation_sessions_have_a_row_each(tmp_path):
+    lists = histories(3)
+    frame = pl.DataFrame({"user": [f"u{n:03d}" for n in range(len(lists))], "items": [x[-WINDOW - 1:-1] for x in lists],
+                          "target": [x[-1] for x in lists]}, {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32})
+    frame.write_parquet(tmp_path / "valid.parquet")
+    sessions, _ = read_sessions(tmp_path / "valid.parquet", WINDOW)
+    for n, items in enumerate(frame["items"].to_list()):
+        batch = sessions.graphs(torch.tensor([n]))
+        assert batch.items_BS[0].tolist() == items
+        assert torch.equal(batch.edges_BNN[0], by_hand(items)[2])
+
+
+def test_dense_propagation_equals_message_passing_over_an_edge_list(read):
+    sessions, _ = read
+
+    class Mean(MessagePassing):
+        def __init__(self, flow: str) -> None:
+            super().__init__("mean", flow=flow)
+
+        def forward(self, x, edge_index):
+            return self.propagate(edge_index, x=x)
+
+    batch = sessions.graphs(torch.arange(len(sessions)))
+    h_BND = torch.randn(*batch.nodes_BN.shape, 5, generator=torch.Generator().manual_seed(2))
+    edge_index, weight = dense_to_sparse(batch.edges_BNN)
+    assert weight.eq(1).all()
+    flat = h_BND.flatten(0, 1)
+    into, out = batch.normalised()
+    torch.testing.assert_close((into @ h_BND).flatten(0, 1), Mean("source_to_target")(flat, edge_index))
+    torch.testing.assert_close((out @ h_BND).flatten(0, 1), Mean("target_to_source")(flat, edge_index))
+    size = batch.nodes_BN.shape[1]
+    owner = torch.arange(len(sessions)).repeat_interleave(size)
+    assert torch.equal(to_dense_adj(edge_index, owner, max_num_nodes=size), batch.edges_BNN)
+
+
+def test_a_subset_and_another_device_keep_the_graphs(read):
+    sessions, _ = read
+    chosen = torch.tensor([7, 3, 50])
+    whole, part = sessions.graphs(chosen), sessions.subset(chosen).to("cpu").graphs(torch.arange(3))
+    assert torch.equal(whole.items_BS, part.items_BS) and torch.equal(whole.edges_BNN, part.edges_BNN)
+    assert torch.equal(sessions.subset(chosen).target, sessions.target[chosen])
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    table([]).write_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet holds no session: lower filter.core"):
+        read_sessions(tmp_path / "train.parquet", WINDOW)
+
+
+def test_padded_lists():
+    assert padded(pl.Series([[1, 2], [], [3]], dtype=pl.List(pl.Int32))).tolist() == [[1, 2], [0, 0], [3, 0]]
+    assert padded(pl.Series([[], []], dtype=pl.List(pl.Int32))).tolist() == [[0], [0]]
+
+
+def test_the_catalogue_is_counted(tmp_path):
+    pl.DataFrame({"item_id": [1, 2, 3]}).write_parquet(tmp_path / "items.parquet")
+    assert catalogue_size(tmp_path / "items.parquet") == 3
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (997, 16), (5000, 32)])
+def test_batches_cover_every_sample_once_reproducibly_and_pad_little(count, size):
+    length = torch.randint(1, 51, (count,), generator=torch.Generator().manual_seed(0))
+
+    def batches(seed: int) -> list[torch.Tensor]:
+        return bucketed(length, size, torch.Generator().manual_seed(seed))
+
+    first, again, other = batches(1), batches(1), batches(2)
+    assert torch.cat(first).sort()[0].tolist() == list(range(count))
+    assert max(map(len, first)) <= size and len(first) == len(other)
+    assert len(first) <= -(-count // size) + count // (size * 64) + 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    if count > size:
+        assert any(not torch.equal(a, b) for a, b in zip(first, other))
+        padded_to = sum(len(b) * int(length[b].max()) for b in first)
+        assert padded_to < 1.10 * int(length.sum()), "like lengths go together"
+        order = torch.tensor([float(length[b].float().mean()) for b in first])
+        assert not torch.equal(order, order.sort()[0]), "batches are shuffled"

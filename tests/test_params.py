@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmgr import params
+from llmgr.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTENT = yaml.safe_load((ROOT / "params.yaml").read_text())
+PRESETS = sorted((ROOT / "stages/presets").glob("*.txt"))
+
+
+def changed(**settings: object) -> dict:
+    """The committed parameters with `tune__lr=...` set, as `-S tune.lr=...` sets it."""
+    content = copy.deepcopy(CONTENT)
+    for key, value in settings.items():
+        *parents, leaf = key.split("__")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    return content
+
+
+def refused(**settings: object) -> str:
+    with pytest.raises(UserError) as caught:
+        params.build(params.Params, changed(**settings), "")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def loaded(**settings: object) -> params.Params:
+    return params.build(params.Params, changed(**settings), "")
+
+
+def test_every_committed_key_arrives_with_its_value():
+    flat = params.flat(loaded())
+    assert flat["seed"] == CONTENT["seed"]
+    assert flat["encoder.training.lr"] == CONTENT["encoder"]["training"]["lr"]
+    leaves = {k for k in flat if k != "data.sha256"}
+
+    def keys(content: dict, prefix: str = "") -> set[str]:
+        return {name for key, value in content.items() for name in
+                (keys(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "sha256" else {prefix + key})}
+
+    assert leaves | {"data.sha256"} == keys(CONTENT)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"tune__epoch": 3}, ("tune.epoch", "nearest known one is tune.epochs")),
+    ({"encoder__training__learning_rate": 1}, ("encoder.training.learning_rate", "encoder.training.")),
+    ({"tuen": {}}, ("unknown key tuen", "tune")),
+    ({"tune__lr": "fast"}, ("tune.lr=fast", "a number", "-S tune.lr=")),
+    ({"tune__epochs": 2.5}, ("tune.epochs=2.5", "a whole number")),
+    ({"tune__epochs": "1e400"}, ("tune.epochs",)),
+    ({"tune__lr": 10**400}, ("tune.lr",)),
+    ({"tune__lr": float("nan")}, ("tune.lr",)),
+    ({"tune__lr": True}, ("tune.lr=True", "a number")),
+    ({"tune__lr": None}, ("tune.lr=None", "a number")),
+    ({"tune__titles": 1}, ("tune.titles=1", "true or false")),
+    ({"tune__targets": "all"}, ("tune.targets=all", "prefix, positions")),
+    ({"tune": 3}, ("tune=3", "section")),
+    ({"llm__name": None}, ("llm.name",)),
+    ({"llm__name": " "}, ("llm.name", "scratch")),
+    ({"model__lora_targets": {"a": 1}}, ("model.lora_targets", "list")),
+    ({"model__lora_targets": []}, ("model.lora_targets", "model.lora_r=0")),
+    ({"data__sha256": ["a"]}, ("data.sha256",)),
+    ({"bucket__practice": ["ten"]}, ("bucket.practice=ten", "whole number")),
+    ({"bucket__practice": [50, 10]}, ("bucket.practice",)),
+    ({"bucket__warm": 7}, ("bucket.cold", "bucket.warm=7")),
+    ({"tune__lr": 0}, ("tune.lr=0", "above 0")),
+    ({"encoder__training__dropout": 1.5}, ("encoder.training.dropout=1.5", "0 and 1")),
+    ({"encoder__gcsan__gnn_layers": 6}, ("encoder.gcsan.gnn_layers=6", "1 and 5")),
+    ({"encoder__gcsan__attention_heads": 7}, ("encoder.gcsan.attention_heads=7", "encoder.dim=64")),
+    ({"encoder__names": ["gcsan-text"]}, ("gcsan-text", "encoder.controls")),
+    ({"encoder__controls": ["gcsan"]}, ("encoder.controls", "-text")),
+    ({"model__base": "narm"}, ("model.base=narm", "gcsan")),
+    ({"model__session_residual": True, "model__output": "linear"}, ("model.session_residual", "model.output=items")),
+    ({"tune__edges": True, "tune__prompt": "short"}, ("tune.edges", "tune.prompt=paper")),
+    ({"tune__edges": True, "tune__prompt": "paper", "tune__targets": "positions"}, ("tune.edges", "tune.targets=prefix")),
+    ({"align__candidates": 1}, ("align.candidates=1", "at least 2")),
+    ({"align__lr": -1}, ("align.lr=-1",)),
+    ({"llm__scratch__heads": 3}, ("llm.scratch.heads=3", "llm.scratch.width=128")),
+    ({"track__experiment": ""}, ("track.experiment",)),
+])
+def test_what_is_refused_and_how(settings, words):
+    message = refused(**settings)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(("settings", "key", "value"), [
+    ({"tune__lr": "1e-05"}, "tune.lr", 1e-5),
+    ({"tune__lr": 1}, "tune.lr", 1.0),
+    ({"tune__epochs": "4"}, "tune.epochs", 4),
+    ({"tune__epochs": 4.0}, "tune.epochs", 4),
+    ({"seed": 2**60 + 1}, "seed", 2**60 + 1),
+    ({"tune__titles": "True"}, "tune.titles", True),
+    ({"tune__titles": "false"}, "tune.titles", False),
+    ({"data__mirror": "null"}, "data.mirror", None),
+    ({"data__mirror": ""}, "data.mirror", None),
+    ({"data__mirror": "../shared/amazon"}, "data.mirror", "../shared/amazon"),
+    ({"llm__revision": 7}, "llm.revision", "7"),
+    ({"model__lora_targets": "q_proj"}, "model.lora_targets", ["q_proj"]),
+    ({"bucket__practice": ["10", 50.0]}, "bucket.practice", [10, 50]),
+    ({"data__sha256": {"a.gz": "00"}}, "data.sha256", {"a.gz": "00"}),
+])
+def test_values_are_coerced_to_the_declared_type(settings, key, value):
+    found = params.flat(loaded(**settings))[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_what_dvc_writes_for_a_small_rate_is_a_string_to_yaml_and_a_number_here(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", (ROOT / "params.yaml").read_text(), count=1))
+    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["training"]["lr"], str)
+    assert params.load(file).encoder.training.lr == 1e-5
+
+
+@pytest.mark.parametrize("section", list(CONTENT))
+def test_a_missing_key_is_named(section):
+    content = copy.deepcopy(CONTENT)
+    missing = section
+    if isinstance(content[section], dict):
+        key = next(iter(content[section]))
+        del content[section][key]
+        missing = f"{section}.{key}"
+    else:
+        del content[section]
+    with pytest.raises(UserError, match=rf"{missing} is missing"):
+        params.build(params.Params, content, "")
+
+
+@pytest.mark.parametrize(("text", "word"), [(None, "root folder"), ("a: [", "not YAML"), ("- 1", "git checkout")])
+def test_a_file_that_is_no_parameter_file(tmp_path, text, word):
+    file = tmp_path / "params.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=word) as caught:
+        params.load(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_view_holds_the_declared_keys_and_no_others():
+    view = loaded().view(("seed", "data.max_session", "encoder.training", "encoder.dim"))
+    assert view.data.max_session == CONTENT["data"]["max_session"]
+    assert view.encoder.training.epochs == CONTENT["encoder"]["training"]["epochs"]
+    assert set(params.flat(view)) == {"seed", "data.max_session", "encoder.dim"} | {
+        f"encoder.training.{k}" for k in CONTENT["encoder"]["training"]}
+    with pytest.raises(AttributeError):
+        view.data.mirror  # noqa: B018
+
+
+def test_every_key_is_documented_below_its_field():
+    tree = ast.parse((ROOT / "stages/llmgr/params.py").read_text())
+    undocumented = []
+    for body in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        kind = getattr(params, body.name)
+        inherited = {f.name for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)
+                     for f in dataclasses.fields(base)}
+        for field, following in zip(body.body, [*body.body[1:], None]):
+            if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.dump(field.annotation):
+                said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and (
+                    len(following.value.value) > 10)
+                section = isinstance(field.annotation, ast.Name) and dataclasses.is_dataclass(
+                    getattr(params, field.annotation.id, None))
+                if not said and not section and field.target.id not in inherited:
+                    undocumented.append(f"{body.name}.{field.target.id}")
+    assert not undocumented
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_names_known_keys_and_loads(preset):
+    settings = {}
+    for line in preset.read_text().split("\n"):
+        if line:
+            option, assignment = line.split(" ", 1)
+            assert option == "-S"
+            key, value = assignment.split("=", 1)
+            assert key in params.flat(loaded()), f"{preset.name}: {key}"
+            settings[key.replace(".", "__")] = yaml.safe_load(value)
+    flat = params.flat(loaded(**settings))
+    for key, value in settings.items():
+        assert str(flat[key.replace("__", ".")]) == str(value)
+
+
+def test_the_paper_preset_is_the_papers_configuration():
+    assert "paper" in [p.stem for p in PRESETS]
+    text = (ROOT / "stages/presets/paper.txt").read_text()
+    for setting in ("meta-llama/Llama-2-7b-hf", "tune.targets=prefix", "tune.epochs=3", "align.epochs=1",
+                    "tune.batch_size=16", "model.output=linear"):
+        assert setting in text

@@ -1,0 +1,370 @@
+"""The pipeline as its users meet it: `dvc repro` from a clone, experiments, interruptions, full disks, wrong input.
+
+One small clone is reproduced once a session; tests that change something work on a copy of it.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import polars as pl
+import pytest
+import yaml
+
+from llmgr.artifacts import digest, load_tensors, read_json, save_tensors
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "data.sample_users": 220, "data.sample_items": 90, "data.max_session": 20, "encoder.dim": 16,
+    "encoder.text_dim": 16, "encoder.training.epochs": 2, "encoder.training.batch_size": 256,
+    "encoder.training.checkpoint_seconds": 0, "llm.scratch.layers": 1, "llm.scratch.width": 32, "llm.scratch.heads": 2,
+    "llm.scratch.vocabulary": 400, "llm.scratch.epochs": 1, "llm.max_text_tokens": 16, "model.text_dim": 16,
+    "align.batch_size": 32, "align.candidates": 4, "align.max_text_tokens": 16, "tune.epochs": 1,
+    "tune.checkpoint_seconds": 0, "bucket.resamples": 100,
+}
+LAST = {"evaluate", "bucket", "report", "track"}
+TUNING = {"align", "tune", *LAST}
+CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled"}
+LEARNING = {"pretrain@gcsan", *CONTROLS, "export", *TUNING}
+RAN = re.compile(r"^Running stage '(.+)':", re.M)
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This one without what DVC, git or MLflow sessions left in it; one thread, this Python, DVC's caches apart."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_", "MLFLOW_"))}
+    return clean | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                    "POLARS_MAX_THREADS": "1", "DVC_SITE_CACHE_DIR": str(root.parent / "dvc"), "DVC_NO_ANALYTICS": "1"}
+
+
+def run(root: Path, *command: str, status: int | None = 0, **options: Any) -> str:
+    """Output and errors of a command in `root` as one text, after its exit status was compared."""
+    done = subprocess.run(command, cwd=root, env=environment(root), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=600, **options)
+    if status is not None:
+        assert done.returncode == status, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def change(root: Path, **values: Any) -> None:
+    """Set parameters in params.yaml; `__` stands for the dot."""
+    path = root / "params.yaml"
+    content = yaml.safe_load(path.read_text())
+    for name, value in values.items():
+        *parents, leaf = name.split("__")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        assert leaf in section, f"{name} is no parameter"
+        section[leaf] = value
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def locked(root: Path) -> dict[str, str]:
+    """MD5 by path of what the stages wrote, from dvc.lock, but for what holds times: costs, and what shows them."""
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    found = {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+    timed = ("reports/metrics/cost/", "reports/index.html", "reports/figures", "reports/mlflow_run.json")
+    return {path: md5 for path, md5 in found.items() if not path.startswith(timed)}
+
+
+def runs(root: Path) -> dict[str, mlflow.entities.Run]:
+    """The MLflow runs of a repository's own store, by run id."""
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    return {r.info.run_id: r for r in client.search_runs([e.experiment_id for e in client.search_experiments()])}
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of the project with small settings after its first `dvc repro`. Not to be changed: take a `copy`."""
+    root = tmp_path_factory.mktemp("pipeline") / "llmgr"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    change(root, **{name.replace(".", "__"): value for name, value in SMALL.items()})
+    for command in (["init", "-q"], ["config", "user.name", "A User"], ["config", "user.email", "user@example.org"],
+                    ["config", "commit.gpgsign", "false"], ["add", "-A"], ["commit", "-qm", "clone"]):
+        run(root, "git", *command)
+    (root / "repro.log").write_text(run(root, "dvc", "repro"))
+    run(root, "git", "commit", "-qam", "reproduced")
+    return root
+
+
+@pytest.fixture
+def copy(reproduced: Path, tmp_path: Path) -> Path:
+    """A copy of the reproduced repository, to be changed."""
+    subprocess.run(["cp", "-a", reproduced, tmp_path / "llmgr"], check=True)
+    return tmp_path / "llmgr"
+
+
+# ------------------------------------------------------------------------------------------------------- the whole DAG
+
+def test_a_clone_runs_every_stage_once_and_writes_what_it_declares(reproduced: Path) -> None:
+    ran = RAN.findall((reproduced / "repro.log").read_text())
+    lock = yaml.safe_load((reproduced / "dvc.lock").read_text())["stages"]
+    assert sorted(ran) == sorted({"download", "filter", "split", "backbone"} | LEARNING)
+    declared = [out["path"] for name in ran for out in lock[name]["outs"]]
+    assert len(declared) > 40 and not [path for path in declared if not (reproduced / path).exists()]
+    assert run(reproduced, "git", "status", "--porcelain", "--untracked-files=all").split() == ["??", "repro.log"]
+
+
+def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = run(reproduced, "dvc", "repro")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert not RAN.findall(said) and "up to date" in said
+    assert after.ru_utime - before.ru_utime < 10, "seconds of work to see that there is nothing to do"
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("track.experiment", "other", {"track"}),
+    ("bucket.resamples", 150, {"bucket", "report", "track"}),
+    ("evaluate.decay", 0.5, LAST),
+    ("tune.lr", 5e-4, {"tune", *LAST}),
+    ("align.lr", 5e-4, TUNING),
+    ("model.lora_r", 2, TUNING),
+    ("model.base", "gcsan-text", {"export", *TUNING}),
+    ("llm.scratch.epochs", 2, {"backbone", *CONTROLS, *TUNING}),
+    ("encoder.training.lr", 5e-4, LEARNING),
+    ("split.ties", "file", {"split", *LEARNING}),
+    ("filter.core", 4, {"filter", "split", "backbone", *LEARNING}),
+], ids=lambda value: value if isinstance(value, str) and "." in value else "to")
+def test_a_parameter_reruns_what_it_touches(copy: Path, key: str, value: Any, expected: set[str]) -> None:
+    change(copy, **{key.replace(".", "__"): value})
+    said = run(copy, "dvc", "repro", "--dry", "--force-downstream")
+    assert set(RAN.findall(said)) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+def figures(ranks: list[int]) -> dict[str, float]:
+    """The nine metrics, straight from their definitions."""
+    gain = {"hr": lambda r: 1.0, "ndcg": lambda r: 1 / log2(r + 1), "mrr": lambda r: 1 / r}
+    return {f"{name}_at_{k}": sum(of(r) for r in ranks if r <= k) / len(ranks) for name, of in gain.items()
+            for k in (5, 10, 20)}
+
+
+def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
+    items = pl.read_parquet(reproduced / "data/core/items.parquet")
+    test = pl.read_parquet(reproduced / "data/sessions/test.parquet")
+    counts = dict(items.select("item_id", "count").iter_rows())
+    evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
+                                 for name in ("evaluate", "buckets", "differences"))
+    assert set(evaluated) == set(bucketed) == {"pop", "text-knn", "gcsan", "gcsan-text", "gcsan-shuffled", "llmgr"}
+    for model in evaluated:
+        table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")
+        assert table["target"].to_list() == test["target"].to_list()
+        assert (table["rank_unseen"] <= table["rank"]).all() and table["rank"].is_between(1, items.height).all()
+        for name, column in (("test", "rank"), ("test_unseen", "rank_unseen")):
+            expected = figures(table[column].to_list())
+            assert evaluated[model][name]["all"] == pytest.approx(expected, abs=1e-6), model
+            found = bucketed[model][name]["all"]
+            assert found.pop("n") == test.height and found == pytest.approx(expected, abs=1e-6), model
+            cold = table.filter(table["target"].replace_strict(counts).is_between(5, 10))
+            found = bucketed[model][name]["cold"]
+            assert found.pop("n") == cold.height and found == pytest.approx(figures(cold[column].to_list()), abs=1e-6)
+    for other, by in gaps.items():
+        for metric, gap in by["test"]["all"].items():
+            difference = evaluated["llmgr"]["test"]["all"][metric] - evaluated[other]["test"]["all"][metric]
+            assert gap["difference"] == pytest.approx(difference, abs=3e-6), (other, metric)
+    (published,) = runs(reproduced).values()
+    assert published.data.metrics["test.all.ndcg_at_20"] == evaluated["llmgr"]["test"]["all"]["ndcg_at_20"]
+    page = (reproduced / "reports/index.html").read_text()
+    assert f"{evaluated['llmgr']['test']['all']['hr_at_20']:.4f}" in page
+
+
+# ------------------------------------------------------------------------------------------------------------- leakage
+
+def test_training_sessions_end_before_the_held_out_items(reproduced: Path) -> None:
+    parts = {name: pl.read_parquet(reproduced / f"data/sessions/{name}.parquet") for name in ("train", "valid", "test")}
+    bought = dict(pl.read_parquet(reproduced / "data/core/interactions.parquet").join(
+        pl.read_parquet(reproduced / "data/core/items.parquet").select("item", "item_id"), on="item"
+    ).group_by("user").agg("item_id").iter_rows())
+    assert {user: len(items) for user, items in bought.items()} == {
+        user: len(earlier) + len(items) + 1 for user, items, _, earlier in parts["test"].iter_rows()}
+    held = {user: {target} for user, target in parts["test"].select("user", "target").iter_rows()}
+    for user, items, target, earlier in parts["valid"].iter_rows():
+        assert not held[user] & {target, *items, *earlier}
+        held[user].add(target)
+    seen = 0
+    for user, items, target in parts["train"].iter_rows():
+        assert not held[user] & {target, *items}, f"{user}'s held-out items are in its training sessions"
+        seen += 1
+    assert seen == sum(len(items) - 3 for items in bought.values())
+
+
+@pytest.mark.parametrize(("stage", "script"), [
+    ("gcsan-text", ["pretrain.py", "--encoder", "gcsan-text"]), ("align", ["align.py"]), ("tune", ["tune.py"]),
+], ids=["control", "align", "tune"])
+def test_training_by_hand_without_the_test_sessions_gives_the_same_model(copy: Path, stage: str, script: list[str]
+                                                                         ) -> None:
+    model = {"align": "models/aligned", "tune": "models/tuned"}.get(stage, f"models/encoders/{stage}")
+    before = digest(copy / model)
+    shutil.rmtree(copy / model)
+    (copy / "data/sessions/test.parquet").unlink()
+    (copy / "data/core/interactions.parquet").unlink()
+    items = pl.read_parquet(copy / "data/core/items.parquet")
+    items.with_columns(count=pl.lit(5, pl.Int32)).write_parquet(copy / "data/core/items.parquet")
+    run(copy, sys.executable, f"stages/{script[0]}", *script[1:])
+    assert digest(copy / model) == before, "training read something of the test split"
+
+
+# --------------------------------------------------------------------------------------------------------- experiments
+
+def test_an_experiment_runs_what_it_touches_and_going_back_finds_the_first_run(copy: Path) -> None:
+    first, before = read_json(copy / "reports/mlflow_run.json"), locked(copy)
+    said = run(copy, "dvc", "exp", "run", "-n", "narrow", "-S", "model.lora_r=2", "-S", "tune.lr=1e-5")
+    assert set(RAN.findall(said)) == TUNING
+    second = read_json(copy / "reports/mlflow_run.json")
+    assert locked(copy)["models/tuned"] != before["models/tuned"]
+    found = runs(copy)
+    assert set(found) == {first["run_id"], second["run_id"]} and second["name"] == "narrow"
+    of = found[second["run_id"]].data.params
+    assert (of["model.lora_r"], float(of["tune.lr"])) == ("2", 1e-5)
+    unlike = {name for name, value in found[first["run_id"]].data.params.items() if of[name] != value}
+    assert unlike == {"model.lora_r", "tune.lr"}
+
+    run(copy, "git", "checkout", "-q", "--", "params.yaml")
+    said = run(copy, "dvc", "repro")
+    assert set(RAN.findall(said)) == {"bucket", "report", "track"}, "going back trained anew what DVC had kept"
+    assert locked(copy) == before
+    assert read_json(copy / "reports/mlflow_run.json")["run_id"] == first["run_id"], said
+    assert set(runs(copy)) == set(found), "going back published a duplicate"
+
+
+def test_an_encoder_that_is_left_out_leaves_report_and_run(copy: Path) -> None:
+    said = run(copy, "dvc", "exp", "run", "-S", "encoder.controls=[gcsan-text]")
+    assert set(RAN.findall(said)) == LAST
+    run_id = read_json(copy / "reports/mlflow_run.json")["run_id"]
+    client = mlflow.MlflowClient(f"sqlite:///{copy}/mlflow.db")
+    names = {*runs(copy)[run_id].data.metrics, *(f.path for f in client.list_artifacts(run_id, "metrics/cost"))}
+    assert [name for name in names if "gcsan-text" in name] and not [name for name in names if "shuffled" in name]
+    assert "gcsan-shuffled" not in (copy / "reports/index.html").read_text()
+
+
+def test_an_experiment_in_a_temporary_copy_shares_store_and_code(copy: Path) -> None:
+    before = (copy / "params.yaml").read_text(), read_json(copy / "reports/mlflow_run.json")["run_id"]
+    said = run(copy, "dvc", "exp", "run", "--temp", "-n", "apart", "-S", "bucket.resamples=150")
+    assert set(RAN.findall(said)) == {"bucket", "report", "track"}
+    assert ((copy / "params.yaml").read_text(), read_json(copy / "reports/mlflow_run.json")["run_id"]) == before
+    (run_id,) = set(runs(copy)) - {before[1]}
+    published = runs(copy)[run_id]
+    assert (published.info.run_name, published.data.params["bucket.resamples"]) == ("apart", "150")
+    assert not list((copy / ".dvc/tmp/exps").glob("*/mlflow.db")), "the copy kept a store of its own"
+    assert json.loads(run(copy, "dvc", "exp", "show", "--json"))
+
+
+def test_two_experiments_publish_into_one_new_store_at_once(reproduced: Path, tmp_path: Path) -> None:
+    waiting = []
+    for number in (1, 2):
+        root = tmp_path / str(number) / "llmgr"
+        root.parent.mkdir()
+        subprocess.run(["cp", "-a", reproduced, root], check=True)
+        change(root, model__lora_r=number, track__uri=f"sqlite:///{tmp_path}/mlflow.db")
+        waiting.append(subprocess.Popen([sys.executable, "stages/track.py"], cwd=root, env=environment(root), text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    for process in waiting:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    assert sorted(r.data.params["model.lora_r"] for r in runs(tmp_path).values()) == ["1", "2"]
+
+
+# --------------------------------------------------------------------------------------- determinism and interruptions
+
+def test_a_forced_rerun_gives_the_same_bytes(copy: Path) -> None:
+    again = {"split": "data/sessions", "pretrain@gcsan": "models/encoders/gcsan", "align": "models/aligned"}
+    before = locked(copy)
+    said = run(copy, "dvc", "repro", "--force", "--single-item", *again)
+    assert set(RAN.findall(said)) == set(again)
+    assert {path: locked(copy)[path] for path in again.values()} == {path: before[path] for path in again.values()}
+
+
+@pytest.mark.parametrize(("stage", "model"), [("pretrain@gcsan", "models/encoders/gcsan"), ("tune", "models/tuned")],
+                         ids=["pretrain", "tune"])
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(copy: Path, stage: str, model: str) -> None:
+    before, resume = locked(copy), copy / ".resume"
+    shutil.rmtree(copy / ".dvc/cache")  # so that nothing comes back without work
+    command = subprocess.Popen(["dvc", "repro", "--force", "--single-item", stage], cwd=copy, env=environment(copy),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: list(resume.glob("*/*/state.pt")), command)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    assert list(resume.glob("*/*/state.pt")), "the stage had finished before it was killed"
+    assert not (copy / model).exists(), "a half-trained model lies where a finished one belongs"
+    said = run(copy, "dvc", "repro", stage)
+    assert re.search(r"resuming at step [1-9]", said), said
+    assert locked(copy) == before
+    assert not list(resume.glob("*/*/*")), "the resume state outlived the training"
+
+
+def wait_for(found: Callable[[], Any], command: subprocess.Popen) -> None:
+    """Until something is found while the command runs."""
+    deadline = time.monotonic() + 120
+    while not found():
+        assert command.poll() is None, "the stage ended before its first checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("stage", "script", "model", "kilobytes"), [
+    ("split", ["split.py"], "data/sessions", 4),
+    ("pretrain@gcsan", ["pretrain.py", "--encoder", "gcsan"], "models/encoders/gcsan", 16),
+    ("tune", ["tune.py"], "models/tuned", 64),
+], ids=["split", "pretrain", "tune"])
+def test_a_full_disk_is_one_sentence_and_the_next_repro_completes(copy: Path, stage: str, script: list[str], model: str,
+                                                                 kilobytes: int) -> None:
+    before = locked(copy)
+    shutil.rmtree(copy / ".dvc/cache")  # so that nothing comes back without work
+    shutil.rmtree(copy / model)
+    limit = kilobytes * 1024
+    said = run(copy, sys.executable, f"stages/{script[0]}", *script[1:], status=2,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("error: the disk is full"), said
+    assert RAN.findall(run(copy, "dvc", "repro", stage)) == [stage]
+    assert locked(copy) == before
+    assert not [p for p in copy.rglob(".*.tmp") if ".dvc" not in p.parts], "unfinished files were left behind"
+
+
+# --------------------------------------------------------------------------------------------------------- wrong input
+
+@pytest.mark.parametrize(("setting", "told"), [
+    ("tune.lr=fast", "tune.lr=fast must be a number"),
+    ("tune.epochs=0", "tune.epochs=0 must be above 0"),
+    ("model.lora_targets=[nothing]", "model.lora_targets=nothing: the backbone has no linear layer nothing; it has"),
+], ids=["type", "range", "backbone"])
+def test_a_wrong_parameter_is_one_sentence_of_the_stage(copy: Path, setting: str, told: str) -> None:
+    said = run(copy, "dvc", "exp", "run", "-S", setting, status=None)
+    (sentence,) = re.findall(r"^error: (.+)$", said, re.M)
+    assert sentence.startswith(told) and "Traceback" not in said, said
+    assert re.search(r"failed to run: python stages/\w+\.py, exited with 2", said), said
+
+
+def test_a_missing_input_names_the_file_and_the_mend(copy: Path) -> None:
+    shutil.rmtree(copy / "models/aligned")
+    said = run(copy, sys.executable, "stages/tune.py", status=2)
+    assert re.search(r"^error: models/aligned\S* is missing: run `dvc repro`", said, re.M), said
+    assert "Traceback" not in said, said
+
+
+def test_diverged_vectors_stop_before_the_tuning(copy: Path) -> None:
+    path = copy / "models/encoders/gcsan/items.safetensors"
+    vectors = load_tensors(path)["vectors"].clone()
+    vectors[3] = float("nan")
+    path.unlink()
+    save_tensors(path, {"vectors": vectors})
+    said = run(copy, sys.executable, "stages/export.py", status=2)
+    assert "not finite: lower encoder.training.lr" in said and "Traceback" not in said, said

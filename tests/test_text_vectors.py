@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from llmgr.errors import UserError
+from llmgr.text_vectors import encode_texts, item_texts, principal_components, shuffled
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>")
+
+
+def model(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "llama":
+        return LlamaModel(LlamaConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                      num_attention_heads=2, max_position_embeddings=80)).eval()
+    return BertModel(BertConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                num_attention_heads=2, max_position_embeddings=80), add_pooling_layer=False).eval()
+
+
+def texts(count: int) -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    return [" ".join(WORDS[i] for i in torch.randint(60, (int(n),), generator=generator))
+            for n in torch.randint(1, 40, (count,), generator=generator)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_text_alone_is_the_text_in_a_batch_and_the_mean_over_its_tokens(kind):
+    network, read = model(kind), tokenizer()
+    many = texts(50)
+    together = encode_texts(network, read, many, 32, batch_tokens=300)
+    assert torch.equal(together, encode_texts(network, read, many, 32, batch_tokens=300))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(50))
+    for i in (0, 17, 49):
+        torch.testing.assert_close(together[i], encode_texts(network, read, [many[i]], 32)[0], atol=1e-5, rtol=1e-4)
+        ids = torch.tensor([read(many[i])["input_ids"][:32]])
+        with torch.no_grad():
+            mean = network(input_ids=ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(together[i], mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    assert (together @ together.T).fill_diagonal_(0).max() < 0.9999, "different texts differ"
+
+
+def test_a_batch_holds_no_more_tokens_than_allowed():
+    network, read = model("llama"), tokenizer()
+    seen = []
+    network.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
+    lengths = ["w1"] * 600 + ["w1 " * 50] * 300 + ["w2 " * 20] * 10
+    encode_texts(network, read, lengths, 64, batch_tokens=2000)
+    assert sum(rows for rows, _ in seen) == len(lengths)
+    assert max(rows * width for rows, width in seen) <= 2000
+    assert sum(rows * width for rows, width in seen) < 1.5 * (600 * 2 + 300 * 51 + 10 * 21), "little padding"
+
+
+def test_texts_longer_than_the_model_are_refused():
+    with pytest.raises(UserError, match=r"llm.max_text_tokens=81 .* 80 positions"):
+        encode_texts(model("bert"), tokenizer(), ["w1"], 81)
+
+
+def test_components_are_those_of_a_singular_value_decomposition():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(200, 12, generator=generator) @ torch.diag(torch.linspace(3, 0.3, 12)) + 5
+    vectors[0] = 0
+    found = principal_components(vectors, 4)
+    assert torch.equal(found, principal_components(vectors.clone(), 4))
+    assert found.shape == (200, 4) and found[0].abs().sum() == 0
+    centred = vectors[1:].double().numpy()
+    centred = centred - centred.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    expected = centred @ axes[:4].T
+    expected = expected / np.sqrt((expected**2).mean())
+    signs = np.sign((expected * found[1:].numpy()).sum(0))
+    np.testing.assert_allclose(found[1:].numpy(), expected * signs, atol=1e-4)
+    assert float(found[1:].square().mean()) == pytest.approx(1, abs=1e-4)
+    assert principal_components(vectors, 99).shape == (200, 12)
+
+
+def test_shuffled_vectors_are_a_permutation_by_seed():
+    vectors = torch.cat((torch.zeros(1, 3), torch.randn(50, 3, generator=torch.Generator().manual_seed(0))))
+    dealt = shuffled(vectors, 1)
+    assert torch.equal(dealt[0], vectors[0])
+    assert sorted(map(tuple, dealt.tolist())) == sorted(map(tuple, vectors.tolist()))
+    assert (dealt[1:] == vectors[1:]).all(1).float().mean() < 0.2
+    assert torch.equal(dealt, shuffled(vectors, 1)) and not torch.equal(dealt, shuffled(vectors, 2))
+
+
+def test_item_texts_come_by_id_and_the_text_stands_in_for_a_title(tmp_path):
+    pl.DataFrame({"item_id": [2, 1, 3], "title": ["B", "", "C"], "text": ["B text", "A text", "C text"]}).write_parquet(
+        tmp_path / "items.parquet")
+    assert item_texts(tmp_path / "items.parquet", "title") == ["A text", "B", "C"]
+    assert item_texts(tmp_path / "items.parquet", "text") == ["A text", "B text", "C text"]

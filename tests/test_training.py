@@ -1,0 +1,287 @@
+"""The training engine: resume, accumulation, schedule, clipping, early stopping, failures, what it writes."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from llmgr import training
+from llmgr.errors import UserError
+from llmgr.training import Loss, cosine, fit
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(**changes) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{"epochs": 3, "lr": 0.05, "weight_decay": 0.01, "warmup_share": 0.2, "clip": 1.0,
+                                    "checkpoint_seconds": 1e9} | changes)
+
+
+class Toy:
+    """Classes of random points, with dropout; `broken` maps the number of a loss to what happens there."""
+
+    selects = None
+
+    def __init__(self, micro: int = 16, accumulate: int = 1, dropout: float = 0.2, samples: int = 80) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+        self.x = torch.randn(samples, 4)
+        self.y = (self.x[:, 0] > 0).long() + (self.x[:, 1] > 0.5).long()
+        self.micro, self.accumulate, self.calls, self.broken = micro, accumulate, 0, {}
+
+    def steps(self, epoch, generator):
+        order = torch.randperm(len(self.x), generator=generator).split(self.micro)
+        return [list(order[i:i + self.accumulate]) for i in range(0, len(order), self.accumulate)]
+
+    def targets(self, micro):
+        return len(micro)
+
+    def loss(self, micro):
+        self.calls += 1
+        total = nn.functional.cross_entropy(self.model(self.x[micro]), self.y[micro], reduction="sum")
+        if self.calls in self.broken:
+            total = self.broken[self.calls](total)
+        return Loss(total, len(micro), 2 * len(micro))
+
+    @torch.no_grad()
+    def validate(self):
+        assert not self.model.training
+        return {"valid_loss": float(nn.functional.cross_entropy(self.model(self.x), self.y))}
+
+
+class Selecting(Toy):
+    """Validation follows a script instead of the model, so that the best epoch is known."""
+
+    selects = "valid_ndcg_at_20"
+
+    def __init__(self, script: list[float]) -> None:
+        super().__init__()
+        self.script, self.weights = list(script), []
+
+    def validate(self):
+        self.weights.append(bytes_of(self))
+        return {"valid_ndcg_at_20": self.script[len(self.weights) - 1]}
+
+
+def bytes_of(job: Toy) -> bytes:
+    return b"".join(p.detach().numpy().tobytes() for p in job.model.parameters())
+
+
+def outcome(job: Toy, progress: training.Progress) -> tuple:
+    return bytes_of(job), progress.step_rows, progress.epoch_rows, progress.samples, progress.tokens, progress.step
+
+
+def stop(_):
+    raise InterruptedError
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_at_any_step_ends_with_the_same_bytes(tmp_path, accumulate):
+    whole = Toy(8, accumulate)
+    expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path / "whole", name="tune"))
+    assert expected[3] == 240 and expected[4] == 480
+    for at in (2, 7, 10, 11, 19, 28):
+        folder = tmp_path / f"{accumulate}-{at}"
+        first = Toy(8, accumulate)
+        first.broken = {at: stop}
+        with pytest.raises(InterruptedError):
+            fit(first, settings(checkpoint_seconds=0), seed=7, resume=folder, name="tune")
+        assert (folder / "state.pt").exists() or at <= accumulate
+        torch.manual_seed(at)  # whatever the random state was
+        second = Toy(8, accumulate)
+        assert outcome(second, fit(second, settings(checkpoint_seconds=0), seed=7, resume=folder, name="tune")) == expected
+        assert second.calls < whole.calls or at <= accumulate, "it began anew"
+
+
+def test_a_checkpoint_between_epochs_alone_is_enough(tmp_path):
+    whole = Toy()
+    expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path / "whole", name="tune"))
+    first = Toy()
+    first.broken = {9: stop}  # in the second epoch of five steps
+    with pytest.raises(InterruptedError):
+        fit(first, settings(), seed=7, resume=tmp_path / "cut", name="tune")
+    second = Toy()
+    assert outcome(second, fit(second, settings(), seed=7, resume=tmp_path / "cut", name="tune")) == expected
+    assert second.calls == 10
+    third = Toy()
+    assert outcome(third, fit(third, settings(), seed=7, resume=tmp_path / "cut", name="tune")) == expected
+    assert third.calls == 0, "a finished training is not trained again"
+
+
+def test_killed_without_warning_it_goes_on(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import os, signal
+        from pathlib import Path
+        from test_training import Toy, settings
+        from llmgr.training import fit
+        job = Toy()
+        job.broken = {8: lambda total: os.kill(os.getpid(), signal.SIGKILL)}
+        fit(job, settings(checkpoint_seconds=0), seed=7, resume=Path("a"), name="tune")
+        """)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT / 'tests'}"})
+    assert killed.returncode == -signal.SIGKILL
+    (tmp_path / "a" / ".state.pt.1.tmp").write_bytes(b"half a checkpoint")
+    resumed, whole = Toy(), Toy()
+    expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path / "b", name="tune"))
+    assert outcome(resumed, fit(resumed, settings(), seed=7, resume=tmp_path / "a", name="tune")) == expected
+    assert resumed.calls == 15 - 7
+    assert os.listdir(tmp_path / "a") == ["state.pt"]
+
+
+def test_two_micro_batches_of_eight_are_one_of_sixteen(tmp_path):
+    one, two = Toy(16, 1, dropout=0.0), Toy(8, 2, dropout=0.0)
+    a = fit(one, settings(), seed=3, resume=tmp_path / "1", name="tune")
+    b = fit(two, settings(), seed=3, resume=tmp_path / "2", name="tune")
+    assert a.step == b.step == 15
+    for ours, theirs in zip(one.model.parameters(), two.model.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close([r["loss"] for r in a.step_rows], [r["loss"] for r in b.step_rows], atol=1e-6, rtol=1e-5)
+
+
+def test_three_golden_steps_against_a_plain_loop(tmp_path):
+    job = Toy(16, 1, dropout=0.0, samples=48)
+    progress = fit(job, settings(epochs=1, warmup_share=0.0), seed=11, resume=tmp_path / "r", name="tune")
+    plain = Toy(16, 1, dropout=0.0, samples=48)
+    optimizer = torch.optim.AdamW([{"params": [p for p in plain.model.parameters() if p.dim() > 1], "weight_decay": 0.01},
+                                   {"params": [p for p in plain.model.parameters() if p.dim() < 2], "weight_decay": 0.0}])
+    losses = []
+    for step, [micro] in enumerate(plain.steps(0, torch.Generator().manual_seed(11))):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * step / 3))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(plain.model(plain.x[micro]), plain.y[micro])
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert [r["loss"] for r in progress.step_rows] == pytest.approx(losses, abs=1e-6)
+    assert losses == pytest.approx([1.26746, 1.15353, 1.04164], abs=1e-4)
+    for ours, theirs in zip(job.model.parameters(), plain.model.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(tmp_path, value):
+    job = Toy()
+    job.broken = {8: lambda total: total * value}
+    with pytest.raises(UserError, match=r"tune: the loss .* not finite at step 8; lower tune.lr"):
+        fit(job, settings(checkpoint_seconds=0), seed=7, resume=tmp_path, name="tune")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["progress"]["step"] == 7
+    assert all(bool(w.isfinite().all()) for w in state["weights"].values())
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path):
+    job = Toy()
+    job.broken = {8: lambda total: total + (0 * job.model[0].weight).pow(0.5).sum()}  # finite value, gradient 0 * inf
+    with pytest.raises(UserError, match="not finite at step 8"):
+        fit(job, settings(checkpoint_seconds=0), seed=7, resume=tmp_path, name="tune")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["progress"]["step"] == 7
+    assert all(bool(p.isfinite().all()) for p in job.model.parameters())
+
+
+@pytest.mark.parametrize(("name", "key"), [("gcsan-text", "encoder.training.lr"), ("backbone", "llm.scratch.lr"),
+                                           ("align", "align.lr")])
+def test_the_key_to_lower_is_that_of_the_stage(tmp_path, name, key):
+    job = Toy()
+    job.broken = {1: lambda total: total * math.nan}
+    with pytest.raises(UserError, match=f"lower {key};"):
+        fit(job, settings(), seed=7, resume=tmp_path, name=name)
+
+
+def test_the_schedule_warms_up_and_falls_along_a_cosine():
+    assert [cosine(s, 100, 0.0) for s in (0, 50, 99)] == pytest.approx([1.0, 0.5, 0.000246719], abs=1e-6)
+    shares = [cosine(s, 100, 0.1) for s in range(100)]
+    assert shares[:10] == pytest.approx([(s + 1) / 11 for s in range(10)])
+    assert shares[10] == 1.0 == max(shares)
+    assert shares[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(shares[10:], shares[11:])) and 0 < shares[99] < 0.001
+    assert [cosine(s, 2, 1.0) for s in range(2)] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_the_curve_shows_the_schedule(tmp_path):
+    job = Toy()
+    progress = fit(job, settings(), seed=7, resume=tmp_path, name="tune")
+    assert [r["lr"] for r in progress.step_rows] == pytest.approx([0.05 * cosine(s, 15, 0.2) for s in range(15)])
+    assert [r["step"] for r in progress.step_rows] == list(range(1, 16))
+    assert [r["epoch"] for r in progress.epoch_rows] == [0, 1, 2, 3]
+    assert progress.epoch_rows[-1]["train_loss"] == pytest.approx(sum(r["loss"] for r in progress.step_rows[10:]) / 5)
+    assert progress.epoch_rows[-1]["valid_loss"] < 0.8 * progress.epoch_rows[0]["valid_loss"], "it learns"
+
+
+def test_early_stopping_keeps_the_best_epochs_weights(tmp_path):
+    job = Selecting([0.0, 0.1, 0.3, 0.2, 0.3, 0.9])  # before training, then epoch by epoch
+    progress = fit(job, settings(epochs=9, patience=2), seed=7, resume=tmp_path, name="gcsan")
+    assert (progress.epoch, progress.best_epoch, progress.best) == (4, 2, 0.3)
+    assert bytes_of(job) == job.weights[2] != job.weights[4]
+    again = Selecting([])
+    fit(again, settings(epochs=9, patience=2), seed=7, resume=tmp_path, name="gcsan")
+    assert bytes_of(again) == bytes_of(job), "the best weights survive an interruption after the last epoch"
+
+
+def test_the_gradient_is_clipped_to_its_norm(tmp_path):
+    moved = {}
+    for clip in (1e-3, 1e9):
+        job = Toy(dropout=0.0)
+        job.broken = {n: lambda total: 1e4 * total for n in range(1, 99)}
+        norms = moved[clip] = []
+
+        def look(optimizer, *_, norms=norms):
+            found = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
+            norms.append(float(torch.stack(found).norm()))
+
+        handle = register_optimizer_step_pre_hook(look)
+        fit(job, settings(epochs=1, clip=clip), seed=7, resume=tmp_path / str(clip), name="tune")
+        handle.remove()
+    assert moved[1e-3] == pytest.approx([1e-3] * 5, rel=1e-3)
+    assert min(moved[1e9]) > 100, "what is within the norm stays"
+
+
+def test_only_matrices_decay_and_frozen_weights_stay(tmp_path):
+    job = Toy(dropout=0.0)
+    job.model[0].requires_grad_(False)
+    before = job.model[0].weight.clone()
+    groups = training._groups({k: p for k, p in job.model.named_parameters() if p.requires_grad}, 0.5)
+    assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
+    assert len(training._groups({"w": job.model[3].weight}, 0.5)) == 1, "no empty group"
+    fit(job, settings(), seed=7, resume=tmp_path, name="tune")
+    assert torch.equal(job.model[0].weight, before)
+    assert "0.weight" not in torch.load(tmp_path / "state.pt", weights_only=True)["weights"]
+
+
+def test_what_a_finished_training_writes(tmp_path):
+    job = Toy()
+    job.model[0].bias.requires_grad_(False)
+    resume = tmp_path / "resume"
+    progress = fit(job, settings(), seed=7, resume=resume, name="tune")
+    training.finish(progress, job.model, name="tune", resume=resume, reports=tmp_path / "reports")
+    assert not resume.exists()
+    rows = list(csv.DictReader((tmp_path / "reports/curves/tune_epochs.csv").open()))
+    assert [r["epoch"] for r in rows] == ["0", "1", "2", "3"] and rows[0]["train_loss"] == ""
+    assert len(list(csv.DictReader((tmp_path / "reports/curves/tune_steps.csv").open()))) == 15
+    cost = json.loads((tmp_path / "reports/metrics/cost/tune.json").read_text())
+    assert cost["trainable_parameters"] == 32 + 27 and cost["total_parameters"] == 67
+    assert 0 < cost["training_seconds"] <= cost["seconds"] and cost["peak_memory_mb"] > 50
+    assert cost["tokens_per_second"] == pytest.approx(2 * cost["samples_per_second"], rel=1e-3)
+    assert cost["samples_per_second"] == pytest.approx(240 / cost["training_seconds"], rel=1e-2)
+
+
+def test_arithmetic_is_what_was_asked_for_and_auto_says_why(capsys):
+    assert training.arithmetic("fp32") is torch.float32
+    assert training.arithmetic("bf16") is torch.bfloat16
+    assert capsys.readouterr().err == ""
+    chosen = training.arithmetic("auto")
+    said = capsys.readouterr().err
+    assert said.startswith("precision auto: " + ("bf16" if chosen is torch.bfloat16 else "fp32")) and "(" in said

@@ -1,0 +1,244 @@
+"""The two stages: their candidates, targets and losses, and that both learn."""
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llmgr.errors import UserError
+from llmgr.graph import Sessions
+from llmgr.llmgr import Llmgr, logits
+from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
+from llmgr.training import fit
+from llmgr.tuning import AlignJob, BehaviourJob, Scorer, all_sessions, draw_candidates, grouped, spans
+from tiny import ITEMS, LISTS, TITLES, llmgr, prefixes, tokenizer
+
+COUNT = sum(map(len, LISTS))
+
+
+def settings(**changes) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{
+        "epochs": 25, "batch_size": 4, "accumulate": 1, "lr": 0.02, "weight_decay": 0.0, "warmup_share": 0.1, "clip": 1.0,
+        "checkpoint_seconds": 1e9, "candidates": 4, "softmax": "items", "targets": "positions", "samples": 0,
+        "valid_sessions": 0, "mask_seen": False} | changes)
+
+
+def align(model: Llmgr, **changes) -> AlignJob:
+    return AlignJob(model, AlignmentPrompts(tokenizer(), TITLES, 8), settings(**changes), 3, torch.float32)
+
+
+def behave(model: Llmgr, train: Sessions | None = None, valid: Sessions | None = None, titles: bool = False,
+           **changes) -> BehaviourJob:
+    train = train if train is not None else prefixes()
+    build = BehaviourPrompts(tokenizer(), "short", TITLES if titles else None, 4, False)
+    return BehaviourJob(model, build, train, train if valid is None else valid, settings(**changes), 3, torch.float32)
+
+
+def test_candidates_hold_the_described_item_once_anywhere():
+    drawn = draw_candidates(9, 4, torch.Generator().manual_seed(0))
+    assert drawn.shape == (10, 4)
+    places, others = torch.zeros(4), torch.zeros(10)
+    for seed in range(400):
+        drawn = draw_candidates(9, 4, torch.Generator().manual_seed(seed))[1:]
+        own = drawn == torch.arange(1, 10)[:, None]
+        assert own.sum(1).eq(1).all()
+        assert drawn.min() >= 1 and drawn.max() <= 9
+        places += own.sum(0)
+        others += torch.bincount(drawn[0][~own[0]], minlength=10)
+    assert (places / places.sum() - 0.25).abs().max() < 0.03
+    assert others[1] == 0 and (others[2:] / others.sum() - 1 / 8).abs().max() < 0.04, "the others are drawn evenly"
+    assert torch.equal(draw_candidates(2, 2, torch.Generator()).sort(1)[0][1:], torch.tensor([[1, 2], [1, 2]]))
+
+
+def test_every_item_is_described_once_an_epoch_among_new_candidates():
+    job = align(llmgr())
+    seen = []
+    for epoch in range(2):
+        steps = job.steps(epoch, torch.Generator().manual_seed(epoch))
+        assert sorted(torch.cat([m for step in steps for m in step]).tolist()) == list(range(1, ITEMS + 1))
+        seen.append(job.candidates)
+    assert not torch.equal(*seen)
+    checked = job.checked_candidates.clone()
+    job.steps(0, torch.Generator().manual_seed(0))
+    assert torch.equal(job.candidates, seen[0]) and torch.equal(job.checked_candidates, checked)
+    steps = align(llmgr(), accumulate=2).steps(0, torch.Generator().manual_seed(0))
+    assert [len(s) for s in steps] == [2, 1]
+
+
+@pytest.mark.parametrize("output", ["linear", "mlp", "items"])
+@pytest.mark.parametrize("softmax", ["items", "candidates"])
+def test_the_alignment_loss_is_the_softmax_it_names(softmax, output):
+    model = llmgr(output=output)
+    job = align(model, softmax=softmax)
+    job.steps(0, torch.Generator().manual_seed(0))
+    micro = torch.tensor([5, 2, 12])
+    found = job.loss(micro)
+    scores = logits(*model(job.prompts(micro, job.candidates[micro]), None))
+    expected = 0.0
+    for row, item in enumerate(micro.tolist()):
+        among = job.candidates[item] if softmax == "candidates" else torch.arange(1, ITEMS + 1)
+        expected += (scores[row][among].logsumexp(0) - scores[row, item]).item()
+    assert found.total.item() == pytest.approx(expected, rel=1e-4)
+    assert found.targets == 3 and found.tokens == job.prompts(micro, job.candidates[micro]).tokens
+
+
+@torch.no_grad()
+def test_alignment_starts_at_chance():
+    found = [align(llmgr(seed=seed, output="linear")).validate()["accuracy_candidates"] for seed in range(8)]
+    assert abs(sum(found) / len(found) - 1 / 4) < 0.15
+
+
+@pytest.mark.parametrize("softmax", ["items", "candidates"])
+def test_alignment_learns_what_it_is_shown(tmp_path, softmax):
+    job = align(llmgr(), softmax=softmax, lr=0.03)
+    fit(job, job.settings, seed=1, resume=tmp_path, name="align")
+    after = job.validate()
+    assert after["accuracy_candidates"] > 0.8
+    assert after["accuracy_items"] > (0.8 if softmax == "items" else 0.3)
+
+
+def test_more_candidates_than_items_are_refused():
+    with pytest.raises(UserError, match=f"align.candidates=13 exceeds the catalogue's {ITEMS} items"):
+        align(llmgr(), candidates=13)
+
+
+def test_prompts_longer_than_the_backbone_are_refused():
+    model = llmgr()
+    model.positions = 60
+    with pytest.raises(UserError, match=r"spans \d+ tokens, the backbone has 60 positions: lower align.max_text_tokens"):
+        align(model)
+    longest = BehaviourPrompts(tokenizer(), "short", None, 4, False).longest
+    train = prefixes([[1, 2], [3]])
+    model.positions = longest(4)
+    behave(model, train, prefixes([[1, 2, 3]]))
+    with pytest.raises(UserError, match=f"spans {longest(5)} tokens, .* lower data.max_session"):
+        behave(model, train, prefixes([[1, 2, 3, 4]]))  # a test session has one click more
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_spans_cover_every_prefix_once(tmp_path, positions):
+    import polars as pl
+
+    from llmgr.graph import read_sessions
+
+    lists = [[3, 5, 3, 7, 7, 2, 9, 1], [4, 1], [1, 2, 3], [9, 9, 9, 9, 9, 9]]
+    rows = [(f"u{n}", x[max(0, t - 4):t], x[t]) for n, x in enumerate(lists) for t in range(1, len(x))]
+    pl.DataFrame(rows, {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}, orient="row").write_parquet(
+        tmp_path / "train.parquet")
+    train, frame = read_sessions(tmp_path / "train.parquet", 4)
+    first, last, start = spans(train, positions)
+    covered = []
+    for a, b, sample in zip(first.tolist(), last.tolist(), start.tolist()):
+        for n in range(b - a + 1):
+            assert int(train.length[sample + n]) == a + n and int(train.row[sample + n]) == int(train.row[sample])
+            covered.append(sample + n)
+    assert covered == list(range(len(frame)))
+    assert len(first) == (len(frame) if not positions else 4 + 3 + 1)
+
+
+@pytest.mark.parametrize("output", ["linear", "mlp", "items"])
+@pytest.mark.parametrize("mask_seen", [False, True])
+@pytest.mark.parametrize("train_encoder", ["all", "none"])
+def test_both_forms_have_the_same_loss_and_it_is_the_softmax(output, mask_seen, train_encoder):
+    model = llmgr(output=output)
+    model.unfreeze_encoder(train_encoder)
+    model.train()
+    train = prefixes()
+    totals, gradients = {}, {}
+    for targets in ("prefix", "positions"):
+        job = behave(model, train, titles=True, targets=targets, mask_seen=mask_seen)
+        assert (job.frozen is None) == (train_encoder == "all")
+        steps = job.steps(0, torch.Generator().manual_seed(0))
+        micros = [m for step in steps for m in step]
+        assert sum(map(job.targets, micros)) == COUNT
+        losses = [job.loss(m) for m in micros]
+        assert [x.targets for x in losses] == [job.targets(m) for m in micros]
+        total = sum(x.total for x in losses)
+        model.zero_grad()
+        total.backward()
+        totals[targets], gradients[targets] = total.item(), model.hybrid.project.weight.grad.clone()
+    assert totals["prefix"] == pytest.approx(totals["positions"], rel=1e-5)
+    torch.testing.assert_close(gradients["prefix"], gradients["positions"], rtol=1e-3, atol=1e-4 * float(
+        gradients["prefix"].abs().max()))
+    build = BehaviourPrompts(tokenizer(), "short", TITLES, 4, False)
+    expected = 0.0
+    with torch.no_grad():
+        for sample in range(COUNT):
+            graphs = train.graphs(torch.tensor([sample]))
+            scores = logits(*model(build(graphs, graphs.length_B), model.sessions(graphs)))[0]
+            target = int(train.target[sample])
+            seen = set(graphs.items_BS[0].tolist()) - {target} if mask_seen else set()
+            kept = [i for i in range(1, ITEMS + 1) if i not in seen]
+            expected += float(scores[kept].logsumexp(0) - scores[target])
+    assert totals["prefix"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("targets", "output"), [("positions", "linear"), ("positions", "mlp"), ("positions", "items"),
+                                                 ("prefix", "items")])
+def test_behaviour_learns_a_tiny_batch(tmp_path, targets, output):
+    model = llmgr(output=output)
+    model.unfreeze_encoder("all")
+    train = prefixes([[1, 2, 3, 4], [5, 6, 7], [8, 9, 10]])
+    train.target = torch.tensor([2, 3, 4, 5, 6, 7, 8, 9, 10, 11])  # the next item, and one more
+    before = model.vectors.clone()
+    epochs = 40 if targets == "positions" else 15  # as many steps
+    job = behave(model, train, train.subset(torch.tensor([9])), targets=targets, epochs=epochs, lr=0.03)
+    every = Scorer(model, job.prompts, train, torch.float32)
+    start = every.validate()["valid_loss"]
+    progress = fit(job, job.settings, seed=1, resume=tmp_path, name="tune")
+    assert start > 1.5 > 0.5 > every.validate()["valid_loss"]
+    assert progress.epoch_rows[-1]["train_loss"] < 0.6
+    assert torch.equal(model.vectors, before), "item embeddings stay frozen"
+    assert progress.samples == 10 * epochs
+
+
+def test_samples_are_drawn_anew_and_reproducibly():
+    job = behave(llmgr(), targets="prefix", samples=7)
+    drawn = [sorted(torch.cat([m for s in job.steps(0, torch.Generator().manual_seed(n)) for m in s]).tolist())
+             for n in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 7
+    assert [len(s) for s in behave(llmgr(), targets="prefix", accumulate=3).steps(0, torch.Generator())] == [3, 2]
+    assert grouped([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+
+
+def test_positions_need_causal_attention():
+    with pytest.raises(UserError, match="tune.targets=positions needs causal attention .* model.attention=causal"):
+        behave(llmgr("bert"))
+    behave(llmgr("bert"), targets="prefix")
+    behave(llmgr("bert", attention="causal"))
+
+
+@torch.no_grad()
+def test_a_frozen_encoders_readouts_are_computed_once_for_all():
+    model, sessions = llmgr(dropout=0.5), prefixes()
+    model.train()
+    expected = torch.cat([model.sessions(sessions.graphs(torch.tensor([s]))) for s in range(COUNT)])
+    torch.testing.assert_close(all_sessions(model, sessions), expected)
+
+
+@torch.no_grad()
+def test_scores_of_a_session_are_those_of_training_and_validation_counts_right():
+    model = llmgr()
+    train = prefixes()
+    build = BehaviourPrompts(tokenizer(), "short", None, 4, False)
+    scorer = Scorer(model, build, train, torch.float32)
+    scores = scorer(torch.arange(COUNT))
+    shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(scorer(shuffled), scores[shuffled], atol=1e-4, rtol=1e-4)
+    job = behave(model, train)
+    loss = sum(job.loss(m).total.item() for step in job.steps(0, torch.Generator()) for m in step)
+    found = scorer.validate()
+    assert found["valid_loss"] == pytest.approx(loss / COUNT, rel=1e-4)
+    assert found["valid_loss"] == pytest.approx(float(F.cross_entropy(scores[:, 1:], train.target - 1)), rel=1e-4)
+    target = scores[torch.arange(COUNT), train.target]
+    rank = (scores[:, 1:] >= target[:, None]).sum(1)
+    assert found["valid_mrr_at_20"] == pytest.approx(float((1 / rank).mean()), rel=1e-5)
+    assert found["valid_hr_at_20"] == 1.0, "twelve items"
+
+
+def test_validation_takes_the_sessions_asked_for():
+    assert len(behave(llmgr(), valid_sessions=5).scorer.sessions) == 5
+    assert len(behave(llmgr()).scorer.sessions) == COUNT

@@ -1,0 +1,95 @@
+"""Small language models, sessions and settings that the tests of the model core share."""
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from llmgr.encoders.gcsan import Gcsan
+from llmgr.graph import Sessions
+from llmgr.llmgr import Llmgr
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ROOT.parent / "shared" / "llm"
+ITEMS, DIM, TEXT = 12, 8, 5
+TITLES = [f"{'abcdefghijkl'[i] * (1 + i % 4)}-{i + 1}" for i in range(ITEMS)]
+KINDS = ["llama", "bert", "stories260K", "all-MiniLM-L6-v2"]
+
+
+def tokenizer(kind: str = "llama") -> Any:
+    """A token a byte, which decodes to the text exactly; or a checkpoint's own."""
+    if kind not in ("llama", "bert"):
+        from llmgr.backbone import load_tokenizer
+
+        return load_tokenizer(checkpoint(kind))
+    read = Tokenizer(models.BPE(unk_token="<unk>"))
+    read.pre_tokenizer, read.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    read.train_from_iterator([], trainers.BpeTrainer(vocab_size=260, special_tokens=["<pad>", "<s>", "<unk>"],
+                                                     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                                                     show_progress=False))
+    opening = {"cls_token": "<s>"} if kind == "bert" else {"bos_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=read, pad_token="<pad>", unk_token="<unk>", **opening)
+
+
+def checkpoint(kind: str) -> Path:
+    """A folder of the workbench's checkpoints; the test skips where it is absent."""
+    if not (CHECKPOINTS / kind).is_dir():
+        pytest.skip(f"no {kind} here")
+    return CHECKPOINTS / kind
+
+
+def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
+    """A frozen transformer: a random LLaMA with grouped queries, a random BERT, or a checkpoint."""
+    if kind not in ("llama", "bert"):
+        from llmgr.backbone import load_language_model
+
+        return load_language_model(checkpoint(kind))
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 700, "initializer_range": 0.2}
+    if kind == "llama":
+        model = LlamaModel(LlamaConfig(**shape, num_key_value_heads=2, use_cache=False, attention_dropout=dropout))
+    else:
+        model = BertModel(BertConfig(**shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
+                          add_pooling_layer=False)
+    return model.requires_grad_(False).eval()
+
+
+def model_settings(**changes: Any) -> types.SimpleNamespace:
+    """The model section of params.yaml."""
+    return types.SimpleNamespace(**{
+        "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_targets": ["auto"], "attention": "native",
+        "readout": "auto", "output": "items", "text_dim": TEXT, "session_residual": False} | changes)
+
+
+def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, **changes: Any) -> Llmgr:
+    """LLMGR over random item vectors and text features, in evaluation mode, adapters stirred so that they act."""
+    torch.manual_seed(seed)
+    encoder = Gcsan(DIM, dropout, types.SimpleNamespace(gnn_layers=1, attention_layers=1, attention_heads=1, omega=0.6))
+    vectors, texts = (F.pad(torch.randn(ITEMS, d), (0, 0, 1, 0)) for d in (DIM, TEXT))
+    model = Llmgr(language_model(kind, seed, dropout), encoder, vectors, texts, model_settings(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return model.eval()
+
+
+LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8, 10, 12]]
+
+
+def prefixes(lists: list[list[int]] = LISTS, seed: int = 0) -> Sessions:
+    """Every prefix of every session, with random targets."""
+    items = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int32)
+    for row, clicks in enumerate(lists):
+        items[row, :len(clicks)] = torch.tensor(clicks)
+    pairs = [(row, p) for row, clicks in enumerate(lists) for p in range(1, len(clicks) + 1)]
+    row, length = torch.tensor(pairs).T
+    target = torch.randint(1, ITEMS + 1, (len(pairs),), generator=torch.Generator().manual_seed(seed))
+    return Sessions(items, row, length, target)
