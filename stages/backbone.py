@@ -29,8 +29,8 @@ def main(params) -> None:
     with replacing_folder("models/backbone") as folder:
         if params.llm.name == "scratch":
             settings = params.llm.scratch
-            scratch = train_scratch(item_texts("data/core/items.parquet", "text"), settings, folder, resume, params.seed,
-                                    max_positions=32 + 12 * params.data.max_session)
+            scratch = train_scratch(item_texts("data/core/items.parquet", "text"), settings, folder, resume,
+                                    params.seed, max_positions=32 + 12 * params.data.max_session)
             origin = {"name": "scratch", "revision": "trained on this catalogue's texts"}
         else:
             origin = resolve(params.llm.name, params.llm.revision, folder)

@@ -156,7 +156,8 @@ def test_the_resume_folder_follows_what_decides_the_outcome(tmp_path, monkeypatc
     first = artifacts.resume_folder("tune", {"lr": 1.0}, ["in"])
     assert first.is_dir() and first.parent == Path(".resume/tune")
     assert artifacts.resume_folder("tune", {"lr": 1.0}, ["in"]) == first
-    others = {first, artifacts.resume_folder("tune", {"lr": 2.0}, ["in"]), artifacts.resume_folder("align", {"lr": 1.0}, ["in"])}
+    others = {first, artifacts.resume_folder("tune", {"lr": 2.0}, ["in"])}
+    others.add(artifacts.resume_folder("align", {"lr": 1.0}, ["in"]))
     (tmp_path / "in").write_text("2")
     others.add(artifacts.resume_folder("tune", {"lr": 1.0}, ["in"]))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -176,9 +177,9 @@ def test_the_resume_folder_follows_the_code(tmp_path):
     shutil.copytree(STAGES, copy, ignore=shutil.ignore_patterns("__pycache__"))
 
     def folder() -> str:
-        return subprocess.run([sys.executable, "-c", "from llmgr.artifacts import *; print(resume_folder('x', {}, []))"],
-                              cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
-                              check=True).stdout
+        body = "from llmgr.artifacts import resume_folder; print(resume_folder('x', {}, []))"
+        return subprocess.run([sys.executable, "-c", body], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(copy)},
+                              capture_output=True, text=True, check=True).stdout
 
     before = folder()
     assert folder() == before

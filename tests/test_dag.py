@@ -82,7 +82,8 @@ def test_every_file_of_the_pipeline_is_written_by_exactly_one_stage() -> None:
         for dep in body.get("deps", []):
             if dep.startswith(("data/", "models/", "reports/")):
                 assert any(dep == out or dep.startswith(out + "/") or out.startswith(dep + "/")
-                           or dep.split("${")[0] == out.split("${")[0] for out in outs), f"nothing writes {dep} of {name}"
+                           or dep.split("${")[0] == out.split("${")[0] for out in outs
+                           ), f"nothing writes {dep} of {name}"
 
 
 @pytest.mark.parametrize("name", sorted({p.name for p in SCRIPTS.values()}))

@@ -66,7 +66,8 @@ def test_text_knn_is_a_decayed_sum_of_cosines_of_whitened_vectors(tmp_path, monk
     for row, sample in enumerate(samples.tolist()):
         items = frame["items"][sample].to_list()
         for candidate in range(1, ITEMS + 1):
-            expected = sum(decay**back * float(white[i - 1] @ white[candidate - 1]) for back, i in enumerate(reversed(items)))
+            expected = sum(decay**back * float(white[i - 1] @ white[candidate - 1])
+                           for back, i in enumerate(reversed(items)))
             assert float(scores[row, candidate]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -86,7 +87,8 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     torch.manual_seed(0)
     model = build_recommender("gcsan", ITEMS, section, None).eval()
     save_recommender("models/encoders/gcsan", "gcsan", model, section)
-    params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5), evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
+    params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5),
+                                   evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
                                    encoder=types.SimpleNamespace(names=["gcsan"], controls=["gcsan-text"]))
     found = evaluation.scorers(params, CPU)
     assert list(found) == ["pop", "text-knn", "gcsan", "gcsan-text", "llmgr"]

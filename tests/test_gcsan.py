@@ -1,6 +1,7 @@
 """GC-SAN against its equations, its invariances, the control's item vectors, and that it learns."""
 from __future__ import annotations
 
+import itertools
 import math
 import types
 
@@ -19,7 +20,8 @@ ITEMS, DIM = 12, 8
 
 
 def settings(**changes) -> types.SimpleNamespace:
-    return types.SimpleNamespace(**{"gnn_layers": 1, "attention_layers": 1, "attention_heads": 1, "omega": 0.6} | changes)
+    return types.SimpleNamespace(**{"gnn_layers": 1, "attention_layers": 1, "attention_heads": 1, "omega": 0.6}
+                                 | changes)
 
 
 def sessions(lists: list[list[int]], target: list[int] | None = None) -> Sessions:
@@ -39,10 +41,10 @@ def made(seed: int = 0, **changes) -> tuple[Gcsan, torch.Tensor]:
 
 
 def by_hand(model: Gcsan, vectors: torch.Tensor, items: list[int]) -> torch.Tensor:
-    """SR-GNN equations 1-5 click by click, GC-SAN's attention over all queries (with the layer norms of AttentionBlock's
-    Deviation), and equation 12."""
+    """SR-GNN's equations 1-5 node by node, GC-SAN's attention over all queries (with the layer norms that
+    AttentionBlock's Deviation names), and equation 12."""
     nodes = list(dict.fromkeys(items))
-    edges = {(nodes.index(a), nodes.index(b)) for a, b in zip(items, items[1:])}
+    edges = {(nodes.index(a), nodes.index(b)) for a, b in itertools.pairwise(items)}
     h = [vectors[i] for i in nodes]
     for layer in model.graph:
         after = []
@@ -73,7 +75,8 @@ def by_hand(model: Gcsan, vectors: torch.Tensor, items: list[int]) -> torch.Tens
             part = slice(n * width, (n + 1) * width)
             weight = torch.softmax(query[:, part] @ key[:, part].T / math.sqrt(width), -1)
             heads.append(weight @ value[:, part])
-        x = F.layer_norm(x + block.out(torch.cat(heads, -1)), (DIM,), block.norm_attention.weight, block.norm_attention.bias)
+        norm = block.norm_attention
+        x = F.layer_norm(x + block.out(torch.cat(heads, -1)), (DIM,), norm.weight, norm.bias)
         inner = block.inner[2](torch.relu(block.inner[0](x)))
         x = F.layer_norm(x + inner, (DIM,), block.norm_inner.weight, block.norm_inner.bias)
     return model.omega * x[-1] + (1 - model.omega) * gnn_last
@@ -88,7 +91,8 @@ def test_forward_is_the_papers_equations(changes):
         if isinstance(module, torch.nn.LayerNorm):
             module.weight.uniform_(0.5, 1.5), module.bias.uniform_(-0.5, 0.5)
     found = model(sessions(LISTS).graphs(torch.arange(len(LISTS))), vectors)
-    torch.testing.assert_close(found, torch.stack([by_hand(model, vectors, items) for items in LISTS]), atol=2e-6, rtol=1e-5)
+    expected = torch.stack([by_hand(model, vectors, items) for items in LISTS])
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import polars as pl
@@ -12,6 +13,7 @@ from llmgr.errors import UserError
 from llmgr.graph import Sessions, bucketed, catalogue_size, padded, read_sessions
 
 WINDOW = 6
+SCHEMA = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}
 
 
 def histories(seed: int = 0, users: int = 25) -> list[list[int]]:
@@ -25,7 +27,7 @@ def table(lists: list[list[int]], window: int = WINDOW) -> pl.DataFrame:
     """Rows as the split stage writes them."""
     rows = [(f"u{n:03d}", items[max(0, t - window):t], items[t]) for n, items in enumerate(lists)
             for t in range(1, len(items))]
-    return pl.DataFrame(rows, {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}, orient="row")
+    return pl.DataFrame(rows, SCHEMA, orient="row")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def by_hand(items: list[int]) -> tuple[list[int], list[int], torch.Tensor]:
     nodes = list(dict.fromkeys(items))
     alias = [nodes.index(i) for i in items]
     edges = torch.zeros(len(nodes), len(nodes))
-    for a, b in zip(alias, alias[1:]):
+    for a, b in itertools.pairwise(alias):
         edges[a, b] = 1
     return nodes, alias, edges
 
@@ -78,8 +80,8 @@ def test_prefixes_share_a_row_until_the_window_slides(read):
 
 def test_validation_sessions_have_a_row_each(tmp_path):
     lists = histories(3)
-    frame = pl.DataFrame({"user": [f"u{n:03d}" for n in range(len(lists))], "items": [x[-WINDOW - 1:-1] for x in lists],
-                          "target": [x[-1] for x in lists]}, {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32})
+    rows = [(f"u{n:03d}", x[-WINDOW - 1:-1], x[-1]) for n, x in enumerate(lists)]
+    frame = pl.DataFrame(rows, SCHEMA, orient="row")
     frame.write_parquet(tmp_path / "valid.parquet")
     sessions, _ = read_sessions(tmp_path / "valid.parquet", WINDOW)
     for n, items in enumerate(frame["items"].to_list()):

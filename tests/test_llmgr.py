@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
+from tiny import DIM, ITEMS, LISTS, TITLES, llmgr, model_settings, prefixes, tokenizer
 
 from llmgr.errors import UserError
 from llmgr.llmgr import Llmgr, load_llmgr, logits, save_llmgr
 from llmgr.prompts import NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
-from tiny import DIM, ITEMS, LISTS, TITLES, llmgr, model_settings, prefixes, tokenizer
 
 
 def prompted(kind: str = "llama", titles: bool = True) -> tuple[PromptBatch, torch.Tensor]:
@@ -71,7 +71,8 @@ def test_gradients_flow_where_they_must_and_nowhere_else(part):
     assert reached <= expected
     assert {n for n in expected - reached} <= {n for n in expected if n.endswith("key_value.bias")}, "keys have no bias"
     assert not any("base_layer" in n or "embed" in n for n in found)
-    assert model.vectors.grad is None and not model.vectors.requires_grad and "vectors" not in dict(model.named_parameters())
+    assert model.vectors.grad is None and not model.vectors.requires_grad
+    assert "vectors" not in dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("frozen_bridge", [False, True])
@@ -138,7 +139,8 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
         size = sum(file.get_tensor(n).numel() * 4 for n in names)
     assert all(n.startswith(("hybrid.", "output.")) or "lora_" in n for n in names)
     assert not any("table" in n or "base_layer" in n or "embed" in n for n in names)
-    adapters = sum(p.numel() * 4 for n, p in model.named_parameters() if p.requires_grad and not n.startswith("encoder."))
+    adapters = sum(p.numel() * 4 for n, p in model.named_parameters()
+                   if p.requires_grad and not n.startswith("encoder."))
     assert size == adapters and (tmp_path / "llmgr.safetensors").stat().st_size < size + 6000
     first = (tmp_path / "llmgr.safetensors").read_bytes()
     save_llmgr(tmp_path, model, model_settings(output=output), encoder=True)
@@ -209,8 +211,9 @@ def test_slots_are_projections_at_the_scale_of_token_embeddings():
 
 
 def test_targets_that_do_not_exist_are_named_with_those_that_do():
-    with pytest.raises(UserError, match=re.escape("model.lora_targets=qproj,v_proj: the backbone has no linear layer qproj; it has "
-                                        "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")):
+    said = ("model.lora_targets=qproj,v_proj: the backbone has no linear layer qproj; it has down_proj, gate_proj, "
+            "k_proj, o_proj, q_proj, up_proj, v_proj")
+    with pytest.raises(UserError, match=re.escape(said)):
         llmgr(lora_targets=["qproj", "v_proj"])
     adapted = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n, _ in llmgr("bert").trained() if "lora_" in n}
     assert adapted == {"query", "key", "value"}
@@ -228,7 +231,7 @@ def test_adapters_stay_within_the_language_model():
 def test_a_readout_that_sees_nothing_is_refused(readout):
     with pytest.raises(UserError, match=rf"model.readout={readout} .* set model.readout=last"):
         llmgr("llama", readout=readout)
-    with pytest.raises(UserError, match="model.readout=last"):
+    with pytest.raises(UserError, match=r"model\.readout=last"):
         llmgr("bert", attention="causal", readout=readout)
     assert llmgr("bert", readout=readout).readout == readout
 

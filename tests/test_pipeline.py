@@ -51,7 +51,7 @@ def environment(root: Path) -> dict[str, str]:
 def run(root: Path, *command: str, status: int | None = 0, **options: Any) -> str:
     """Output and errors of a command in `root` as one text, after its exit status was compared."""
     done = subprocess.run(command, cwd=root, env=environment(root), text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=600, **options)
+                          stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=1200, **options)
     if status is not None:
         assert done.returncode == status, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout[-4000:]}"
     return done.stdout
@@ -77,6 +77,11 @@ def locked(root: Path) -> dict[str, str]:
     found = {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
     timed = ("reports/metrics/cost/", "reports/index.html", "reports/figures", "reports/mlflow_run.json")
     return {path: md5 for path, md5 in found.items() if not path.startswith(timed)}
+
+
+def forget(root: Path, md5: str) -> None:
+    """Take an output out of DVC's cache, so that it comes back by work alone."""
+    (root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()
 
 
 def runs(root: Path) -> dict[str, mlflow.entities.Run]:
@@ -278,7 +283,7 @@ def test_two_experiments_publish_into_one_new_store_at_once(reproduced: Path, tm
         waiting.append(subprocess.Popen([sys.executable, "stages/track.py"], cwd=root, env=environment(root), text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     for process in waiting:
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, said
     assert sorted(r.data.params["model.lora_r"] for r in runs(tmp_path).values()) == ["1", "2"]
 
@@ -297,7 +302,7 @@ def test_a_forced_rerun_gives_the_same_bytes(copy: Path) -> None:
                          ids=["pretrain", "tune"])
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(copy: Path, stage: str, model: str) -> None:
     before, resume = locked(copy), copy / ".resume"
-    shutil.rmtree(copy / ".dvc/cache")  # so that nothing comes back without work
+    forget(copy, before[model])
     command = subprocess.Popen(["dvc", "repro", "--force", "--single-item", stage], cwd=copy, env=environment(copy),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for(lambda: list(resume.glob("*/*/state.pt")), command)
@@ -313,10 +318,10 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(copy: Path, stag
 
 def wait_for(found: Callable[[], Any], command: subprocess.Popen) -> None:
     """Until something is found while the command runs."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not found():
         assert command.poll() is None, "the stage ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        assert time.monotonic() < deadline, "no checkpoint within ten minutes"
         time.sleep(0.005)
 
 
@@ -328,7 +333,7 @@ def wait_for(found: Callable[[], Any], command: subprocess.Popen) -> None:
 def test_a_full_disk_is_one_sentence_and_the_next_repro_completes(copy: Path, stage: str, script: list[str], model: str,
                                                                  kilobytes: int) -> None:
     before = locked(copy)
-    shutil.rmtree(copy / ".dvc/cache")  # so that nothing comes back without work
+    forget(copy, before[model])
     shutil.rmtree(copy / model)
     limit = kilobytes * 1024
     said = run(copy, sys.executable, f"stages/{script[0]}", *script[1:], status=2,

@@ -1,15 +1,18 @@
 """Prompts read as their templates, and one pass over a session equals a prompt a prefix."""
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from tiny import ITEMS, KINDS, LISTS, TITLES, llmgr, prefixes, tokenizer
 
 from llmgr.graph import Sessions
 from llmgr.prompts import GRAPH, NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
-from tiny import ITEMS, KINDS, LISTS, TITLES, llmgr, prefixes, tokenizer
 
 
-def behaviour(family: str = "short", titles: bool = False, edges: bool = False, kind: str = "llama") -> BehaviourPrompts:
+def behaviour(family: str = "short", titles: bool = False, edges: bool = False, kind: str = "llama"
+              ) -> BehaviourPrompts:
     return BehaviourPrompts(tokenizer(kind), family, TITLES if titles else None, 4, edges)
 
 
@@ -41,7 +44,7 @@ def expected(family: str, items: list[int], titles: bool, edges: bool, graph: in
     nodes = shown(items, titles)
     if family == "short":
         return f"<s>Products clicked in a session: {nodes}; graph [g{graph}] next"
-    listed = f" Edges: {''.join(f'[{a}]>[{b}]' for a, b in zip(items, items[1:]))}." if edges else ""
+    listed = f" Edges: {''.join(f'[{a}]>[{b}]' for a, b in itertools.pairwise(items))}." if edges else ""
     return (f"<s>The session graph of a shopper. Nodes in order of the clicks: {nodes}.{listed} The last click is node "
             f"[{items[-1]}]. The whole session graph: [g{graph}]. The product clicked next is:")
 
@@ -68,7 +71,7 @@ def shown_extra(family: str, items: list[int], edges: bool) -> int:
     if family == "paper":
         slots += [f"[{items[-1]}]"]
         if edges:
-            slots += [f"[{i}]" for pair in zip(items, items[1:]) for i in pair]
+            slots += [f"[{i}]" for pair in itertools.pairwise(items) for i in pair]
     return sum(len(s) - 1 for s in slots)
 
 
@@ -92,7 +95,8 @@ def test_first_leaves_earlier_prefixes_out():
     assert prompts.row_R.tolist() == [0, 0, 1, 2, 3, 3, 3, 4]
 
 
-@pytest.mark.parametrize(("family", "titles", "edges"), [("short", True, False), ("paper", False, True), ("paper", True, False)])
+@pytest.mark.parametrize(("family", "titles", "edges"), [("short", True, False), ("paper", False, True),
+                                                         ("paper", True, False)])
 def test_the_longest_prompt_is_as_long_as_it_says(family, titles, edges):
     lists = [[1 + i % ITEMS for i in range(9)]]
     graphs = whole(prefixes(lists), lists)

@@ -64,7 +64,8 @@ def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> 
 def model_settings(**changes: Any) -> types.SimpleNamespace:
     """The model section of params.yaml."""
     return types.SimpleNamespace(**{
-        "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_targets": ["auto"], "attention": "native",
+        "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0,
+        "dropout": 0.0, "lora_targets": ["auto"], "attention": "native",
         "readout": "auto", "output": "items", "text_dim": TEXT, "session_residual": False} | changes)
 
 

@@ -22,7 +22,7 @@ Score = Callable[[Tensor], Tensor]
 
 
 def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callable[[Sessions], Score]]]:
-    """By model name, in the report's order: what loads it; calling that gives sessions -> samples -> scores [B, V+1]."""
+    """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
     found: dict[str, Callable[[], Callable[[Sessions], Score]]] = {
         "pop": lambda: popularity(device),

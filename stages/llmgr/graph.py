@@ -42,7 +42,10 @@ class GraphBatch:
         return torch.arange(self.items_BS.shape[1], device=self.length_B.device) < self.length_B[:, None]
 
     def normalised(self) -> tuple[Tensor, Tensor]:
-        """Incoming and outgoing adjacency, each row divided by its degree (SR-GNN, Wu et al. 2019, fig. 2)."""
+        """Incoming and outgoing adjacency, each row divided by its degree (SR-GNN, Wu et al. 2019, fig. 2).
+
+        Deviation: repeated transitions count once, as in the authors' code; the paper counts occurrences.
+        """
         into = self.edges_BNN.transpose(1, 2)
         return (into / into.sum(2, keepdim=True).clamp(min=1),
                 self.edges_BNN / self.edges_BNN.sum(2, keepdim=True).clamp(min=1))
@@ -107,10 +110,9 @@ def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.Data
     if frame.is_empty():
         raise UserError(f"{path} holds no session: lower filter.core or take a larger data.dataset")
     frame = frame.with_row_index("sample")
-    within = frame.with_columns(
-        length=pl.col("items").list.len(),
-        longest=pl.col("items").list.len().cum_count().over("user") == pl.len().over("user").clip(upper_bound=max_session),
-        rank=pl.int_range(1, pl.len() + 1).over("user"))
+    rank = pl.int_range(1, pl.len() + 1).over("user")
+    within = frame.with_columns(length=pl.col("items").list.len(), rank=rank,
+                                longest=rank == pl.len().over("user").clip(upper_bound=max_session))
     nests = (within["rank"] == within["length"]).to_numpy()
     base = within["longest"].to_numpy() | ~nests
     owner = within.select(pl.col("user").rle_id())["user"].to_torch().long()

@@ -24,9 +24,10 @@ class HybridEncoding(nn.Module):
     text tokens keep the language model's own input embeddings. W_p starts at the scale of the token embeddings.
     """
 
-    def __init__(self, tokens: nn.Embedding, vectors_VD: Tensor) -> None:
+    def __init__(self, tokens: nn.Embedding, vectors_VD: Tensor, dropout: float) -> None:
         super().__init__()
         dim = vectors_VD.shape[1]
+        self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(dim, tokens.embedding_dim, bias=False)
         token_scale = tokens.weight.detach().float().square().mean().sqrt()
         node_scale = vectors_VD[1:].square().mean().sqrt().clamp(min=1e-6)
@@ -36,13 +37,12 @@ class HybridEncoding(nn.Module):
                 ) -> Tensor:
         """`inputs_embeds` [B, L, H]; node slots read `vectors_VD`, graph slots `session_RD`."""
         embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
-        node = prompts.kind_BL == NODE
-        embeds_BLH = embeds_BLH.masked_scatter(node[..., None], self.project(vectors_VD[prompts.ref_BL[node]]).to(
-            embeds_BLH.dtype))
-        if session_RD is not None:
-            graph = prompts.kind_BL == GRAPH
-            embeds_BLH = embeds_BLH.masked_scatter(graph[..., None], self.project(session_RD[prompts.ref_BL[graph]]).to(
-                embeds_BLH.dtype))
+        sources = {NODE: vectors_VD, GRAPH: session_RD}
+        for kind, source in sources.items():
+            if source is not None:
+                slot_BL = prompts.kind_BL == kind
+                filled = self.project(self.dropout(source[prompts.ref_BL[slot_BL]]))
+                embeds_BLH = embeds_BLH.masked_scatter(slot_BL[..., None], filled.to(embeds_BLH.dtype))
         return embeds_BLH
 
 
@@ -66,7 +66,8 @@ class ItemsOutput(nn.Module):
 
     Deviation: the paper's layer is free (LinearOutput); an item met five times learns little there, and a text that
     is only read on the session's side cannot raise a cold item's score. With `residual` W starts at zero and the
-    encoder's session vector is added, so that tuning starts from the encoder's own scores.
+    encoder's session vector is added, so that tuning starts from the encoder's own scores (with align.enabled=false:
+    stage 1 moves W).
     """
 
     def __init__(self, width: int, vectors_VD: Tensor, text_VT: Tensor, residual: bool) -> None:
@@ -108,7 +109,8 @@ class Llmgr(nn.Module):
         self.register_buffer("vectors", vectors_VD, persistent=False)
         self.encoder = encoder.requires_grad_(False)
         width, items = config.hidden_size, len(vectors_VD) - 1
-        self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD)
+        self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD, params.dropout)
+        self.dropout = nn.Dropout(params.dropout)
         self.output = (ItemsOutput(width, vectors_VD, text_VT, params.session_residual) if params.output == "items"
                        else LinearOutput(width, items, hidden=params.output == "mlp"))
         self.language_model = add_adapters(language_model, params)
@@ -127,7 +129,7 @@ class Llmgr(nn.Module):
 
     def forward(self, prompts: PromptBatch, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries [R, K], item table [V+1, K], biases [V+1] or None; see the output layers."""
-        return self.output(self.hidden(prompts, session_RD), session_RD)
+        return self.output(self.dropout(self.hidden(prompts, session_RD)), session_RD)
 
     def sessions(self, graphs: GraphBatch) -> Tensor:
         """The encoder's readouts [B, D] of session graphs over the frozen item vectors."""
@@ -181,7 +183,8 @@ def load_llmgr(folder: Path, model: Llmgr) -> None:
     tensors = load_tensors(folder / "llmgr.safetensors")
     own = dict(model.trained())
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-        raise UserError(f"{folder} has other adapters than the model section asks for: run `dvc repro` to train it anew")
+        raise UserError(f"{folder} has other adapters than the model section asks for: run `dvc repro` to train it "
+                        "anew")
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)

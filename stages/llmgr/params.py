@@ -188,7 +188,7 @@ class Scratch:
 @dataclass(frozen=True)
 class Llm:
     name: str
-    """Hub id, local folder with safetensors, or `scratch`: a small LLaMA trained on the catalogue's texts."""
+    """Hub id (owner/model), local folder with safetensors, or `scratch`: a small LLaMA trained on the texts."""
     revision: str
     """Hub revision; what it resolved to is recorded in models/backbone/backbone.json."""
     item_text: Literal["title", "text"]
@@ -211,6 +211,8 @@ class Model:
     """Rank of the LoRA adapters; 0 trains no adapter (the language model stays frozen)."""
     lora_alpha: float
     """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    dropout: float
+    """Dropout of node and graph vectors before the projection and of the hidden state before the output layer."""
     lora_dropout: float
     """Dropout before the adapters."""
     lora_targets: list[str]
@@ -229,7 +231,7 @@ class Model:
     def check(self) -> None:
         at_least(self, "model", "lora_r", 0)
         positive(self, "model", "lora_alpha", "text_dim")
-        share(self, "model", "lora_dropout")
+        share(self, "model", "dropout", "lora_dropout")
         if not self.lora_targets:
             raise UserError("model.lora_targets is empty: name layers, or set model.lora_r=0 to train no adapter")
         if self.session_residual and self.output != "items":
@@ -356,7 +358,8 @@ class Bucket:
             if edges != sorted(set(edges)):
                 raise UserError(f"bucket.{name}={edges} must rise: each edge above the one before")
         if len(self.cold) != 2 or self.warm <= self.cold[-1]:
-            raise UserError(f"bucket.cold={self.cold} must be a lowest and a highest count below bucket.warm={self.warm}")
+            raise UserError(f"bucket.cold={self.cold} must be a lowest and a highest count below "
+                            f"bucket.warm={self.warm}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llmgr.errors import UserError
 
@@ -38,7 +37,8 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
                   "finished files are whole and training goes on from its last checkpoint")
         if _out_of_memory(error):
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
-                  "tune.gradient_checkpointing=true, or lower encoder.training.batch_size (align.* likewise for stage 1)")
+                  "tune.gradient_checkpointing=true, or lower encoder.training.batch_size (align.* likewise for stage "
+                  "1)")
         raise
 
 

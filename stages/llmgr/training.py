@@ -151,10 +151,9 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
         progress.epoch_rows.append(row)
         progress.epoch_loss = [0.0, 0.0]
         say(f"{name}: " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        if job.selects:
-            if metrics[job.selects] > progress.best:
-                progress.best, progress.best_epoch = metrics[job.selects], progress.epoch
-                best = {k: p.detach().clone() for k, p in trained.items()}
+        if job.selects and metrics[job.selects] > progress.best:
+            progress.best, progress.best_epoch = metrics[job.selects], progress.epoch
+            best = {k: p.detach().clone() for k, p in trained.items()}
         clock(training=False)
         _save(resume / "state.pt", progress, trained, optimizer, best)
         saved = time.monotonic()

@@ -21,7 +21,8 @@ ACCURACY_ITEMS = 1024
 def check_length(longest: int, model: Llmgr, mend: str) -> None:
     """UserError where a prompt of `longest` tokens would pass the backbone's positions."""
     if longest > model.positions:
-        raise UserError(f"the longest prompt spans {longest} tokens, the backbone has {model.positions} positions: {mend}")
+        raise UserError(f"the longest prompt spans {longest} tokens, the backbone has {model.positions} positions: "
+                        f"{mend}")
 
 
 class AlignJob:
@@ -60,10 +61,8 @@ class AlignJob:
         if self.settings.softmax == "candidates":
             scores = self._among(query, table, bias, shown)
             total = F.cross_entropy(scores, (shown == target[:, None]).int().argmax(1), reduction="sum")
-        elif bias is None:
-            total = item_cross_entropy(query, table, target)
         else:
-            total = F.cross_entropy(logits(query, table, bias)[:, 1:], target - 1, reduction="sum")
+            total = item_cross_entropy(query, table, target, bias)
         return Loss(total, len(micro), tokens)
 
     @torch.no_grad()
@@ -147,15 +146,13 @@ class BehaviourJob:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts, session_RD)
         target_R = self.train.target[sample_R]
-        if bias is None and not self.settings.mask_seen:
-            total = item_cross_entropy(query.float(), table, target_R)
-        else:
+        if self.settings.mask_seen:
             scores = logits(query.float(), table, bias)
-            if self.settings.mask_seen:
-                items_RS = self.train.graphs(sample_R).items_BS
-                seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, items_RS, True)
-                scores = scores.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
+            seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, self.train.graphs(sample_R).items_BS, True)
+            scores = scores.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
             total = F.cross_entropy(scores[:, 1:], target_R - 1, reduction="sum")
+        else:
+            total = item_cross_entropy(query.float(), table, target_R, bias)
         return Loss(total, len(sample_R), prompts.tokens)
 
     def validate(self) -> dict[str, float]:

@@ -95,6 +95,7 @@ def load_encoder(folder: str | Path, items: int) -> tuple[nn.Module, Tensor]:
     if config["items"] != items:
         raise UserError(f"{folder} was trained for {config['items']} items, the sessions have {items}: run `dvc repro` "
                         "to train it anew")
-    encoder = REGISTRY[family(config["name"])[0]](config["dim"], config["dropout"], SimpleNamespace(**config["settings"]))
+    kind, _ = family(config["name"])
+    encoder = REGISTRY[kind](config["dim"], config["dropout"], SimpleNamespace(**config["settings"]))
     encoder.load_state_dict(load_tensors(Path(folder) / "encoder.safetensors"))
     return encoder, load_tensors(Path(folder) / "items.safetensors")["vectors"]

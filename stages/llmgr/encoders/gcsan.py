@@ -32,8 +32,9 @@ class GatedGraph(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention and feed-forward, each with dropout, residual and layer norm (equations 6-9).
 
-    Deviation: the paper has no layer norm and no dropout here; both are in its public re-implementations (RecBole) and
-    train better. With `last_B` only the query of that click is computed, which is all the readout needs.
+    Deviation: the paper has no layer norm, dropout, residual around the attention, output projection or wider inner
+    layer here; its public re-implementations (RecBole) do, and train better. With `last_B`
+    only the query of that click is computed, which is all the readout needs.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
