@@ -45,7 +45,8 @@ def main(params) -> None:
         "attention": record["attention"], "parameters": sum(p.numel() for p in model.parameters()),
         "items_encoded": len(texts)})
     if scratch is None:
-        scratch = Progress(seconds=time.monotonic() - start, samples=len(texts)), model
+        seconds = time.monotonic() - start
+        scratch = Progress(seconds=seconds, training_seconds=seconds, samples=len(texts)), model
     finish(*scratch, name="backbone", resume=resume, reports=Path("reports"))
 
 
