@@ -295,7 +295,7 @@ class Tune(Training):
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
     prompt: Literal["paper", "short"]
-    """Which stage-2 template of llmgr.prompts: the paper's wording, or a short one that costs a fifth of the tokens."""
+    """Which stage-2 template of llmgr.prompts: the paper's wording, or a short one with far fewer tokens a question."""
     samples: int
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]
