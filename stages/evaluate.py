@@ -3,11 +3,12 @@
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
 Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
         reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
-Params: seed, evaluate, model, tune, data.max_session, encoder.names, encoder.controls
+Params: seed, evaluate, model, tune, data.max_session, encoder.names, encoder.controls, encoder.control_texts
 """
 from llmgr.stage import run
 
-READS = ("seed", "evaluate", "model", "tune", "data.max_session", "encoder.names", "encoder.controls")
+READS = ("seed", "evaluate", "model", "tune", "data.max_session", "encoder.names", "encoder.controls",
+         "encoder.control_texts")
 
 
 def main(params) -> None:

@@ -18,7 +18,8 @@ def main(params) -> None:
     source = require(f"models/encoders/{params.model.base}")
     vectors = load_tensors(source / "items.safetensors")["vectors"]
     if not bool(vectors.isfinite().all()):
-        raise UserError(f"{source} holds item vectors that are not finite: lower encoder.training.lr and train it anew")
+        base = params.model.base.partition("-")[0]
+        raise UserError(f"{source} holds item vectors that are not finite: lower encoder.{base}.lr and train it anew")
     with replacing_folder("models/embeddings") as folder:
         for name in ("items.safetensors", "encoder.safetensors", "config.json"):
             shutil.copyfile(require(source / name), folder / name)

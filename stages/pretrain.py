@@ -4,11 +4,11 @@ Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet (their numb
         models/backbone/item_text.safetensors for a control (an encoder whose name ends in -text or -shuffled)
 Writes: models/encoders/NAME/ (weights, item vectors, config), reports/metrics/encoders/NAME.json,
         reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json
-Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.training, encoder.gcsan
+Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.training, encoder.ENCODER (its own section)
 """
 from llmgr.stage import run
 
-READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.training", "encoder.gcsan")
+READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.training", "encoder.{encoder}")
 
 
 def main(params, encoder: str) -> None:
@@ -19,12 +19,12 @@ def main(params, encoder: str) -> None:
     from llmgr.artifacts import load_tensors, resume_folder, write_json
     from llmgr.encoders import build_recommender, family, save_recommender
     from llmgr.graph import catalogue_size, read_sessions
-    from llmgr.params import flat
+    from llmgr.params import flat, with_rate
     from llmgr.pretraining import EncoderJob
     from llmgr.text_vectors import principal_components, shuffled
     from llmgr.training import arithmetic, device_of, finish, fit
 
-    _, text = family(encoder)
+    base, text = family(encoder)
     inputs = ["data/sessions/train.parquet", "data/sessions/valid.parquet"]
     features = None
     if text != "none":
@@ -38,8 +38,8 @@ def main(params, encoder: str) -> None:
     device = device_of()
     torch.manual_seed(params.seed)
     items = catalogue_size("data/core/items.parquet")
-    model = build_recommender(encoder, items, params.encoder, features).to(device)
-    settings = params.encoder.training
+    model = build_recommender(encoder, items, params.encoder, features, int(train.user.max())).to(device)
+    settings = with_rate(params.encoder.training, getattr(params.encoder, base))
     job = EncoderJob(model, train.to(device), valid.to(device), settings, arithmetic(settings.precision))
     progress = fit(job, settings, seed=params.seed, resume=resume, name=encoder)
     save_recommender(f"models/encoders/{encoder}", encoder, model, params.encoder)
@@ -51,4 +51,4 @@ def main(params, encoder: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, READS, {"encoder": "name from encoder.names or encoder.controls"})
+    run(main, __doc__, READS, {"encoder": "a name from encoder.names, or NAME-text or NAME-shuffled for a control"})

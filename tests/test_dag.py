@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmgr.encoders import REGISTRY
+
 ROOT = Path(__file__).resolve().parent.parent
-FRAME = {"__init__", "errors", "artifacts", "stage", "params"}  # they decide how a stage fails, not what it computes
+# They decide how a stage fails, not what it computes:
+FRAME = {"__init__.py", "errors.py", "artifacts.py", "stage.py", "params.py"}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
 
@@ -29,24 +33,28 @@ def imports(path: Path) -> set[str]:
             for name in ([f"{module}.{a.name}".strip(".") for a in node.names] + [module]):
                 if (ROOT / "stages/llmgr" / f"{name.replace('.', '/')}.py").exists():
                     found.add(name.replace(".", "/") + ".py")
-                elif name and (ROOT / "stages/llmgr" / name.replace(".", "/") / "__init__.py").exists():
-                    found.add(name.replace(".", "/"))
+                if name and (ROOT / "stages/llmgr" / name.replace(".", "/") / "__init__.py").exists():
+                    found.add(name.replace(".", "/") + "/__init__.py")
     return found
 
 
-def closure(script: Path) -> set[str]:
-    """Everything of llmgr that a script can reach, as paths below stages/llmgr; a package stands for its files."""
+def closure(script: Path, encoder: str | None = None) -> set[str]:
+    """Everything of llmgr that a script can reach, as paths below stages/llmgr; a package stands for all its files.
+
+    llmgr.encoders imports the file of the encoder it is asked for: `encoder`, or any.
+    """
     seen: set[str] = set()
     todo = imports(script)
     while todo:
         name = todo.pop()
-        if name in seen or Path(name).stem in FRAME:
+        if name in seen or name in FRAME:
             continue
         seen.add(name)
-        path = ROOT / "stages/llmgr" / name
-        for file in (path.rglob("*.py") if path.is_dir() else [path]):
-            todo |= imports(file) - seen
-    return {n for n in seen if not any(n != m and n.startswith(m + "/") for m in seen)}
+        todo |= imports(ROOT / "stages/llmgr" / name) - seen
+        if name == "encoders/__init__.py":
+            todo |= {f"encoders/{one}.py" for one in ([encoder] if encoder else REGISTRY)} - seen
+    package = {f"encoders/{file.name}" for file in (ROOT / "stages/llmgr/encoders").glob("*.py")}
+    return seen - package | {"encoders"} if package <= seen and not encoder else seen
 
 
 def declared(name: str) -> tuple[list[str], list[str]]:
@@ -58,7 +66,8 @@ def declared(name: str) -> tuple[list[str], list[str]]:
 def test_code_dependencies_are_those_the_script_reaches(name: str) -> None:
     deps, _ = declared(name)
     code = {d for d in deps if not d.endswith(".j2")}
-    assert code == closure(SCRIPTS[name])
+    for encoder in REGISTRY if "matrix" in STAGES[name] else [None]:
+        assert {d.replace("${item.encoder}", str(encoder)) for d in code} == closure(SCRIPTS[name], encoder)
     assert str(SCRIPTS[name].relative_to(ROOT)) in STAGES[name]["deps"]
 
 
@@ -66,7 +75,17 @@ def test_code_dependencies_are_those_the_script_reaches(name: str) -> None:
 def test_parameters_are_those_the_script_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "stages"))
     reads = importlib.import_module(SCRIPTS[name].stem).READS
-    assert set(reads) == {p.removesuffix(".yaml:") for p in declared(name)[1]}
+    assert set(reads) == {p.replace("${item.", "{") for p in declared(name)[1]}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_an_encoder_comes_without_the_files_of_the_others(name: str) -> None:
+    code = (f"import sys; from llmgr.encoders import build_encoder; from llmgr.params import load\n"
+            f"build_encoder({name!r}, 8, 0.1, load('params.yaml').encoder.{name}, 3)\n"
+            "print(*(m.split('.')[2] for m in sys.modules if m.startswith('llmgr.encoders.')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "stages")})
+    assert set(done.stdout.split()) == {"layers", name}
 
 
 def test_every_file_of_the_pipeline_is_written_by_exactly_one_stage() -> None:
@@ -75,7 +94,6 @@ def test_every_file_of_the_pipeline_is_written_by_exactly_one_stage() -> None:
         for kind in ("outs", "metrics", "plots"):
             for entry in body.get(kind, []):
                 path = entry if isinstance(entry, str) else next(iter(entry))
-                path = path.replace("${item.encoder}", f"${{{name}}}")  # the matrices name different encoders
                 assert path not in outs, f"{path} is written by {outs[path]} and {name}"
                 outs[path] = name
     for name, body in STAGES.items():

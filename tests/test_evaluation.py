@@ -30,6 +30,9 @@ def written(folder, window: int) -> None:
     (folder / "data/sessions").mkdir(parents=True)
     (folder / "data/core").mkdir(parents=True)
     held = SCHEMA | {"earlier": pl.List(pl.Int32)}
+    prefixes = [(f"u{n:02d}", x[max(0, t - window):t], x[t]) for n, x in enumerate(histories())
+                for t in range(1, len(x) - 2)]
+    pl.DataFrame(prefixes, SCHEMA, orient="row").write_parquet(folder / "data/sessions/train.parquet")
     for split, ends in (("valid", 2), ("test", 1)):
         before = [(x[:len(x) - ends], x[-ends]) for x in histories()]
         rows = [(f"u{n:02d}", x[-window:], target, x[:-window]) for n, (x, target) in enumerate(before)]
@@ -89,7 +92,8 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     save_recommender("models/encoders/gcsan", "gcsan", model, section)
     params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5),
                                    evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
-                                   encoder=types.SimpleNamespace(names=["gcsan"], controls=["gcsan-text"]))
+                                   encoder=types.SimpleNamespace(
+                                       names=["gcsan"], controls=["gcsan"], control_texts=["text"]))
     found = evaluation.scorers(params, CPU)
     assert list(found) == ["pop", "text-knn", "gcsan", "gcsan-text", "llmgr"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)

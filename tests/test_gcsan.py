@@ -126,21 +126,22 @@ def test_partial_training_is_the_attention():
 def test_item_vectors_of_the_control():
     torch.manual_seed(0)
     features = F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0))
-    model = Recommender(ITEMS, made()[0], DIM, features)
-    torch.testing.assert_close(model.vectors(), model.vectors.table.weight + features @ model.vectors.text.weight.T)
-    assert (model.vectors() - model.vectors.table.weight).abs().max() > 1e-3
+    model = Recommender(ITEMS, made()[0], features)
+    torch.testing.assert_close(model.vectors(), model.items.table.weight + features @ model.items.text.weight.T)
+    assert (model.vectors() - model.items.table.weight).abs().max() > 1e-3
     batch = sessions(LISTS).graphs(torch.arange(len(LISTS)))
     with torch.no_grad():
-        model.vectors.text.weight.zero_()
-    plain = Recommender(ITEMS, model.encoder, DIM)
-    plain.vectors.table.load_state_dict(model.vectors.table.state_dict())
+        model.items.text.weight.zero_()
+    plain = Recommender(ITEMS, made()[0])
+    plain.items.table.load_state_dict(model.items.table.state_dict())
     plain.encoder.load_state_dict(model.encoder.state_dict())
+    model.eval(), plain.eval()
     for ours, ids in zip(model(batch), plain(batch)):
         torch.testing.assert_close(ours, ids)
     session, vectors = model(batch)
     item_cross_entropy(session, vectors, torch.tensor([1, 2, 3, 4, 5, 6])).backward()
-    table = model.vectors.table.weight.grad
-    assert model.vectors.text.weight.grad.abs().sum() > 0 and (table[1:].abs().sum(1) > 0).all()
+    table = model.items.table.weight.grad
+    assert model.items.text.weight.grad.abs().sum() > 0 and (table[1:].abs().sum(1) > 0).all()
     assert table[0].abs().sum() == 0 and model.vectors()[0].abs().sum() == 0, "padding stays 0"
     assert "features" not in " ".join(model.state_dict())
 
@@ -221,6 +222,8 @@ def test_names_of_encoders():
     assert family("gcsan") == ("gcsan", "none")
     assert family("gcsan-text") == ("gcsan", "text")
     assert family("gcsan-shuffled") == ("gcsan", "shuffled")
-    with pytest.raises(UserError, match="holds gcsam-text, which is no encoder; the nearest is gcsan"):
+    with pytest.raises(UserError, match=r"gcsam-text is no encoder: the nearest .* is gcsan"):
         family("gcsam-text")
-    assert build_recommender("gcsan", ITEMS, params(), torch.randn(ITEMS + 1, 3)).vectors.text is None
+    with pytest.raises(UserError, match=r"gcsan-textt is no encoder: .*; the nearest is gcsan-text"):
+        family("gcsan-textt")
+    assert build_recommender("gcsan", ITEMS, params(), torch.randn(ITEMS + 1, 3)).items.text is None

@@ -83,11 +83,24 @@ def test_validation_sessions_have_a_row_each(tmp_path):
     rows = [(f"u{n:03d}", x[-WINDOW - 1:-1], x[-1]) for n, x in enumerate(lists)]
     frame = pl.DataFrame(rows, SCHEMA, orient="row")
     frame.write_parquet(tmp_path / "valid.parquet")
+    table(lists).write_parquet(tmp_path / "train.parquet")
     sessions, _ = read_sessions(tmp_path / "valid.parquet", WINDOW)
     for n, items in enumerate(frame["items"].to_list()):
         batch = sessions.graphs(torch.tensor([n]))
         assert batch.items_BS[0].tolist() == items
         assert torch.equal(batch.edges_BNN[0], by_hand(items)[2])
+
+
+def test_a_user_has_one_number_in_all_splits_and_a_stranger_none(tmp_path):
+    table([[1, 2, 3], [4], [5, 6], [7, 8]]).write_parquet(tmp_path / "train.parquet")  # u001 has no training session
+    held = pl.DataFrame([(f"u{n:03d}", [1], 2) for n in (3, 1, 0, 2)], SCHEMA, orient="row")
+    held.write_parquet(tmp_path / "valid.parquet")
+    train, frame = read_sessions(tmp_path / "train.parquet", WINDOW)
+    expected = {"u000": 1, "u002": 2, "u003": 3}
+    assert train.graphs(torch.arange(len(train))).user_B.tolist() == [expected[u] for u in frame["user"]]
+    valid, _ = read_sessions(tmp_path / "valid.parquet", WINDOW)
+    assert valid.graphs(torch.arange(4)).user_B.tolist() == [3, 0, 1, 2]
+    assert valid.subset(torch.tensor([3, 0])).to("cpu").graphs(torch.tensor([1, 0])).user_B.tolist() == [3, 2]
 
 
 def test_dense_propagation_equals_message_passing_over_an_edge_list(read):

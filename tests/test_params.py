@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llmgr import params
+from llmgr.encoders import REGISTRY
 from llmgr.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def loaded(**settings: object) -> params.Params:
 def test_every_committed_key_arrives_with_its_value():
     flat = params.flat(loaded())
     assert flat["seed"] == CONTENT["seed"]
-    assert flat["encoder.training.lr"] == CONTENT["encoder"]["training"]["lr"]
+    assert flat["encoder.gcsan.lr"] == CONTENT["encoder"]["gcsan"]["lr"]
     leaves = {k for k in flat if k != "data.sha256"}
 
     def keys(content: dict, prefix: str = "") -> set[str]:
@@ -79,9 +80,15 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__training__dropout": 1.5}, ("encoder.training.dropout=1.5", "0 and 1")),
     ({"encoder__gcsan__gnn_layers": 6}, ("encoder.gcsan.gnn_layers=6", "1 and 5")),
     ({"encoder__gcsan__attention_heads": 7}, ("encoder.gcsan.attention_heads=7", "encoder.dim=64")),
-    ({"encoder__names": ["gcsan-text"]}, ("gcsan-text", "encoder.controls")),
-    ({"encoder__controls": ["gcsan"]}, ("encoder.controls", "-text")),
-    ({"model__base": "narm"}, ("model.base=narm", "gcsan")),
+    ({"encoder__gcsan__lr": 0}, ("encoder.gcsan.lr=0", "above 0")),
+    ({"encoder__names": ["gcsan-text"]}, ("encoder.names holds gcsan-text", "put gcsan into encoder.controls")),
+    ({"encoder__controls": ["gcsan-text"]}, ("encoder.controls holds gcsan-text", "encoder.control_texts")),
+    ({"encoder__names": ["gcsam"]}, ("encoder.names holds gcsam, which is no encoder; the nearest is gcsan",)),
+    ({"encoder__controls": ["gsan"]}, ("encoder.controls holds gsan, which is no encoder; the nearest is gcsan",)),
+    ({"encoder__names": ["gcsan", "gcsan"]}, ("encoder.names=[gcsan, gcsan]", "twice")),
+    ({"encoder__control_texts": ["texts"]}, ("encoder.control_texts=texts", "text, shuffled")),
+    ({"model__base": "narm"}, ("model.base=narm is not trained", "gcsan, gcsan-text, gcsan-shuffled")),
+    ({"model__base": "gcsan-textt"}, ("model.base=gcsan-textt is not trained",)),
     ({"model__session_residual": True, "model__output": "linear"}, ("model.session_residual", "model.output=items")),
     ({"tune__edges": True, "tune__prompt": "short"}, ("tune.edges", "tune.prompt=paper")),
     ({"tune__edges": True, "tune__prompt": "paper", "tune__targets": "positions"},
@@ -122,8 +129,8 @@ def test_values_are_coerced_to_the_declared_type(settings, key, value):
 def test_what_dvc_writes_for_a_small_rate_is_a_string_to_yaml_and_a_number_here(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", (ROOT / "params.yaml").read_text(), count=1))
-    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["training"]["lr"], str)
-    assert params.load(file).encoder.training.lr == 1e-5
+    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["gcsan"]["lr"], str)
+    assert params.load(file).encoder.gcsan.lr == 1e-5
 
 
 @pytest.mark.parametrize("section", list(CONTENT))
@@ -159,6 +166,17 @@ def test_a_view_holds_the_declared_keys_and_no_others():
         f"encoder.training.{k}" for k in CONTENT["encoder"]["training"]}
     with pytest.raises(AttributeError):
         view.data.mirror  # noqa: B018
+    with pytest.raises(UserError, match=r"no section encoder\.gcsam; the nearest is encoder\.gcsan"):
+        loaded().view(("encoder.gcsam",))
+
+
+def test_the_models_to_train_and_the_encoders_there_are():
+    section = loaded(encoder__control_texts=["shuffled", "text"]).encoder
+    assert params.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text"]
+    assert params.trained(loaded(encoder__controls=[]).encoder) == ["gcsan"]
+    assert set(params.encoders()) == set(REGISTRY)
+    settings = params.with_rate(section.training, section.gcsan)
+    assert settings.lr == section.gcsan.lr and settings.epochs == section.training.epochs
 
 
 def test_every_key_is_documented_below_its_field():

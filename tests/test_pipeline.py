@@ -144,7 +144,7 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("model.lora_r", 2, TUNING),
     ("model.base", "gcsan-text", {"export", *TUNING}),
     ("llm.scratch.epochs", 2, {"backbone", *CONTROLS, *TUNING}),
-    ("encoder.training.lr", 5e-4, LEARNING),
+    ("encoder.gcsan.lr", 5e-4, LEARNING),
     ("split.ties", "file", {"split", *LEARNING}),
     ("filter.core", 4, {"filter", "split", "backbone", *LEARNING}),
 ], ids=lambda value: value if isinstance(value, str) and "." in value else "to")
@@ -252,7 +252,7 @@ def test_an_experiment_runs_what_it_touches_and_going_back_finds_the_first_run(c
 
 
 def test_an_encoder_that_is_left_out_leaves_report_and_run(copy: Path) -> None:
-    said = run(copy, "dvc", "exp", "run", "-S", "encoder.controls=[gcsan-text]")
+    said = run(copy, "dvc", "exp", "run", "-S", "encoder.control_texts=[text]")
     assert set(RAN.findall(said)) == LAST
     run_id = read_json(copy / "reports/mlflow_run.json")["run_id"]
     client = mlflow.MlflowClient(f"sqlite:///{copy}/mlflow.db")
@@ -372,4 +372,4 @@ def test_diverged_vectors_stop_before_the_tuning(copy: Path) -> None:
     path.unlink()
     save_tensors(path, {"vectors": vectors})
     said = run(copy, sys.executable, "stages/export.py", status=2)
-    assert "not finite: lower encoder.training.lr" in said and "Traceback" not in said, said
+    assert "not finite: lower encoder.gcsan.lr" in said and "Traceback" not in said, said

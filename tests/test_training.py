@@ -194,7 +194,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path):
     assert all(bool(p.isfinite().all()) for p in job.model.parameters())
 
 
-@pytest.mark.parametrize(("name", "key"), [("gcsan-text", "encoder.training.lr"), ("backbone", "llm.scratch.lr"),
+@pytest.mark.parametrize(("name", "key"), [("gcsan-text", "encoder.gcsan.lr"), ("backbone", "llm.scratch.lr"),
                                            ("align", "align.lr")])
 def test_the_key_to_lower_is_that_of_the_stage(tmp_path, name, key):
     job = Toy()

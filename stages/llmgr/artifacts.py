@@ -111,7 +111,7 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 
 def left_behind(reports: Path) -> set[Path]:
-    """Files of encoders that are not evaluated: what earlier, longer encoder.names and encoder.controls left there."""
+    """Files of encoders that are not evaluated: what earlier, longer lists under encoder left there."""
     metrics, curves = reports / "metrics", reports / "curves"
     evaluated = read_json(metrics / "buckets.json")
     gone = [path.stem for path in (metrics / "encoders").glob("*.json") if path.stem not in evaluated]

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from llmgr.artifacts import load_tensors, require
 from llmgr.encoders import load_encoder
+from llmgr.errors import UserError
 from llmgr.graph import Sessions, catalogue_size, padded
+from llmgr.params import trained
 from llmgr.sessions import training_counts
 from llmgr.text_vectors import principal_components
 
@@ -27,7 +29,7 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callabl
     found: dict[str, Callable[[], Callable[[Sessions], Score]]] = {
         "pop": lambda: popularity(device),
         "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device)}
-    for name in params.encoder.names + params.encoder.controls:
+    for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device)
     found["llmgr"] = lambda: llmgr(params, device)
     return found
@@ -65,9 +67,17 @@ def text_knn(text_dim: int, decay: float, device: torch.device) -> Callable[[Ses
 
 def encoder(name: str, items: int, device: torch.device) -> Callable[[Sessions], Score]:
     """Scores of a pretrained encoder: inner products of its session and item vectors."""
-    module, vectors = load_encoder(Path("models/encoders") / name, items)
+    folder = Path("models/encoders") / name
+    module, vectors = load_encoder(folder, items)
     module, vectors = module.to(device).eval(), vectors.to(device)
-    return lambda sessions: lambda samples: module(sessions.graphs(samples), vectors) @ vectors.T
+
+    def over(sessions: Sessions) -> Score:
+        if module.reads_users and int(sessions.user.max()) > module.users:
+            raise UserError(f"{folder} was trained for {module.users} users, the sessions have more: run `dvc repro` "
+                            "to train it anew")
+        return lambda samples: module(sessions.graphs(samples), vectors) @ vectors.T
+
+    return over
 
 
 def llmgr(params: Any, device: torch.device) -> Callable[[Sessions], Score]:

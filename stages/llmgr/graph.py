@@ -24,7 +24,8 @@ class GraphBatch:
     """Session graphs of B prefixes, padded.
 
     items_BS: clicked items, 0 pads. nodes_BN: distinct items in order of first click, 0 pads. alias_BS: the node of
-    each click (0 where padded). length_B: clicks. edges_BNN: 1 where column follows row at least once.
+    each click (0 where padded). length_B: clicks. edges_BNN: 1 where column follows row at least once. user_B: whose
+    session it is, from 1; 0 for a user that training does not know.
     """
 
     items_BS: Tensor
@@ -32,6 +33,7 @@ class GraphBatch:
     alias_BS: Tensor
     length_B: Tensor
     edges_BNN: Tensor
+    user_B: Tensor
 
     def last_node_B(self) -> Tensor:
         """Index of the node of the last click."""
@@ -54,11 +56,13 @@ class GraphBatch:
 class Sessions:
     """Prefixes with their targets, over rows that nested prefixes share.
 
-    Sample i is the first `length[i]` clicks of row `row[i]`, to be followed by `target[i]`.
+    Sample i is the first `length[i]` clicks of row `row[i]`, to be followed by `target[i]`. `user` [rows] numbers the
+    users that training knows from 1; 0, the default, is any other.
     """
 
-    def __init__(self, items: Tensor, row: Tensor, length: Tensor, target: Tensor) -> None:
+    def __init__(self, items: Tensor, row: Tensor, length: Tensor, target: Tensor, user: Tensor | None = None) -> None:
         self.items, self.row, self.length, self.target = items, row, length, target
+        self.user = torch.zeros(len(items), dtype=torch.long) if user is None else user
         self.alias, self.nodes, self.count = _node_tables(items)
 
     def __len__(self) -> int:
@@ -95,14 +99,15 @@ class Sessions:
         offset = torch.arange(len(row), device=row.device)[:, None] * width * width
         index = offset + alias[:, :-1] * width + alias[:, 1:]
         edges[torch.where(mask[:, 1:], index, edges.numel() - 1)] = 1.0
-        return GraphBatch(items, nodes, alias, length, edges[:-1].view(len(row), width, width))
+        return GraphBatch(items, nodes, alias, length, edges[:-1].view(len(row), width, width), self.user[row])
 
 
 def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.DataFrame]:
     """Sessions of a split and the table itself.
 
     In train.parquet a user's rows are the prefixes in order; the first `max_session` of them nest and share one row
-    here, later ones are windows of their own.
+    here, later ones are windows of their own. Users are numbered in the order of their names in the train.parquet that
+    lies beside, so that one has one number in all splits.
     """
     import polars as pl
 
@@ -125,7 +130,16 @@ def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.Data
     row = torch.where(row_of_sample >= 0, row_of_sample, row_of_user[owner])
     length = within["length"].to_torch().long()
     items = padded(frame["items"].gather(base_rows.numpy()))
-    return Sessions(items, row, length, frame["target"].to_torch().long()), frame
+    user = _user_numbers(frame["user"], require(Path(path).with_name("train.parquet")))
+    return Sessions(items, row, length, frame["target"].to_torch().long(), user[base_rows]), frame
+
+
+def _user_numbers(users: pl.Series, train: Path) -> Tensor:
+    import polars as pl
+
+    known = pl.scan_parquet(train).select(pl.col("user").unique().sort()).with_row_index("number", 1).collect()
+    numbers = users.to_frame("user").join(known, on="user", how="left", maintain_order="left")["number"]
+    return numbers.fill_null(0).to_torch().long()
 
 
 def padded(lists: pl.Series) -> Tensor:

@@ -77,6 +77,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Gcsan:
+    lr: float
+    """Peak learning rate of Adam."""
     gnn_layers: int
     """Propagation steps of the gated graph network, 1 to 5."""
     attention_layers: int
@@ -89,7 +91,7 @@ class Gcsan:
     def check(self) -> None:
         for name in ("gnn_layers", "attention_layers"):
             between(self, "encoder.gcsan", name, 1, 5)
-        positive(self, "encoder.gcsan", "attention_heads")
+        positive(self, "encoder.gcsan", "lr", "attention_heads")
         share(self, "encoder.gcsan", "omega")
 
 
@@ -101,8 +103,6 @@ class EncoderTraining:
     """Epochs without a better validation NDCG@20 after which training stops."""
     batch_size: int
     """Prefixes a step."""
-    lr: float
-    """Peak learning rate of Adam."""
     weight_decay: float
     """Decoupled weight decay."""
     warmup_share: float
@@ -118,7 +118,7 @@ class EncoderTraining:
 
     def check(self) -> None:
         at_least(self, "encoder.training", "checkpoint_seconds", 0)
-        positive(self, "encoder.training", "epochs", "patience", "batch_size", "lr", "clip")
+        positive(self, "encoder.training", "epochs", "patience", "batch_size", "clip")
         at_least(self, "encoder.training", "weight_decay", 0)
         share(self, "encoder.training", "warmup_share", "dropout")
 
@@ -128,7 +128,9 @@ class Encoder:
     names: list[str]
     """Session encoders that learn from item ids alone."""
     controls: list[str]
-    """Encoders whose item vector adds a linear map of the item's text vector; `-shuffled` permutes the texts."""
+    """Encoders that are trained once more with item vectors that add a linear map of the item's text vector."""
+    control_texts: list[Literal["text", "shuffled"]]
+    """What the controls read: `text`, the item's own, and its twin `shuffled`, another item's. NAME-text names one."""
     dim: int
     """Width d of item and session vectors."""
     text_dim: int
@@ -141,12 +143,36 @@ class Encoder:
         if self.dim % self.gcsan.attention_heads:
             raise UserError(f"encoder.gcsan.attention_heads={self.gcsan.attention_heads} does not divide "
                             f"encoder.dim={self.dim}; choose a divisor")
-        for name in self.names:
-            if "-" in name:
-                raise UserError(f"encoder.names holds {name!r}, which reads texts: move it to encoder.controls")
-        for name in self.controls:
-            if not name.endswith(("-text", "-shuffled")):
-                raise UserError(f"encoder.controls holds {name!r}: a control ends in -text or -shuffled")
+        for key in ("names", "controls", "control_texts"):
+            chosen = getattr(self, key)
+            if len(set(chosen)) < len(chosen):
+                raise UserError(f"encoder.{key}=[{', '.join(chosen)}] names one twice")
+        known = encoders()
+        for key in ("names", "controls"):
+            for name in getattr(self, key):
+                base, hyphen, _ = name.partition("-")
+                if hyphen and base in known:
+                    raise UserError(f"encoder.{key} holds {name}: put {base} into encoder.controls and what it reads "
+                                    "into encoder.control_texts")
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+                    raise UserError(f"encoder.{key} holds {name}, which is no encoder; the nearest is {near}")
+
+
+def encoders() -> list[str]:
+    """Names of all session encoders: the sections under `encoder` beside `training`."""
+    hints = typing.get_type_hints(Encoder)
+    return [name for name, hint in hints.items() if dataclasses.is_dataclass(hint) and hint is not EncoderTraining]
+
+
+def trained(section: Any) -> list[str]:
+    """Names of the models that the `encoder` section asks for: encoders, then controls such as `gcsan-text`."""
+    return [*section.names, *(f"{name}-{text}" for name in section.controls for text in section.control_texts)]
+
+
+def with_rate(training: Any, own: Any) -> types.SimpleNamespace:
+    """`encoder.training` with the learning rate of an encoder's own section, as the training engine reads it."""
+    return types.SimpleNamespace(**vars(training), lr=own.lr)
 
 
 @dataclass(frozen=True)
@@ -206,7 +232,7 @@ class Llm:
 @dataclass(frozen=True)
 class Model:
     base: str
-    """The pretrained encoder whose item vectors and session graph LLMGR reads: one of encoder.names or controls."""
+    """The pretrained encoder whose item vectors and session graph LLMGR reads: `gcsan`, or a control's `gcsan-text`."""
     lora_r: int
     """Rank of the LoRA adapters; 0 trains no adapter (the language model stays frozen)."""
     lora_alpha: float
@@ -393,8 +419,8 @@ class Params:
     track: Track
 
     def check(self) -> None:
-        if self.model.base not in self.encoder.names + self.encoder.controls:
-            known = ", ".join(self.encoder.names + self.encoder.controls)
+        if self.model.base not in trained(self.encoder):
+            known = ", ".join(trained(self.encoder))
             raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
                             "encoder.names or encoder.controls")
 
@@ -407,6 +433,9 @@ class Params:
             for parent in parents:
                 source = getattr(source, parent)
                 branch = vars(branch).setdefault(parent, types.SimpleNamespace())
+            if not hasattr(source, leaf):
+                near = difflib.get_close_matches(leaf, vars(source), 1, 0.0)[0]
+                raise UserError(f"params.yaml has no section {key}; the nearest is {'.'.join([*parents, near])}")
             setattr(branch, leaf, getattr(source, leaf))
         return result
 

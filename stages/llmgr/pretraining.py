@@ -15,7 +15,7 @@ from llmgr.training import Loss
 
 
 class EncoderJob:
-    """Cross-entropy over all items of every prefix's next item; validation by full ranking, NDCG@20 selects."""
+    """Cross-entropy over all items of every prefix's next item, or the encoder's own loss; NDCG@20 selects."""
 
     selects = "valid_ndcg_at_20"
 
@@ -32,7 +32,8 @@ class EncoderJob:
         samples = micro.to(self.train.row.device)
         with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             session_BD, vectors_VD = self.model(self.train.graphs(samples))
-            total = item_cross_entropy(session_BD, vectors_VD, self.train.target[samples])
+            loss = self.model.encoder.loss or item_cross_entropy
+            total = loss(session_BD, vectors_VD, self.train.target[samples])
         return Loss(total, len(samples), 0)
 
     @torch.no_grad()

@@ -17,7 +17,9 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
 
     `doc` is the script's docstring and becomes `--help`; `reads` are the parameter keys that `main` may use
     (`tune`, `data.max_session`), the same ones that dvc.yaml declares; `options` maps further required options to
-    their help. Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
+    their help. A key may hold an option in braces: `encoder.{encoder}` is the section of the encoder given, whatever
+    follows its hyphen.
+    Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in (options or {}).items():
@@ -26,7 +28,8 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
     try:
         from llmgr.params import load
 
-        main(load("params.yaml").view(reads), **arguments)
+        filled = {name: value.partition("-")[0] for name, value in arguments.items()}
+        main(load("params.yaml").view([key.format(**filled) for key in reads]), **arguments)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -238,7 +238,8 @@ def cosine(step: int, total: int, warmup_share: float) -> float:
 
 def name_of(name: str) -> str:
     """The params.yaml section that holds a training's learning rate."""
-    return {"align": "align", "tune": "tune", "backbone": "llm.scratch"}.get(name, "encoder.training")
+    encoder = f"encoder.{name.partition('-')[0]}"
+    return {"align": "align", "tune": "tune", "backbone": "llm.scratch"}.get(name, encoder)
 
 
 class Bar:

@@ -8,25 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmgr.encoders.layers import GatedGraph, SessionEncoder, at, clicked
 from llmgr.graph import GraphBatch
-
-
-class GatedGraph(nn.Module):
-    """One propagation of the gated graph network: h_BND, normalised adjacencies -> h_BND (equations 1-5)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.message_in = nn.Linear(dim, dim)
-        self.message_out = nn.Linear(dim, dim)
-        self.gates = nn.GRUCell(2 * dim, dim)
-
-    def forward(self, h_BND: Tensor, into_BNN: Tensor, out_BNN: Tensor) -> Tensor:
-        messages = torch.cat((into_BNN @ self.message_in(h_BND), out_BNN @ self.message_out(h_BND)), -1)
-        return self.gates(messages.flatten(0, 1), h_BND.flatten(0, 1)).view_as(h_BND)
 
 
 class AttentionBlock(nn.Module):
@@ -55,11 +41,11 @@ class AttentionBlock(nn.Module):
         return self.norm_inner(x + self.dropout(self.inner(x)))
 
 
-class Gcsan(nn.Module):
+class Gcsan(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.omega = settings.omega
         self.dropout = nn.Dropout(dropout)
         self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))
@@ -71,7 +57,7 @@ class Gcsan(nn.Module):
         adjacency = batch.normalised()
         for layer in self.graph:
             h_BND = layer(h_BND, *adjacency)
-        x_BSD = h_BND.gather(1, batch.alias_BS[..., None].expand(-1, -1, h_BND.shape[2]))
+        x_BSD = clicked(h_BND, batch)
         mask, last = batch.mask_BS(), batch.length_B - 1
         gnn_last_BD = at(x_BSD, last)
         for block in self.attention[:-1]:
@@ -82,8 +68,3 @@ class Gcsan(nn.Module):
     def readout_parameters(self) -> Iterator[nn.Parameter]:
         """What `tune.train_encoder=partial` trains: the attention, not the graph network."""
         return self.attention.parameters()
-
-
-def at(x_BSD: Tensor, index_B: Tensor) -> Tensor:
-    """The vector at one position of every row: [B, S, D], [B] -> [B, D]."""
-    return x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), index_B]

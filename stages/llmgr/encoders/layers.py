@@ -1,0 +1,95 @@
+"""What a session encoder is, and the layers that several of them share."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from llmgr.graph import GraphBatch
+
+
+class ItemVectors(nn.Module):
+    """The learned side of the items: an ID table [V+1, E] and, for a control, a linear map of their text features.
+
+    `forward` gives both parts, the second None without features; the encoder says what vectors they make. Row 0 pads.
+    """
+
+    def __init__(self, items: int, width: int, text_width: int, features_VT: Tensor | None = None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(items + 1, width, padding_idx=0)
+        self.text = None
+        if features_VT is not None:
+            self.register_buffer("features", features_VT, persistent=False)
+            self.text = nn.Linear(features_VT.shape[1], text_width, bias=False)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.table.weight, None if self.text is None else self.text(self.features)
+
+
+class SessionEncoder(nn.Module):
+    """Base of all encoders; an encoder is built as `Encoder(dim, dropout, settings)`, `settings` its params section.
+
+    `forward(batch, vectors_VE)` gives session vectors [B, E]; its inner products with the item vectors rank the items.
+    What an encoder may change beside that:
+
+    `reads_users`: it is built with one more argument, the number of users that training knows, and reads
+    `batch.user_B`. `item_width`, `text_width`: columns of the ID table and of the text map. `item_vectors`: what the
+    two make. `initialise`: first values. `loss(session_BE, vectors_VE, target_B)`: the summed loss of training where
+    that is not the softmax cross-entropy over all items of those inner products. `readout_parameters`: what
+    `tune.train_encoder=partial` trains.
+    """
+
+    reads_users = False
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = self.item_width = self.text_width = dim
+
+    def forward(self, batch: GraphBatch, vectors_VE: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def item_vectors(self, table_VE: Tensor, text_VE: Tensor | None) -> Tensor:
+        """Item vectors as read, scored and exported: ID + linear(text), the text+GNN control's (METHOD)."""
+        return table_VE if text_VE is None else table_VE + text_VE
+
+    def initialise(self, items: ItemVectors) -> None:
+        """First values of the item side and of the encoder: uniform within 1/sqrt(dim), as SR-GNN and GC-SAN."""
+        bound = self.dim ** -0.5
+        for parameter in [*items.parameters(), *self.parameters()]:
+            if parameter.dim() > 1:
+                nn.init.uniform_(parameter, -bound, bound)
+        with torch.no_grad():
+            items.table.weight[0] = 0
+            if items.text is not None:  # unit-variance features must not drown the ID part
+                items.text.weight.mul_(0.1)
+
+    def readout_parameters(self) -> Iterator[nn.Parameter]:
+        raise NotImplementedError
+
+
+class GatedGraph(nn.Module):
+    """One propagation of SR-GNN's gated graph network: h_BND, normalised adjacencies -> h_BND (equations 1-5)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.message_in = nn.Linear(dim, dim)
+        self.message_out = nn.Linear(dim, dim)
+        self.gates = nn.GRUCell(2 * dim, dim)
+
+    def forward(self, h_BND: Tensor, into_BNN: Tensor, out_BNN: Tensor) -> Tensor:
+        messages = torch.cat((into_BNN @ self.message_in(h_BND), out_BNN @ self.message_out(h_BND)), -1)
+        return self.gates(messages.flatten(0, 1), h_BND.flatten(0, 1)).view_as(h_BND)
+
+
+def clicked(h_BND: Tensor, batch: GraphBatch) -> Tensor:
+    """The node state of every click [B, S, D]; at padding that of some node, to be masked."""
+    return h_BND.gather(1, batch.alias_BS[..., None].expand(-1, -1, h_BND.shape[2]))
+
+
+def at(x_BSD: Tensor, index_B: Tensor) -> Tensor:
+    """The vector at one position of every row: [B, S, D], [B] -> [B, D]."""
+    return x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), index_B]
