@@ -74,6 +74,13 @@ def test_buckets_hold_the_counts_that_their_names_say() -> None:
     assert sum(len(found) for found in held.values()) == 77
 
 
+def test_models_stand_floors_first_controls_by_their_encoder_llmgr_last() -> None:
+    names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "session-knn",
+             "item-knn", "gcsana"]
+    assert buckets.order(names) == [*buckets.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm",
+                                    "llmgr"]
+
+
 def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     histories = project(tmp_path)
     monkeypatch.chdir(tmp_path)

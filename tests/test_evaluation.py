@@ -91,7 +91,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                    evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
                                    encoder=types.SimpleNamespace(names=["gcsan"], controls=["gcsan-text"]))
     found = evaluation.scorers(params, CPU)
-    assert list(found) == ["pop", "text-knn", "gcsan", "gcsan-text", "llmgr"]
+    assert list(found) == ["pop", "item-knn", "session-knn", "text-knn", "gcsan", "gcsan-text", "llmgr"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(len(sessions))
     with torch.no_grad():

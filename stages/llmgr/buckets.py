@@ -12,7 +12,7 @@ from llmgr import ranking
 from llmgr.errors import UserError
 
 OURS = "llmgr"
-FLOORS = ("pop", "text-knn")
+FLOORS = ("pop", "item-knn", "session-knn", "text-knn")  # in the order of every table
 COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
 COLUMNS = {"test": "rank", "test_unseen": "rank_unseen"}  # convention -> column of reports/ranks/<model>.parquet
 
@@ -20,8 +20,9 @@ Ranks = dict[str, dict[str, np.ndarray]]
 
 
 def order(models: Sequence[str]) -> list[str]:
-    """Models as every table lists them: the untrained floors, the encoders by name, LLMGR."""
-    return sorted(models, key=lambda name: (name == OURS, name not in FLOORS, name))
+    """Models as every table lists them: the untrained floors, the encoders by name, each before its controls, LLMGR."""
+    place = {name: number for number, name in enumerate(FLOORS)}
+    return sorted(models, key=lambda name: (name == OURS, place.get(name, len(FLOORS)), name.split("-")))
 
 
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
