@@ -350,7 +350,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Bucket:
     resamples: int
-    """Bootstrap resamples of sessions behind every 95% interval."""
+    """Bootstrap resamples of sessions behind every 95% interval and p; no p falls below 2 / (resamples + 1)."""
     cold: list[int]
     """The paper's cold items: fewest and most interactions in the 5-core data, both ends included."""
     warm: int
