@@ -3,7 +3,7 @@
 Reads:  reports/ranks/<model>.parquet, data/core/items.parquet, data/sessions/{valid,test}.parquet
 Writes: reports/metrics/buckets.json      HR, NDCG, MRR at 5, 10, 20 by model, convention and bucket, with n
         reports/metrics/intervals.json    95% bootstrap intervals of the same
-        reports/metrics/differences.json  LLMGR minus every other model, with paired intervals
+        reports/metrics/differences.json  LLMGR minus every other model, paired: interval, p, Holm-corrected p
         reports/plots/buckets.csv         the table behind `dvc plots`
 Params: seed, bucket
 """
@@ -24,6 +24,7 @@ def main(params: Any) -> None:
 
     from llmgr import buckets
     from llmgr.artifacts import require, write_json, write_table
+    from llmgr.ranking import least_p
     from llmgr.sessions import training_counts
 
     test = pl.read_parquet(require("data/sessions/test.parquet"), columns=["target"])
@@ -46,6 +47,9 @@ def main(params: Any) -> None:
     write_json(folder / "intervals.json", bounds)
     write_json(folder / "differences.json", gaps)
     write_table("reports/plots/buckets.csv", buckets.plot_rows(found, bounds))
+    if gaps and (least := least_p(params.bucket.resamples) * len(gaps)) >= buckets.LEVEL:
+        stage.say(f"warning: bucket.resamples={params.bucket.resamples} cannot show a difference: with {len(gaps)} "
+                  f"comparisons no corrected p falls below {least:.2g}; raise it")
     stage.say(f"{len(ranks)} models, {test.height:,} test sessions, {len(masks)} buckets")
 
 

@@ -74,6 +74,13 @@ def test_buckets_hold_the_counts_that_their_names_say() -> None:
     assert sum(len(found) for found in held.values()) == 77
 
 
+def test_models_stand_floors_first_controls_by_their_encoder_llmgr_last() -> None:
+    names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "session-knn",
+             "item-knn", "gcsana"]
+    assert buckets.order(names) == [*buckets.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm",
+                                    "llmgr"]
+
+
 def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     histories = project(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -116,6 +123,21 @@ def test_an_empty_bucket_has_a_count_and_no_metrics() -> None:
     assert "cold" not in bounds["llmgr"]["test"] and "cold" not in gaps["gcsan"]["test"]
     rows = buckets.plot_rows(found, bounds).filter(pl.col("bucket") == "cold")
     assert rows["n"].to_list() == [0, 0] and rows["hr_at_20"].null_count() == 2
+
+
+def test_p_is_corrected_over_the_models_within_a_metric_and_convention() -> None:
+    random = np.random.default_rng(0)
+    base = random.geometric(0.02, 300)
+    ranks = {"llmgr": base, "a": random.geometric(0.011, 300), "b": random.geometric(0.015, 300), "c": base.copy()}
+    ranks = {m: {"test": r, "test_unseen": np.maximum(r - (m > "a"), 1)} for m, r in ranks.items()}
+    _, _, gaps = buckets.measure(ranks, {"all": np.ones(300, bool), "warm": base > 9}, 500, 1)
+    for convention in ("test", "test_unseen"):
+        for bucket in ("all", "warm"):
+            for metric in ranking.names():
+                family = [gaps[m][convention][bucket][metric] for m in "abc"]
+                assert [g["p_holm"] for g in family] == ranking.holm([g["p"] for g in family])
+    first = {m: gaps[m]["test"]["all"]["hr_at_20"] for m in "abc"}
+    assert first["c"]["p"] == first["c"]["p_holm"] == 1 and first["a"]["p"] < first["a"]["p_holm"] < 1
 
 
 def test_without_llmgr_there_are_no_differences() -> None:

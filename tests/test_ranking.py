@@ -113,11 +113,52 @@ def test_paired_intervals_are_narrower_than_separate_ones() -> None:
     low, high = ranking.intervals(resampled["base"])["ndcg_at_20"]
     assert gain["high"] - gain["low"] < (high - low) / 2
     same = ranking.paired(theirs, theirs, resampled["base"], resampled["base"])["hr_at_20"]
-    assert same == {"difference": 0, "low": 0, "high": 0, "relative": 0}
+    assert same == {"difference": 0, "low": 0, "high": 0, "relative": 0, "p": 1}
 
 
 def test_a_difference_from_nothing_has_no_relative_figure() -> None:
     nothing, some = np.full(50, 999), np.full(50, 2)
     resampled = ranking.bootstrap({"a": some, "b": nothing}, 100, seed=1)
     gain = ranking.paired(ranking.metrics(some), ranking.metrics(nothing), resampled["a"], resampled["b"])["hr_at_5"]
-    assert gain == {"difference": 1, "low": 1, "high": 1}
+    assert gain == {"difference": 1, "low": 1, "high": 1, "p": pytest.approx(2 / 101)}
+
+
+def test_holm_equals_a_worked_example() -> None:
+    # sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06
+    assert ranking.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert ranking.holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
+    assert ranking.holm([0.7, 0.6, 0.9]) == [1, 1, 1] and ranking.holm([0.3]) == [0.3] and ranking.holm([]) == []
+
+
+def test_p_counts_the_resamples_on_the_rarer_side() -> None:
+    random = np.random.default_rng(0)
+    shifted = random.permutation(np.linspace(-0.1, 0.9, 999))  # 100 of 999 are below 0
+    columns = np.stack([shifted, -shifted, np.zeros(999), np.full(999, 0.2), np.full(999, 1e-17)], 1)
+    low = int((shifted < 0).sum())
+    expected = [2 * (1 + low) / 1000, 2 * (1 + low) / 1000, 1, 0.002, 1]
+    assert ranking.p_values(columns).tolist() == pytest.approx(expected)
+    assert ranking.least_p(999) == 0.002
+
+
+def test_p_and_interval_agree_on_zero() -> None:
+    random, seen = np.random.default_rng(5), set()
+    for shift in np.linspace(-0.3, 0.3, 61):
+        resampled = random.normal(shift, 0.1, (2000, 9))
+        for (low, high), p in zip(ranking.intervals(resampled).values(), ranking.p_values(resampled)):
+            if abs(p - 0.05) > 0.003:
+                assert (p < 0.05) == (low > 0 or high < 0)
+                seen.add(p < 0.05)
+    assert seen == {True, False}
+
+
+def test_p_is_uniform_where_two_models_are_equally_good() -> None:
+    random, found, sessions = np.random.default_rng(11), [], 200
+    for trial in range(200):
+        easy = random.random(sessions) < 0.5  # what makes the pairing count
+        ranks = {m: np.where(easy, random.geometric(0.1, sessions), random.geometric(0.01, sessions)) for m in "ab"}
+        resampled = ranking.bootstrap(ranks, 199, seed=trial)
+        found.append(ranking.p_values(resampled["a"] - resampled["b"])[ranking.names().index("ndcg_at_20")])
+    levels = np.array([0.05, 0.1, 0.25, 0.5, 0.75, 0.9])
+    shares = (np.array(found)[:, None] <= levels).mean(0)
+    assert np.abs(shares - levels).max() < 0.08  # 200 draws: a standard error is at most 0.035
+    assert 0.02 <= shares[0] <= 0.09

@@ -1,8 +1,8 @@
-"""Metrics by how cold the target item is, with bootstrap intervals and paired differences between models."""
+"""Metrics by how cold the target item is, with bootstrap intervals and paired tests between models."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from llmgr import ranking
 from llmgr.errors import UserError
 
 OURS = "llmgr"
-FLOORS = ("pop", "text-knn")
+FLOORS = ("pop", "item-knn", "session-knn", "text-knn")  # in the order of every table
+LEVEL = 0.05  # a difference is called one where its corrected p is below
 COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
 COLUMNS = {"test": "rank", "test_unseen": "rank_unseen"}  # convention -> column of reports/ranks/<model>.parquet
 
@@ -20,8 +21,9 @@ Ranks = dict[str, dict[str, np.ndarray]]
 
 
 def order(models: Sequence[str]) -> list[str]:
-    """Models as every table lists them: the untrained floors, the encoders by name, LLMGR."""
-    return sorted(models, key=lambda name: (name == OURS, name not in FLOORS, name))
+    """Models as every table lists them: the untrained floors, the encoders by name, each before its controls, LLMGR."""
+    place = {name: number for number, name in enumerate(FLOORS)}
+    return sorted(models, key=lambda name: (name == OURS, place.get(name, len(FLOORS)), name.split("-")))
 
 
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
@@ -59,9 +61,10 @@ def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], resamples: int, seed:
     """Metrics, 95% intervals and LLMGR's paired differences, by model, convention and bucket.
 
     Returns `{model: {convention: {bucket: {"n", metric: value}}}}`, `{model: {convention: {bucket: {metric: [low,
-    high]}}}}` and `{other: {convention: {bucket: {metric: {"difference", "low", "high", "relative"}}}}}`; the last is
-    empty without LLMGR. A bucket without sessions has n = 0 and nothing else. All models of a bucket share the same
-    resamples.
+    high]}}}}` and `{other: {convention: {bucket: {metric: {"difference", "low", "high", "p", "relative",
+    "p_holm"}}}}}`; the last is empty without LLMGR. A bucket without sessions has n = 0 and nothing else. All models of
+    a bucket share the same resamples. `p_holm` is corrected for the number of other models; every metric, convention
+    and bucket is a family of its own.
     """
     found, bounds, gaps = ({m: {c: {} for c in COLUMNS} for m in ranks} for _ in range(3))
     gaps = {model: gaps[model] for model in ranks if OURS in ranks and model != OURS}
@@ -78,7 +81,15 @@ def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], resamples: int, seed:
                 gaps[model][convention][bucket] = ranking.paired(
                     found[OURS][convention][bucket], found[model][convention][bucket],
                     resampled[OURS, convention], resampled[model, convention])
+        _correct([by[convention][bucket] for by in gaps.values() if bucket in by[convention]] for convention in COLUMNS)
     return found, bounds, gaps
+
+
+def _correct(families: Iterable[list[dict]]) -> None:
+    for family in families:
+        for metric in ranking.names() if family else ():
+            for gap, p in zip(family, ranking.holm([gap[metric]["p"] for gap in family])):
+                gap[metric]["p_holm"] = p
 
 
 def plot_rows(found: dict, bounds: dict) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""What is compared: popularity, text-kNN, every encoder and LLMGR, each as scores of all items for a session."""
+"""What is compared: the untrained floor, every encoder and LLMGR, each as scores of all items for a session."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,12 +13,14 @@ from llmgr.artifacts import load_tensors, require
 from llmgr.encoders import load_encoder
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, catalogue_size, padded
+from llmgr.neighbours import item_similarity, last_clicks, neighbours, training_matrix
 from llmgr.params import trained
 from llmgr.sessions import training_counts
 from llmgr.text_vectors import principal_components
 
 if TYPE_CHECKING:
     import polars as pl
+    from scipy.sparse import csr_array
 
 Score = Callable[[Tensor], Tensor]
 
@@ -28,6 +30,8 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callabl
     items = catalogue_size("data/core/items.parquet")
     found: dict[str, Callable[[], Callable[[Sessions], Score]]] = {
         "pop": lambda: popularity(device),
+        "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
+        "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
         "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device)}
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device)
@@ -43,6 +47,51 @@ def popularity(device: torch.device) -> Callable[[Sessions], Score]:
     trained = training_counts(pl.read_parquet(require("data/core/items.parquet")), held_out)
     count = torch.from_numpy(trained).float().to(device)
     return lambda sessions: lambda samples: count.expand(len(samples), -1)
+
+
+def item_knn(shrinkage: float, decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores an item by its similarity to the clicks, weighted by `decay` a step back (ItemKNN; Dacrema et al. 2019).
+
+    Untrained: similarity is the shrunk cosine of the items' training sessions.
+    """
+    matrix = _training_sessions()
+    similarity = item_similarity(matrix, shrinkage)
+
+    def over(sessions: Sessions) -> Score:
+        def score(samples: Tensor) -> Tensor:
+            clicks = last_clicks(sessions.graphs(samples), decay, matrix.shape[1] - 1)
+            return torch.from_numpy((clicks @ similarity).toarray()).float().to(device)
+
+        return score
+
+    return over
+
+
+def session_knn(most: int, decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+    """Scores an item by the summed similarity of the session's nearest training sessions that hold it.
+
+    Untrained: SKNN of Jannach & Ludewig (RecSys 2017) where `decay` is 1; below that V-SKNN (Ludewig & Jannach, UMUAI
+    2018), whose session vector weighs recent clicks more.
+    Deviation: the nearest are taken from all training sessions, not from a sample of recent ones: timestamps are of
+    days, and a user is one session. V-SKNN's decay is exponential here, as in the other floors, not linear.
+    """
+    matrix = _training_sessions()
+
+    def over(sessions: Sessions) -> Score:
+        def score(samples: Tensor) -> Tensor:
+            clicks = last_clicks(sessions.graphs(samples), decay, matrix.shape[1] - 1)
+            return torch.from_numpy((neighbours(clicks, matrix, most) @ matrix).toarray()).float().to(device)
+
+        return score
+
+    return over
+
+
+def _training_sessions() -> csr_array:
+    import polars as pl
+
+    return training_matrix(pl.read_parquet(require("data/sessions/train.parquet")),
+                           catalogue_size("data/core/items.parquet"))
 
 
 def text_knn(text_dim: int, decay: float, device: torch.device) -> Callable[[Sessions], Score]:

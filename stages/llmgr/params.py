@@ -358,16 +358,25 @@ class Evaluate:
     """text-kNN: whitened principal components of the text vectors."""
     decay: float
     """text-kNN: weight of an item falls by this factor a step back in the session; 0 uses the last item only."""
+    item_shrinkage: float
+    """item-kNN: added to the denominator of the cosine, so that items which few sessions share count for less."""
+    item_decay: float
+    """item-kNN: as `decay`."""
+    session_neighbours: int
+    """session-kNN: most similar training sessions whose items are scored."""
+    session_decay: float
+    """session-kNN: as `decay` in the similarity of sessions; 1 is SKNN, below that V-SKNN."""
 
     def check(self) -> None:
-        positive(self, "evaluate", "batch_size", "text_dim")
-        share(self, "evaluate", "decay")
+        positive(self, "evaluate", "batch_size", "text_dim", "session_neighbours")
+        at_least(self, "evaluate", "item_shrinkage", 0)
+        share(self, "evaluate", "decay", "item_decay", "session_decay")
 
 
 @dataclass(frozen=True)
 class Bucket:
     resamples: int
-    """Bootstrap resamples of sessions behind every 95% interval."""
+    """Bootstrap resamples of sessions behind every 95% interval and p; no p falls below 2 / (resamples + 1)."""
     cold: list[int]
     """The paper's cold items: fewest and most interactions in the 5-core data, both ends included."""
     warm: int

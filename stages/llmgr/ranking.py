@@ -1,4 +1,4 @@
-"""Full-ranking metrics: the rank of a target among all items, HR, NDCG and MRR of ranks, bootstrap intervals.
+"""Full-ranking metrics: the rank of a target among all items, HR, NDCG and MRR of ranks, bootstrap intervals and tests.
 
 A rank is 1 + the number of other items that score at least as much as the target: ties count against the model, so a
 constant scorer earns nothing (Krichene & Rendle, KDD 2020, on why ranking is over all items and never over samples).
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CUTOFFS = (5, 10, 20)
 CHUNK = 64  # resamples held in memory at a time
 COVERAGE = (2.5, 97.5)
+ROUNDING = 1e-12  # a resampled difference below it is 0
 
 
 def ranks(scores_BV: torch.Tensor, targets_B: torch.Tensor, exclude: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,16 +112,45 @@ def intervals(resampled: np.ndarray) -> dict[str, list[float]]:
 def paired(
     ours: Mapping[str, float], theirs: Mapping[str, float], our_resamples: np.ndarray, their_resamples: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Difference of two models' metrics with its 95% interval, from the same resamples of the same sessions.
+    """Difference of two models' metrics with its 95% interval and p, from the same resamples of the same sessions.
 
     The paired interval is narrower than two separate ones, because easy sessions are easy for both. `relative` is the
     difference as a share of the other model's figure, left out where that is 0.
     """
-    bounds = intervals(our_resamples - their_resamples)
+    resampled = our_resamples - their_resamples
+    bounds = intervals(resampled)
     result = {}
-    for name, (low, high) in bounds.items():
+    for (name, (low, high)), p in zip(bounds.items(), p_values(resampled).tolist()):
         difference = ours[name] - theirs[name]
-        result[name] = {"difference": difference, "low": low, "high": high}
+        result[name] = {"difference": difference, "low": low, "high": high, "p": p}
         if theirs[name] > 0:
             result[name]["relative"] = difference / theirs[name]
     return result
+
+
+def p_values(differences: np.ndarray) -> np.ndarray:
+    """Two-sided bootstrap p of every column of resampled differences (resamples, metrics): are they 0?
+
+    Twice the share of resamples on the rarer side of 0, which is the level at which the percentile interval just
+    reaches 0 (Efron & Tibshirani 1993, ch. 15); those at 0 are on both sides; one is added to count and total (Davison
+    & Hinkley 1997, ch. 4), so that no p falls below `least_p`.
+    """
+    count = np.minimum((differences < ROUNDING).sum(0), (differences > -ROUNDING).sum(0))
+    return np.minimum(1.0, 2 * (1 + count) / (1 + len(differences)))
+
+
+def least_p(resamples: int) -> float:
+    """The smallest p that so many resamples can show; the true one may be anything below it."""
+    return 2 / (1 + resamples)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of p values (Scand. J. Statist. 1979), in their order.
+
+    The i-th smallest of m is multiplied by m - i + 1, and none falls below a smaller one's. Rejecting below 0.05 errs
+    on any of the m hypotheses with a probability of at most 0.05, however they depend on each other.
+    """
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1.0).tolist()

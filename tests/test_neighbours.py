@@ -1,0 +1,129 @@
+"""item-kNN and session-kNN against loops over dictionaries; nothing of a held-out target reaches them."""
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.sparse import csr_array
+from test_evaluation import ITEMS, SCHEMA, histories, written
+
+from llmgr import evaluation, neighbours
+from llmgr.graph import read_sessions
+
+CPU = torch.device("cpu")
+
+
+def project(folder: Path, window: int = 50, lists: list[list[int]] | None = None) -> None:
+    """What `written` leaves, and train.parquet: a row a training position, its last `window` clicks."""
+    written(folder, window)
+    rows = [(f"u{n:02d}", x[max(0, at - window):at], x[at])
+            for n, x in enumerate(lists or histories()) for at in range(1, len(x) - 2)]
+    pl.DataFrame(rows, SCHEMA, orient="row").write_parquet(folder / "data/sessions/train.parquet")
+
+
+def training() -> list[set[int]]:
+    """Training sessions of more than one click."""
+    return [set(x[:-2]) for x in histories() if len(x) > 3]
+
+
+def weights(clicks: list[int], decay: float) -> dict[int, float]:
+    return {item: decay ** back for back, item in reversed(list(enumerate(reversed(clicks))))}
+
+
+def item_reference(clicks: list[int], shrinkage: float, decay: float) -> list[float]:
+    held = [sum(i in s for s in training()) for i in range(ITEMS + 1)]
+    scores = [0.0] * (ITEMS + 1)
+    for j in range(1, ITEMS + 1):
+        for i, weight in weights(clicks, decay).items():
+            both = sum(i in s and j in s for s in training())
+            if i != j and both:
+                scores[j] += weight * both / (math.sqrt(held[i] * held[j]) + shrinkage)
+    return scores
+
+
+def session_reference(clicks: list[int], most: int, decay: float) -> list[float]:
+    weight = weights(clicks, decay)
+    found = []
+    for number, s in enumerate(training()):
+        shared = s & set(clicks)
+        if shared and s - set(clicks):
+            length = math.sqrt(sum(w * w for w in weight.values()))
+            found.append((-sum(weight[i] for i in shared) / length / math.sqrt(len(s)), number, s))
+    nearest = sorted(found, key=lambda f: (round(f[0], 12), f[1]))[:most]
+    return [sum(-negative for negative, _, s in nearest if j in s) for j in range(ITEMS + 1)]
+
+
+@pytest.mark.parametrize("window", [2, 50])
+def test_the_training_matrix_holds_every_click_before_the_held_out_ones(tmp_path: Path, window: int) -> None:
+    project(tmp_path, window)
+    matrix = neighbours.training_matrix(pl.read_parquet(tmp_path / "data/sessions/train.parquet"), ITEMS)
+    assert [set(np.flatnonzero(row).tolist()) for row in matrix.toarray()] == training()
+    assert set(matrix.data.tolist()) == {1.0}
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize(("kind", "size", "decay"), [
+    ("item", 0.0, 1.0), ("item", 3.0, 0.6), ("item", 3.0, 0.0),
+    ("session", 4, 1.0), ("session", 3, 0.6), ("session", 99, 0.6), ("session", 5, 0.0)])
+def test_scores_equal_a_loop_over_the_training_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str,
+                                                        kind: str, size: float, decay: float) -> None:
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sessions, frame = read_sessions(f"data/sessions/{split}.parquet", 50)
+    assert any(len(set(x)) < len(x) for x in frame["items"].to_list())  # clicks that come back
+    make, reference = ((evaluation.item_knn, item_reference) if kind == "item" else
+                       (evaluation.session_knn, session_reference))
+    score = make(size, decay, CPU)(sessions)
+    whole = score(torch.arange(len(sessions)))
+    assert whole.shape == (len(sessions), ITEMS + 1) and not whole[:, 0].any() and whole.any()
+    for row, clicks in zip(whole.tolist(), frame["items"].to_list()):
+        assert row == pytest.approx(reference(clicks, size, decay), abs=1e-6)
+    some = torch.tensor([17, 3, 25])
+    torch.testing.assert_close(score(some), whole[some])
+
+
+def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name, shift in (("as they are", 0), ("others", 1)):
+        lists = [[*x[:-2], *((i + shift - 1) % ITEMS + 1 for i in x[-2:])] for x in histories()]
+        project(tmp_path / name, lists=lists)
+        monkeypatch.chdir(tmp_path / name)
+        sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
+        found[name] = [make(5, 0.7, CPU)(sessions)(torch.arange(len(sessions)))
+                       for make in (evaluation.item_knn, evaluation.session_knn)]
+    for a, b in zip(*found.values()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_session_without_neighbours_earns_nothing() -> None:
+    train = csr_array(np.array([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]], dtype=float))
+    alone, own = csr_array(np.array([[0, 0, 0, 0, 1.0]])), csr_array(np.array([[0, 1.0, 1.0, 0, 0]]))
+    assert neighbours.neighbours(alone, train, 5).nnz == 0
+    assert neighbours.neighbours(csr_array((1, 5)), train, 5).nnz == 0
+    assert neighbours.neighbours(own, train, 5).toarray()[0].tolist() == pytest.approx([0, 0.5])  # not itself
+    assert not (alone @ neighbours.item_similarity(train, 1.0)).toarray().any()
+
+
+def test_shrinkage_prefers_the_similarity_that_more_sessions_support() -> None:
+    train = csr_array(np.array([[0, 1, 1, 0, 0], *[[0, 0, 0, 1, 1]] * 9, [0, 0, 0, 1, 0]], dtype=float))
+    exact, shrunk = (neighbours.item_similarity(train, shrinkage).toarray() for shrinkage in (0.0, 5.0))
+    assert (exact[1, 2], exact[3, 4]) == pytest.approx((1, 9 / math.sqrt(90)))
+    assert (shrunk[1, 2], shrunk[3, 4]) == pytest.approx((1 / 6, 9 / (math.sqrt(90) + 5)))
+    assert exact[1, 2] > exact[3, 4] and shrunk[1, 2] < shrunk[3, 4]
+    assert not exact.diagonal().any() and (exact == exact.T).all()
+
+
+def test_a_repeated_click_counts_by_its_last() -> None:
+    from tiny import LISTS, prefixes
+
+    sessions = prefixes()
+    chosen = torch.tensor(random.Random(0).sample(range(len(sessions)), 10))
+    found = neighbours.last_clicks(sessions.graphs(chosen), 0.5, 12).toarray()
+    for row, sample in zip(found, chosen.tolist()):
+        clicks = LISTS[int(sessions.row[sample])][:int(sessions.length[sample])]
+        assert {i: w for i, w in enumerate(row.tolist()) if w} == weights(clicks, 0.5)
