@@ -320,8 +320,8 @@ class Tune(Training):
     epochs: int
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
-    prompt: Literal["paper", "short"]
-    """Which stage-2 template of llmgr.prompts: the paper's wording, or a short one with far fewer tokens a question."""
+    prompt: Literal["paper", "short", "slot"]
+    """Stage-2 template of llmgr.prompts: the paper's wording, a short one, or `slot`, whose whole question is the graph slot."""
     samples: int
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]

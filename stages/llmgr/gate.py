@@ -1,0 +1,133 @@
+"""The gate: several scorers fused with weights that depend on how often the candidate item was trained on.
+
+z_j = sum_m w[m, bin(j)] s_m,j + b[bin(j)], where bin(j) is the band of the item's training interactions. An item met once
+has an ID row that is noise and a text that is as good as any other's, so its text should count for more: "LLMGR for cold
+items, the graph model for head items" (arXiv 2402.16539, discussion) as a formula of a few dozen numbers. They are
+fitted on validation sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked. That is a
+multinomial logit and convex: Newton's method finds its one optimum.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmgr.artifacts import read_json, write_json
+from llmgr.errors import UserError
+
+CHUNK = 256  # sessions whose scores of all items are held at a time
+RIDGE = 1e-4  # keeps bands without a target finite, and the common constant of the biases fixed
+STEPS = 30
+DONE = 1e-8  # Newton decrement, in nats a session
+
+
+class Gate:
+    """Weights [M, N] of M scorers and biases [N] for N bands of training interactions with lower ends `edges`."""
+
+    def __init__(self, scorers: Sequence[str], edges: Sequence[int], weight_MN: Tensor, bias_N: Tensor) -> None:
+        self.scorers, self.edges, self.weight, self.bias = list(scorers), list(edges), weight_MN, bias_N
+
+    def __call__(self, scores_MBV: Sequence[Tensor], band_V: Tensor) -> Tensor:
+        """Fused scores [B, V+1] of the scorers' scores, in the order of `scorers`."""
+        fused = self.bias.to(band_V.device)[band_V].expand_as(scores_MBV[0]).clone()
+        for weight_N, scores_BV in zip(self.weight.to(band_V.device), scores_MBV):
+            fused.addcmul_(weight_N[band_V].expand_as(scores_BV), scores_BV.float())
+        return fused
+
+    def save(self, path: str | Path) -> None:
+        """Write the numbers as JSON."""
+        write_json(path, {"scorers": self.scorers, "edges": self.edges, "weight": self.weight.tolist(),
+                          "bias": self.bias.tolist()})
+
+    @classmethod
+    def load(cls, path: str | Path, scorers: Sequence[str], edges: Sequence[int]) -> Gate:
+        """Read what `save` wrote; UserError where it fuses other scorers or bands than asked for."""
+        kept = read_json(path)
+        if kept["scorers"] != list(scorers) or kept["edges"] != list(edges):
+            raise UserError(f"{path} fuses other scorers or bands than the gate section asks for: run `dvc repro gate`")
+        return cls(scorers, edges, torch.tensor(kept["weight"]), torch.tensor(kept["bias"]))
+
+
+def bands(trained_V: Tensor, edges: Sequence[int]) -> Tensor:
+    """The band of every item [V+1] by its training interactions; band 0 lies below the first edge."""
+    return torch.bucketize(trained_V, torch.tensor(edges), right=True)
+
+
+def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor, band_V: Tensor,
+             edges: Sequence[int]) -> Gate:
+    """The gate that minimises the cross-entropy of the targets among unseen items.
+
+    `scores_MSV`: a table [S, V+1] of each scorer (half precision will do), `seen_SX`: items to mask, 0 pads. Starts from
+    the first scorer alone. UserError where a scorer says the same of every item.
+    """
+    spread = torch.tensor([float(table[:CHUNK, 1:].float().std()) for table in scores_MSV])
+    if not bool((spread > 0).all()):
+        flat = scorers[int((spread > 0).logical_not().nonzero()[0])]
+        raise UserError(f"gate.fuse: {flat} scores all items alike and cannot be weighed: take it out")
+    count, width = len(edges) + 1, len(scores_MSV) + 1
+    theta = torch.zeros(width, count, dtype=torch.double)
+    theta[0] = spread[0]
+    onehot_VN = F.one_hot(band_V, count).float()
+    onehot_VN[0] = 0
+
+    def look(at: Tensor) -> tuple[float, Tensor, Tensor]:
+        return _derivatives(at, scores_MSV, spread, target_S, seen_SX, band_V, onehot_VN)
+
+    loss, gradient, hessian = look(theta)
+    for _ in range(STEPS):
+        step = torch.linalg.solve(hessian, gradient.flatten()).view_as(theta)
+        decrement = float((step * gradient).sum())
+        if decrement < DONE:
+            break
+        share = 1.0
+        while (found := look(theta - share * step))[0] > loss - 1e-4 * share * decrement and share > 1e-3:
+            share /= 2
+        theta, (loss, gradient, hessian) = theta - share * step, found
+    return Gate(scorers, edges, (theta[:-1] / spread[:, None]).float(), theta[-1].float())
+
+
+def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, target_S: Tensor, seen_SX: Tensor,
+                 band_V: Tensor, onehot_VN: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Mean loss, gradient [M+1, N] and Hessian of the gate's cross-entropy at theta.
+
+    With x_j = (s_1j, ..., s_Mj, 1) in the block of item j's band: g = E_p[x] - x_y and H = E_p[x x'] - E_p[x] E_p[x]', so
+    that items of different bands meet in the second term alone.
+    """
+    width, count = theta.shape
+    weight_WV = theta.float()[:, band_V]
+    loss, gradient = 0.0, torch.zeros_like(theta)
+    second = torch.zeros(width, width, count, dtype=torch.double)
+    outer = torch.zeros(width * count, width * count, dtype=torch.double)
+    for rows in torch.arange(len(target_S)).split(CHUNK):
+        target = target_S[rows, None]
+        x = [table[rows].float().div_(scale) for table, scale in zip(scores_MSV, spread)]
+        z = weight_WV[-1].expand(len(rows), -1).clone()
+        for w, table in zip(weight_WV, x):
+            z.addcmul_(w.expand_as(table), table)
+        hidden = torch.zeros_like(z, dtype=torch.bool).scatter_(1, seen_SX[rows].long(), True)
+        hidden.scatter_(1, target, False)[:, 0] = True
+        z.masked_fill_(hidden, float("-inf"))
+        top = z.logsumexp(1, keepdim=True)
+        loss += float((top - z.gather(1, target)).sum())
+        p = (z - top).exp_()
+        terms = [p * table for table in x] + [p]
+        mean = torch.stack([t @ onehot_VN for t in terms], 1).double()  # [rows, M+1, N]
+        gradient += mean.sum(0)
+        for m, table in enumerate([*x, torch.ones_like(target, dtype=torch.float)]):
+            gradient[m].index_add_(0, band_V[target[:, 0]],
+                                   -(table.gather(1, target) if table.shape[1] > 1 else table)[:, 0].double())
+        for m in range(width):
+            for k in range(m + 1):
+                product = mean[:, k].sum(0) if m == width - 1 else ((terms[m] * x[k]).sum(0) @ onehot_VN).double()
+                second[m, k] += product
+                if k != m:
+                    second[k, m] += product
+        outer += mean.flatten(1).T @ mean.flatten(1)
+    sessions = len(target_S)
+    hessian = torch.einsum("mkn,nq->mnkq", second, torch.eye(count, dtype=torch.double)).reshape_as(outer) - outer
+    ridge = RIDGE * theta
+    return (loss / sessions + float(0.5 * (ridge * theta).sum()), gradient / sessions + ridge,
+            hessian / sessions + RIDGE * torch.eye(width * count, dtype=torch.double))
