@@ -1,13 +1,14 @@
 """Rank every item for every validation and test session, with every model. The only place that reads the test sessions.
 
-Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
+Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, models/gates/, data/sessions/,
+        data/core/items.parquet
 Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
         reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
-Params: seed, evaluate, model, tune, data.max_session, encoder.names, encoder.controls, encoder.control_texts
+Params: seed, evaluate, gate, model, tune, data.max_session, encoder.names, encoder.controls, encoder.control_texts
 """
 from llmgr.stage import run
 
-READS = ("seed", "evaluate", "model", "tune", "data.max_session", "encoder.names", "encoder.controls",
+READS = ("seed", "evaluate", "gate", "model", "tune", "data.max_session", "encoder.names", "encoder.controls",
          "encoder.control_texts")
 
 
@@ -18,33 +19,36 @@ def main(params) -> None:
     import polars as pl
 
     from llmgr.artifacts import replacing_folder, write_json, write_table
-    from llmgr.evaluation import scorers, seen_items
+    from llmgr.evaluation import loaded, seen_items
     from llmgr.graph import read_sessions
-    from llmgr.pretraining import rank_sessions
+    from llmgr.pretraining import rank_models
     from llmgr.ranking import metrics
     from llmgr.stage import say
     from llmgr.training import device_of, hardware, peak_memory_mb
 
-    device, found, seconds = device_of(), {}, {}
+    device = device_of()
+    start = time.monotonic()
+    models = loaded(params, device)
+    found = {name: {} for name in models}
+    seconds = dict.fromkeys(models, 0.0)
     tables = {split: read_sessions(f"data/sessions/{split}.parquet", params.data.max_session)
               for split in ("valid", "test")}
     with replacing_folder("reports/ranks") as folder:
-        for name, make in scorers(params, device).items():
-            start = time.monotonic()
-            score = make()
-            found[name] = {}
-            for split, (sessions, frame) in tables.items():
-                kept, unseen = rank_sessions(score(sessions.to(device)), sessions.to(device),
-                                             params.evaluate.batch_size, seen_items(frame))
+        for split, (sessions, frame) in tables.items():
+            here = sessions.to(device)
+            ranks, took = rank_models({name: over(here) for name, over in models.items()}, here,
+                                      params.evaluate.batch_size, seen_items(frame))
+            for name, (kept, unseen) in ranks.items():
                 write_table(folder / ("valid" if split == "valid" else "") / f"{name}.parquet", pl.DataFrame({
                     "target": sessions.target.int().numpy(), "rank": kept.int().numpy(),
                     "rank_unseen": unseen.int().numpy()}))
                 found[name] |= {split: {"all": metrics(kept)}, f"{split}_unseen": {"all": metrics(unseen)}}
-            seconds[name] = time.monotonic() - start
-            say(f"{name}: HR@20 {found[name]['test']['all']['hr_at_20']:.4f}  NDCG@20 "
-                f"{found[name]['test']['all']['ndcg_at_20']:.4f}  ({seconds[name]:.1f} s)")
+                seconds[name] += took[name]
+    for name, by in found.items():
+        say(f"{name}: HR@20 {by['test']['all']['hr_at_20']:.4f}  NDCG@20 {by['test']['all']['ndcg_at_20']:.4f}  "
+            f"({seconds[name]:.1f} s)")
     write_json("reports/metrics/evaluate.json", found)
-    total = sum(seconds.values())
+    total = time.monotonic() - start
     sessions = sum(len(s) for s, _ in tables.values())
     write_json(Path("reports/metrics/cost/evaluate.json"), {
         "seconds": total, "seconds_by_model": seconds, "samples_per_second": sessions * len(seconds) / total,

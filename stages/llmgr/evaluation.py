@@ -1,6 +1,8 @@
-"""What is compared: the untrained floor, every encoder and LLMGR, each as scores of all items for a session."""
+"""What is compared: the untrained floor, every encoder, LLMGR and their gates, as scores of all items for a session."""
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +14,11 @@ from torch.nn import functional as F
 from llmgr.artifacts import load_tensors, require
 from llmgr.encoders import load_encoder
 from llmgr.errors import UserError
+from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded
 from llmgr.neighbours import item_similarity, last_clicks, neighbours, training_matrix
 from llmgr.params import trained
+from llmgr.pretraining import Score
 from llmgr.sessions import training_counts
 from llmgr.text_vectors import principal_components
 
@@ -22,13 +26,13 @@ if TYPE_CHECKING:
     import polars as pl
     from scipy.sparse import csr_array
 
-Score = Callable[[Tensor], Tensor]
+Over = Callable[[Sessions], Score]
 
 
-def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callable[[Sessions], Score]]]:
+def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
-    found: dict[str, Callable[[], Callable[[Sessions], Score]]] = {
+    found: dict[str, Callable[[], Over]] = {
         "pop": lambda: popularity(device),
         "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
         "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
@@ -39,17 +43,21 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Callabl
     return found
 
 
-def popularity(device: torch.device) -> Callable[[Sessions], Score]:
+def popularity(device: torch.device) -> Over:
     """Scores an item by its interactions in the training sessions."""
-    import polars as pl
-
-    held_out = [pl.read_parquet(require(f"data/sessions/{split}.parquet"))["target"] for split in ("valid", "test")]
-    trained = training_counts(pl.read_parquet(require("data/core/items.parquet")), held_out)
-    count = torch.from_numpy(trained).float().to(device)
+    count = training_interactions().float().to(device)
     return lambda sessions: lambda samples: count.expand(len(samples), -1)
 
 
-def item_knn(shrinkage: float, decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+def training_interactions() -> Tensor:
+    """How often every item was trained on, [V+1]; index 0 is padding."""
+    import polars as pl
+
+    held_out = [pl.read_parquet(require(f"data/sessions/{split}.parquet"))["target"] for split in ("valid", "test")]
+    return torch.from_numpy(training_counts(pl.read_parquet(require("data/core/items.parquet")), held_out))
+
+
+def item_knn(shrinkage: float, decay: float, device: torch.device) -> Over:
     """Scores an item by its similarity to the clicks, weighted by `decay` a step back (ItemKNN; Dacrema et al. 2019).
 
     Untrained: similarity is the shrunk cosine of the items' training sessions.
@@ -67,7 +75,7 @@ def item_knn(shrinkage: float, decay: float, device: torch.device) -> Callable[[
     return over
 
 
-def session_knn(most: int, decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+def session_knn(most: int, decay: float, device: torch.device) -> Over:
     """Scores an item by the summed similarity of the session's nearest training sessions that hold it.
 
     Untrained: SKNN of Jannach & Ludewig (RecSys 2017) where `decay` is 1; below that V-SKNN (Ludewig & Jannach, UMUAI
@@ -94,7 +102,7 @@ def _training_sessions() -> csr_array:
                            catalogue_size("data/core/items.parquet"))
 
 
-def text_knn(text_dim: int, decay: float, device: torch.device) -> Callable[[Sessions], Score]:
+def text_knn(text_dim: int, decay: float, device: torch.device) -> Over:
     """Scores an item by the cosine of its text vector to those of the clicks, weighted by `decay` a step back.
 
     Untrained. The vectors are whitened to `text_dim` components, which takes away what all texts share.
@@ -114,7 +122,7 @@ def text_knn(text_dim: int, decay: float, device: torch.device) -> Callable[[Ses
     return over
 
 
-def encoder(name: str, items: int, device: torch.device) -> Callable[[Sessions], Score]:
+def encoder(name: str, items: int, device: torch.device) -> Over:
     """Scores of a pretrained encoder: inner products of its session and item vectors."""
     folder = Path("models/encoders") / name
     module, vectors = load_encoder(folder, items)
@@ -129,7 +137,7 @@ def encoder(name: str, items: int, device: torch.device) -> Callable[[Sessions],
     return over
 
 
-def llmgr(params: Any, device: torch.device) -> Callable[[Sessions], Score]:
+def llmgr(params: Any, device: torch.device) -> Over:
     """Scores of the tuned LLMGR."""
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.training import arithmetic
@@ -140,6 +148,67 @@ def llmgr(params: Any, device: torch.device) -> Callable[[Sessions], Score]:
     load_llmgr(Path("models/tuned"), model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)
+
+
+def part(name: str, params: Any, device: torch.device) -> Callable[[], Over]:
+    """What loads a scorer that a gate may fuse; UserError where there is none of that name."""
+    found = scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))}
+    if name not in found:
+        near = difflib.get_close_matches(name, found, 1, 0.0)[0]
+        raise UserError(f"gate.fuse names {name}, which scores nothing here; the nearest that does is {near} (encoders "
+                        "must stand in encoder.names or encoder.controls)")
+    return found[name]
+
+
+def repeat(items: int) -> Over:
+    """1 for the clicked items, 0 for the others: what a gate needs to learn whether shoppers click anything twice."""
+    def over(sessions: Sessions) -> Score:
+        def score(samples: Tensor) -> Tensor:
+            clicked = sessions.graphs(samples).items_BS
+            return torch.zeros(len(samples), items + 1, device=clicked.device).scatter_(1, clicked, 1.0)
+
+        return score
+
+    return over
+
+
+def gated(name: str, params: Any, device: torch.device, shared: dict[str, Over]) -> Over:
+    """Scores of the gate `name` of gate.fuse; `shared` holds its scorers, which others may use, too."""
+    gate = Gate.load(Path("models/gates") / f"{name}.json", params.gate.fuse[name], params.gate.edges)
+    band_V = bands(training_interactions(), gate.edges).to(device)
+
+    def over(sessions: Sessions) -> Score:
+        scores = [shared[part](sessions) for part in gate.scorers]
+        return lambda samples: gate([score(samples) for score in scores], band_V)
+
+    return over
+
+
+def loaded(params: Any, device: torch.device) -> dict[str, Over]:
+    """Every model, loaded, then the gates of gate.fuse by name; what a gate fuses scores a batch once for all."""
+    models = {name: make() for name, make in scorers(params, device).items()}
+    clash = sorted(models.keys() & params.gate.fuse.keys())
+    if clash:
+        raise UserError(f"gate.fuse names a gate {clash[0]}, which is a model already: choose another name")
+    fused = {name for parts in params.gate.fuse.values() for name in parts}
+    shared: dict[str, Over] = {}
+    for name in fused:
+        over = models[name] if name in models else part(name, params, device)()
+        shared[name] = functools.cache(lambda sessions, over=over: once(over(sessions)))
+    gates = {name: gated(name, params, device, shared) for name in params.gate.fuse}
+    return models | {name: over for name, over in shared.items() if name in models} | gates
+
+
+def once(score: Score) -> Score:
+    """The same scorer, which remembers the last batch: a gate asks for what has been ranked by itself just before."""
+    last: list[Tensor | None] = [None, None]
+
+    def remembered(samples: Tensor) -> Tensor:
+        if last[0] is not samples:
+            last[:] = samples, score(samples)
+        return last[1]
+
+    return remembered
 
 
 def seen_items(frame: pl.DataFrame) -> Tensor:

@@ -1,15 +1,16 @@
 """The gate: several scorers fused with weights that depend on how often the candidate item was trained on.
 
-z_j = sum_m w[m, bin(j)] s_m,j + b[bin(j)], where bin(j) is the band of the item's training interactions. An item met once
-has an ID row that is noise and a text that is as good as any other's, so its text should count for more: "LLMGR for cold
-items, the graph model for head items" (arXiv 2402.16539, discussion) as a formula of a few dozen numbers. They are
-fitted on validation sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked. That is a
-multinomial logit and convex: Newton's method finds its one optimum.
+z_j = sum_m w[m, bin(j)] s_m,j + b[bin(j)], where bin(j) is the band of the item's training interactions. An item met
+once has an ID row that is noise and a text that is as good as any other's, so its text should count for more: "LLMGR for
+cold items, the graph model for head items" (arXiv 2402.16539, discussion) as a formula of a few dozen numbers. They
+are fitted on validation sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked
+(unless the scorer `repeat` is to learn of them): a multinomial logit, convex, whose one optimum Newton's method finds.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from torch.nn import functional as F
 
 from llmgr.artifacts import read_json, write_json
 from llmgr.errors import UserError
+from llmgr.graph import Sessions
+from llmgr.ranking import metrics, ranks_both
 
 CHUNK = 256  # sessions whose scores of all items are held at a time
 RIDGE = 1e-4  # keeps bands without a target finite, and the common constant of the biases fixed
 STEPS = 30
+REPEAT = "repeat"  # the scorer that marks clicked items; a gate alone can use it
 DONE = 1e-8  # Newton decrement, in nats a session
 
 
@@ -56,13 +60,52 @@ def bands(trained_V: Tensor, edges: Sequence[int]) -> Tensor:
     return torch.bucketize(trained_V, torch.tensor(edges), right=True)
 
 
+def draw(sessions: int, most: int, seed: int) -> Tensor:
+    """At most `most` of the sessions (0 takes all), drawn by seed, in order."""
+    order = torch.randperm(sessions, generator=torch.Generator().manual_seed(seed))
+    return order[:most or sessions].sort()[0]
+
+
+@torch.no_grad()
+def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, batch_size: int) -> dict[str, Tensor]:
+    """Every scorer's scores of all items for all sessions, [S, V+1] in half precision on the CPU."""
+    order = torch.argsort(sessions.length, stable=True)
+    tables = {}
+    for name, make in makers.items():
+        score = make()(sessions)
+        for samples in order.split(batch_size):
+            scores = score(samples)
+            table = tables.setdefault(name, torch.empty(len(sessions), scores.shape[1], dtype=torch.half))
+            table[samples.cpu()] = scores.half().cpu()
+    return tables
+
+
+def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor,
+                 band_V: Tensor, edges: Sequence[int], seed: int) -> dict[str, dict[str, float]]:
+    """Metrics of sessions that the gate was not fitted on: each half is scored by the other half's gate.
+
+    `valid` keeps seen items, `valid_unseen` excludes them. What to choose a gate's scorers and bands by.
+    """
+    half = torch.zeros(len(target_S), dtype=torch.bool)
+    half[draw(len(target_S), (len(target_S) + 1) // 2, seed)] = True
+    rank = torch.zeros(2, len(target_S), dtype=torch.long)
+    for fitted in (half, ~half):
+        gate = fit_gate(scorers, [t[fitted] for t in scores_MSV], target_S[fitted], seen_SX[fitted], band_V, edges)
+        for rows in (~fitted).nonzero()[:, 0].split(CHUNK):
+            fused = gate([t[rows] for t in scores_MSV], band_V)
+            rank[:, rows] = torch.stack(ranks_both(fused, target_S[rows], seen_SX[rows].long()))
+    return {name: metrics(r) for name, r in zip(("valid", "valid_unseen"), rank)}
+
+
 def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor, band_V: Tensor,
              edges: Sequence[int]) -> Gate:
-    """The gate that minimises the cross-entropy of the targets among unseen items.
+    """The gate that minimises the cross-entropy of the targets among unseen items (all items if `repeat` is fused).
 
-    `scores_MSV`: a table [S, V+1] of each scorer (half precision will do), `seen_SX`: items to mask, 0 pads. Starts from
-    the first scorer alone. UserError where a scorer says the same of every item.
+    `scores_MSV`: a table [S, V+1] of each scorer (half precision will do), `seen_SX`: items to mask, 0 pads. Starts
+    from the first scorer alone. UserError where a scorer says the same of every item.
     """
+    if REPEAT in scorers:
+        seen_SX = torch.zeros_like(seen_SX[:, :1])
     spread = torch.tensor([float(table[:CHUNK, 1:].float().std()) for table in scores_MSV])
     if not bool((spread > 0).all()):
         flat = scorers[int((spread > 0).logical_not().nonzero()[0])]
@@ -93,8 +136,8 @@ def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, ta
                  band_V: Tensor, onehot_VN: Tensor) -> tuple[float, Tensor, Tensor]:
     """Mean loss, gradient [M+1, N] and Hessian of the gate's cross-entropy at theta.
 
-    With x_j = (s_1j, ..., s_Mj, 1) in the block of item j's band: g = E_p[x] - x_y and H = E_p[x x'] - E_p[x] E_p[x]', so
-    that items of different bands meet in the second term alone.
+    With x_j = (s_1j, ..., s_Mj, 1) in the block of item j's band: g = E_p[x] - x_y and H = E_p[x x'] - E_p[x] E_p[x]':
+    items of different bands meet in the second term alone.
     """
     width, count = theta.shape
     weight_WV = theta.float()[:, band_V]

@@ -22,10 +22,15 @@ class HybridEncoding(nn.Module):
 
     One linear map W_p in R^{H x D} turns a node's embedding and a session graph's readout into token-shaped vectors;
     text tokens keep the language model's own input embeddings. W_p starts at the scale of the token embeddings.
+    With `text_VT` a node is its embedding beside its text features (model.node_text), and a graph's text part is 0.
     """
 
-    def __init__(self, tokens: nn.Embedding, vectors_VD: Tensor, dropout: float) -> None:
+    def __init__(self, tokens: nn.Embedding, vectors_VD: Tensor, dropout: float, text_VT: Tensor | None = None) -> None:
         super().__init__()
+        self.own = vectors_VD.shape[1]
+        if text_VT is not None:
+            vectors_VD = torch.cat((vectors_VD, text_VT * vectors_VD[1:].square().mean().sqrt()), 1)
+        self.register_buffer("nodes", vectors_VD, persistent=False)
         dim = vectors_VD.shape[1]
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(dim, tokens.embedding_dim, bias=False)
@@ -33,12 +38,12 @@ class HybridEncoding(nn.Module):
         node_scale = vectors_VD[1:].square().mean().sqrt().clamp(min=1e-6)
         nn.init.normal_(self.project.weight, std=float(token_scale / node_scale) * dim ** -0.5)
 
-    def forward(self, tokens: nn.Embedding, prompts: PromptBatch, vectors_VD: Tensor, session_RD: Tensor | None
-                ) -> Tensor:
-        """`inputs_embeds` [B, L, H]; node slots read `vectors_VD`, graph slots `session_RD`."""
+    def forward(self, tokens: nn.Embedding, prompts: PromptBatch, session_RD: Tensor | None) -> Tensor:
+        """`inputs_embeds` [B, L, H]; node slots read the item vectors, graph slots `session_RD`."""
         embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
-        sources = {NODE: vectors_VD, GRAPH: session_RD}
-        for kind, source in sources.items():
+        if session_RD is not None:
+            session_RD = F.pad(session_RD, (0, self.nodes.shape[1] - self.own))
+        for kind, source in ((NODE, self.nodes), (GRAPH, session_RD)):
             if source is not None:
                 slot_BL = prompts.kind_BL == kind
                 filled = self.project(self.dropout(source[prompts.ref_BL[slot_BL]]))
@@ -109,7 +114,8 @@ class Llmgr(nn.Module):
         self.register_buffer("vectors", vectors_VD, persistent=False)
         self.encoder = encoder.requires_grad_(False)
         width, items = config.hidden_size, len(vectors_VD) - 1
-        self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD, params.dropout)
+        self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD, params.dropout,
+                                     text_VT if params.node_text else None)
         self.dropout = nn.Dropout(params.dropout)
         self.output = (ItemsOutput(width, vectors_VD, text_VT, params.session_residual) if params.output == "items"
                        else LinearOutput(width, items, hidden=params.output == "mlp"))
@@ -117,7 +123,7 @@ class Llmgr(nn.Module):
 
     def hidden(self, prompts: PromptBatch, session_RD: Tensor | None) -> Tensor:
         """Hidden states at the readouts [R, H]."""
-        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, self.vectors, session_RD)
+        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD)
         mask = prompts.mask(self.causal)
         h_BLH = self.language_model(inputs_embeds=embeds, attention_mask=mask,
                                     position_ids=prompts.position_BL + self.offset).last_hidden_state

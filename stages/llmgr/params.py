@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -251,6 +252,8 @@ class Model:
     """`linear`: the paper's free layer over items; `mlp`: with one hidden layer; `items`: (W h)·[x_i ; text_i]."""
     text_dim: int
     """Principal components of the text vectors in the `items` output."""
+    node_text: bool
+    """Node slots read the item's text features beside its vector: what the text says for no more tokens."""
     session_residual: bool
     """With `items`: the encoder's session vector is added to W h, so that tuning starts from the encoder's scores."""
 
@@ -321,7 +324,7 @@ class Tune(Training):
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
     prompt: Literal["paper", "short", "slot"]
-    """Stage-2 template of llmgr.prompts: the paper's wording, a short one, or `slot`, whose whole question is the graph slot."""
+    """Stage-2 template of llmgr.prompts: the paper's wording, a short one, or `slot`: the graph slot asks."""
     samples: int
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]
@@ -374,6 +377,26 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Gate:
+    fuse: dict[str, list[str]]
+    """Gates by name, each the scorers that it fuses: models of the report, or `repeat`, which marks clicked items."""
+    edges: list[int]
+    """Lower ends of the bands of training interactions, each with weights of its own; below the first lies one more."""
+    sessions: int
+    """Validation sessions that gates are fitted on, drawn by seed; 0 takes all."""
+
+    def check(self) -> None:
+        at_least(self, "gate", "sessions", 0)
+        if self.edges != sorted(set(self.edges)) or not self.edges or self.edges[0] < 1:
+            raise UserError(f"gate.edges={self.edges} must rise from 1 or more: each edge above the one before")
+        for name, parts in self.fuse.items():
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise UserError(f"gate.fuse names a gate {name!r}: use letters, digits, - _ and .")
+            if not parts or len(set(parts)) < len(parts) or parts == ["repeat"]:
+                raise UserError(f"gate.fuse.{name}=[{', '.join(parts)}] must list distinct models")
+
+
+@dataclass(frozen=True)
 class Bucket:
     resamples: int
     """Bootstrap resamples of sessions behind every 95% interval and p; no p falls below 2 / (resamples + 1)."""
@@ -423,6 +446,7 @@ class Params:
     model: Model
     align: Align
     tune: Tune
+    gate: Gate
     evaluate: Evaluate
     bucket: Bucket
     track: Track

@@ -1,7 +1,8 @@
 """Next-item training of a session encoder over all prefixes, and its full ranking."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from llmgr.encoders import Recommender
 from llmgr.graph import Sessions, bucketed
 from llmgr.ranking import metrics, ranks, ranks_both
 from llmgr.training import Loss
+
+Score = Callable[[Tensor], Tensor]
 
 
 class EncoderJob:
@@ -57,22 +60,30 @@ def item_cross_entropy(query_RD: Tensor, vectors_VD: Tensor, target_R: Tensor, b
                                   options=nn.LinearCrossEntropyOptions(batch_chunk_size=128))
 
 
-@torch.no_grad()
-def rank_sessions(score: Callable[[Tensor], Tensor], sessions: Sessions, batch_size: int,
-                  seen: Tensor | None = None) -> Any:
-    """Ranks of all sessions' targets, in their order, scored in batches of like length.
+def rank_sessions(score: Score, sessions: Sessions, batch_size: int, seen: Tensor | None = None) -> Any:
+    """`rank_models` of one model."""
+    return rank_models({"": score}, sessions, batch_size, seen)[0][""]
 
-    `score` maps samples [B] to scores [B, V+1]. With `seen` [sessions, any] (item ids, 0 pads) a pair is returned:
-    ranks with seen items kept, and excluded.
+
+@torch.no_grad()
+def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int, seen: Tensor | None = None
+                ) -> tuple[dict[str, Any], dict[str, float]]:
+    """Ranks of all sessions' targets by every model, in the sessions' order, and each model's seconds.
+
+    A score maps samples [B] to scores [B, V+1]; batches are of like length, and every model scores a batch before the
+    next one comes. With `seen` [sessions, any] (item ids, 0 pads) a model's ranks are a pair: seen kept, and excluded.
     """
     order = torch.argsort(sessions.length.cpu(), stable=True)
-    found = torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long)
+    found = {name: torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long) for name in scores}
+    seconds = dict.fromkeys(scores, 0.0)
     for samples in order.split(batch_size):
         here = samples.to(sessions.row.device)
-        scores_BV, target_B = score(here).float(), sessions.target[here]
-        if seen is None:
-            found[samples, 0] = ranks(scores_BV, target_B).cpu()
-        else:
-            both = ranks_both(scores_BV, target_B, seen[samples].to(scores_BV.device).long())
-            found[samples] = torch.stack(both, 1).cpu()
-    return found[:, 0] if seen is None else (found[:, 0], found[:, 1])
+        target_B = sessions.target[here]
+        seen_B = None if seen is None else seen[samples].to(here.device).long()
+        for name, score in scores.items():
+            start = time.monotonic()
+            scores_BV = score(here).float()
+            rank = [ranks(scores_BV, target_B)] if seen_B is None else ranks_both(scores_BV, target_B, seen_B)
+            found[name][samples] = torch.stack(list(rank), 1).cpu()
+            seconds[name] += time.monotonic() - start
+    return {name: r[:, 0] if seen is None else (r[:, 0], r[:, 1]) for name, r in found.items()}, seconds
