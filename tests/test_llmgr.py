@@ -199,7 +199,7 @@ def test_slots_are_projections_at_the_scale_of_token_embeddings():
     model = llmgr("llama")
     tokens = model.language_model.get_input_embeddings()
     prompts, session_RD = prompted()
-    embeds = model.hybrid(tokens, prompts, model.vectors, session_RD)
+    embeds = model.hybrid(tokens, prompts, session_RD)
     node = prompts.kind_BL == NODE
     torch.testing.assert_close(embeds[node], model.vectors[prompts.ref_BL[node]] @ model.hybrid.project.weight.T)
     text = (prompts.kind_BL == TEXT) & prompts.real_BL
@@ -242,7 +242,7 @@ def test_readouts_of_a_bidirectional_backbone():
     found = {}
     for readout in ("auto", "first", "last", "mean"):
         model = llmgr("bert", readout=readout)
-        embeds = model.hybrid(model.language_model.get_input_embeddings(), prompts, model.vectors, session_RD)
+        embeds = model.hybrid(model.language_model.get_input_embeddings(), prompts, session_RD)
         found[readout] = model.hidden(prompts, session_RD)
         for row in range(len(LISTS)):  # row by row, unpadded, by the backbone's own mask
             real = int(prompts.real_BL[row].sum())
@@ -257,7 +257,7 @@ def test_a_causal_backbone_is_read_as_by_its_own_mask():
     for kind in ("llama", "stories260K"):
         model = llmgr(kind)
         prompts = AlignmentPrompts(tokenizer(kind), TITLES, 8)(torch.tensor([3, 7]), torch.tensor([[3, 1], [2, 7]]))
-        embeds = model.hybrid(model.language_model.get_input_embeddings(), prompts, model.vectors, None)
+        embeds = model.hybrid(model.language_model.get_input_embeddings(), prompts, None)
         for row in range(2):
             real = int(prompts.real_BL[row].sum())
             states = model.language_model(inputs_embeds=embeds[row:row + 1, :real]).last_hidden_state[0, -1]

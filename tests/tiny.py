@@ -66,7 +66,8 @@ def model_settings(**changes: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{
         "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0,
         "dropout": 0.0, "lora_targets": ["auto"], "attention": "native",
-        "readout": "auto", "output": "items", "text_dim": TEXT, "node_text": False, "session_residual": False} | changes)
+        "readout": "auto", "output": "items", "text_dim": TEXT, "node_text": False,
+        "session_residual": False} | changes)
 
 
 def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, **changes: Any) -> Llmgr:

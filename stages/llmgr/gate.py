@@ -1,8 +1,8 @@
 """The gate: several scorers fused with weights that depend on how often the candidate item was trained on.
 
 z_j = sum_m w[m, bin(j)] s_m,j + b[bin(j)], where bin(j) is the band of the item's training interactions. An item met
-once has an ID row that is noise and a text that is as good as any other's, so its text should count for more: "LLMGR for
-cold items, the graph model for head items" (arXiv 2402.16539, discussion) as a formula of a few dozen numbers. They
+once has an ID row that is noise and a text that is as good as any other's, so its text should count for more: "LLMGR
+for cold items, the graph model for head items" (arXiv 2402.16539, discussion) as a formula of a few dozen numbers. They
 are fitted on validation sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked
 (unless the scorer `repeat` is to learn of them): a multinomial logit, convex, whose one optimum Newton's method finds.
 """

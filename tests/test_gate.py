@@ -1,0 +1,106 @@
+"""The gate: Newton against autograd, what bands buy, what is masked, and that halves do not see each other."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llmgr.errors import UserError
+from llmgr.gate import RIDGE, Gate, bands, cross_fitted, draw, fit_gate
+from llmgr.ranking import metrics, ranks
+
+ITEMS, SESSIONS, EDGES = 40, 300, [1, 5]
+
+
+def made(seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two scorers, targets, seen items and bands: the first knows the often trained items, the second the others."""
+    torch.manual_seed(seed)
+    trained = torch.tensor([0] + [0, 2, 3, 9] * (ITEMS // 4))
+    band = bands(trained, EDGES)
+    truth = 2 * torch.randn(SESSIONS, ITEMS + 1)
+    truth[:, 0] = float("-inf")
+    target = torch.distributions.Categorical(logits=truth).sample()
+    truth[:, 0] = 0
+    noise = torch.randn(2, SESSIONS, ITEMS + 1)
+    warm = band == 2
+    scores = [torch.where(warm, truth, noise[0]), 3 * torch.where(warm, noise[1], truth)]
+    seen = torch.randint(0, ITEMS + 1, (SESSIONS, 4))
+    return scores, target, seen, band
+
+
+def loss(gate: Gate, scores: list[torch.Tensor], target: torch.Tensor, seen: torch.Tensor, band: torch.Tensor
+         ) -> torch.Tensor:
+    total = torch.zeros(())
+    for s in range(len(target)):
+        z = torch.stack([gate.bias[band[j]] + sum(w[band[j]] * t[s, j] for w, t in zip(gate.weight, scores))
+                         for j in range(1, ITEMS + 1)])
+        hidden = [int(i) - 1 for i in seen[s] if i and i != target[s]]
+        z = z.index_fill(0, torch.tensor(hidden, dtype=torch.long), float("-inf"))
+        total = total + F.cross_entropy(z, target[s] - 1)
+    return total / len(target)
+
+
+def test_newton_ends_where_the_gradient_is_zero():
+    scores, target, seen, band = made()
+    scores, target, seen = [t[:60] for t in scores], target[:60], seen[:60]
+    gate = fit_gate(["a", "b"], scores, target, seen, band, EDGES)
+    gate.weight.requires_grad_(), gate.bias.requires_grad_()
+    spread = torch.tensor([float(t[:, 1:].std()) for t in scores])
+    ridge = RIDGE / 2 * ((gate.weight * spread[:, None]).square().sum() + gate.bias.square().sum())
+    (loss(gate, scores, target, seen, band) + ridge).backward()
+    assert gate.weight.grad.abs().max() < 1e-4 and gate.bias.grad.abs().max() < 1e-4
+
+
+def test_it_trusts_each_scorer_where_it_knows_and_beats_both():
+    scores, target, seen, band = made()
+    gate = fit_gate(["a", "b"], scores, target, seen, band, EDGES)
+    assert gate.weight[0, 2] > 0.7 and (gate.weight[0, :2].abs() < 0.3).all()
+    assert gate.weight[1, 2].abs() < 0.15 and (gate.weight[1, :2] > 0.2).all()
+    fresh, target, _, _ = made(1)
+    found = [metrics(ranks(s, target))["hr_at_5"] for s in (*fresh, gate(fresh, band))]
+    assert found[2] > max(found[:2]) + 0.1
+
+
+def test_seen_items_take_no_part_unless_repeats_are_learned():
+    scores, target, seen, band = made()
+    mask = torch.zeros(SESSIONS, ITEMS + 1, dtype=torch.bool).scatter_(1, seen, True)
+    mask.scatter_(1, target[:, None], False)
+    mask[:, 0] = False
+    twice = scores[0].masked_scatter(mask, scores[0][mask].flip(0))  # other scores for seen items, of the same spread
+    plain, again = (fit_gate(["a"], [t], target, seen, band, EDGES) for t in (scores[0], twice))
+    torch.testing.assert_close(plain.weight, again.weight, atol=1e-3, rtol=1e-3)
+    learned = fit_gate(["a", "repeat"], [scores[0], mask.float()], target, seen, band, EDGES)
+    assert (learned.weight[1] < -2).all(), "no target here was seen"
+    masked = fit_gate(["a", "other"], [scores[0], mask.float()], target, seen, band, EDGES)
+    assert masked.weight[1].abs().max() < 1e-3
+
+
+def test_cross_fitting_scores_each_half_with_the_other_halfs_gate():
+    scores, target, seen, band = made()
+    half = torch.zeros(SESSIONS, dtype=torch.bool)
+    half[draw(SESSIONS, SESSIONS // 2, 7)] = True
+    torn = [torch.where(half[:, None], scores[0], -scores[0])]  # what one half learns is wrong for the other
+    honest = cross_fitted(["a"], [scores[0]], target, seen, band, EDGES, 7)
+    fooled = cross_fitted(["a"], torn, target, seen, band, EDGES, 7)
+    assert fooled["valid"]["hr_at_5"] < 0.5 * honest["valid"]["hr_at_5"]
+    assert honest["valid_unseen"]["hr_at_5"] > honest["valid"]["hr_at_5"]
+
+
+def test_a_gate_comes_back_and_only_for_what_it_fuses(tmp_path):
+    gate = Gate(["a", "b"], EDGES, torch.randn(2, 3), torch.randn(3))
+    gate.save(tmp_path / "g.json")
+    scores, _, _, band = made()
+    torch.testing.assert_close(Gate.load(tmp_path / "g.json", ["a", "b"], EDGES)(scores, band), gate(scores, band),
+                               atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="fuses other scorers or bands than the gate section asks for"):
+        Gate.load(tmp_path / "g.json", ["a", "c"], EDGES)
+
+
+def test_a_scorer_that_says_nothing_is_named():
+    scores, target, seen, band = made()
+    with pytest.raises(UserError, match=r"gate.fuse: flat scores all items alike"):
+        fit_gate(["a", "flat"], [scores[0], torch.ones_like(scores[0])], target, seen, band, EDGES)
+
+
+def test_bands_begin_at_their_edges():
+    assert bands(torch.tensor([0, 1, 4, 5, 99]), EDGES).tolist() == [0, 1, 1, 2, 2]
