@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro test lint results mlflow clean
+.PHONY: repro test lint results grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ lint: $(VENV)/.installed
 
 results: $(VENV)/.installed  # keep the current results under reports/results/<dataset>/
 	$(BIN)/python stages/record.py
+
+grid: $(VENV)/.installed  # search a model's parameters in the background: make grid MODEL=gcsan DATASET=office SET="-S ..."
+	$(BIN)/dvc exp run --queue pretrain@$(MODEL) $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
+	$(BIN)/dvc queue start -j 1
+
+pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the best by validation into params.yaml
+	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
 
 mlflow: $(VENV)/.installed  # open http://127.0.0.1:5000 and compare experiments
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html.parser
 import json
 import re
@@ -20,8 +21,9 @@ from llmgr.errors import UserError
 from llmgr.params import load
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("pop", "text-knn", "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
+MODELS = (*buckets.FLOORS, "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
 PARAMS = load(ROOT / "params.yaml")
+PARAMS = dataclasses.replace(PARAMS, bucket=dataclasses.replace(PARAMS.bucket, resamples=400))
 VIEW = PARAMS.view(stage.READS)
 
 
@@ -38,7 +40,7 @@ def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int 
         rank = random.geometric(chance * (0.6 + counts / 90)).clip(1, 700)
         ranks[model] = {"test": rank, "test_unseen": np.maximum(rank - random.integers(0, 4, sessions), 1)}
     settings = PARAMS.bucket
-    found, bounds, gaps = buckets.measure(ranks, buckets.masks(counts, trained, settings), 200, 1)
+    found, bounds, gaps = buckets.measure(ranks, buckets.masks(counts, trained, settings), settings.resamples, 1)
     metrics, curves = folder / "reports/metrics", folder / "reports/curves"
     for name, content in (("buckets", found), ("intervals", bounds), ("differences", gaps)):
         write_json(metrics / f"{name}.json", content)
@@ -54,7 +56,7 @@ def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int 
     write_json(metrics / "backbone.json", {"name": "scratch", "revision": None, "perplexity": 21.35})
     write_json(metrics / "align.json", {"accuracy": 0.31})
     curves.mkdir(parents=True)
-    trained_parts = [m for m in models if m not in ("pop", "text-knn", "llmgr")] + ["backbone", "align", "tune"]
+    trained_parts = [m for m in models if m not in (*buckets.FLOORS, "llmgr")] + ["backbone", "align", "tune"]
     for number, name in enumerate(trained_parts):
         epochs = 1 if name == "align" else 6
         with (curves / f"{name}_steps.csv").open("w", newline="") as handle:
@@ -72,12 +74,16 @@ def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int 
                     level = 0.1 - 0.06 / epoch
                     table.writerow([epoch, 50 * epoch, round(3 + 1 / epoch, 4), level, level / 2, level / 3])
         write_json(metrics / f"cost/{name}.json", {
-            "seconds": 12.5 * 3 ** number, "samples_per_second": 4321.0 / (1 + number),
+            "seconds": 12.5 * 1.9 ** (number % 7), "samples_per_second": 4321.0 / (1 + number),
             "tokens_per_second": 2800.0 if number > 2 else None, "peak_memory_mb": 900.0 + number,
-            "trainable_parameters": 51_000 * (1 + number), "total_parameters": 1_250_000,
+            "trainable_parameters": 51_000 * (1 + number), "total_parameters": 250_000 * (1 + number % 9),
             "hardware": "2 CPU threads, X"})
         if name not in ("backbone", "align", "tune"):
             write_json(metrics / f"encoders/{name}.json", {"best_epoch": 5, "valid": {"ndcg_at_20": 0.047}})
+    write_json(metrics / "cost/evaluate.json", {
+        "seconds": 9.5, "seconds_by_model": dict.fromkeys(models, 1.25), "samples_per_second": 2400.0,
+        "tokens_per_second": None, "peak_memory_mb": 700.0, "trainable_parameters": 0, "total_parameters": 0,
+        "hardware": "2 CPU threads, X"})
 
 
 class Page(html.parser.HTMLParser):
@@ -165,11 +171,41 @@ def test_the_headline_follows_the_numbers(tmp_path: Path, gain: float, words: st
     assert words in text and "No clear difference" not in text
 
 
-def test_a_difference_is_one_only_where_the_interval_excludes_zero() -> None:
-    assert report.call({"low": 0.001, "high": 0.004}) == "better"
-    assert report.call({"low": -0.004, "high": -0.001}) == "worse"
-    assert report.call({"low": -0.001, "high": 0.004}) == "no clear difference"
-    assert report.call({"low": 0.0, "high": 0.0}) == "no clear difference"
+def test_a_difference_is_one_only_where_the_corrected_p_is_small() -> None:
+    assert report.call({"difference": 0.002, "p": 0.001, "p_holm": 0.02}) == "better"
+    assert report.call({"difference": -0.002, "p": 0.001, "p_holm": 0.02}) == "worse"
+    assert report.call({"difference": 0.002, "p": 0.01, "p_holm": 0.05}) == "no clear difference"
+    assert report.call({"difference": 0.0, "p": 1.0, "p_holm": 1.0}) == "no clear difference"
+
+
+def test_p_that_the_resamples_cannot_resolve_is_a_bound() -> None:
+    least = 2 / 5001
+    assert report.p_text({"p": float(f"{least:.6g}"), "p_holm": 9 * least}, 5000) == ("≤ 0.0004", "≤ 0.0036")
+    assert report.p_text({"p": 2 * least, "p_holm": 0.0234}, 5000) == ("0.0008", "0.023")
+    assert report.p_text({"p": 0.61, "p_holm": 1.0}, 5000) == ("0.61", "1")
+
+
+def test_the_page_holds_with_many_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders = [f"net{letter}" for letter in "abcdefgh"]
+    models = (*buckets.FLOORS, *(name for e in [*encoders, "gcsan"] for name in (e, f"{e}-text")), "llmgr")
+    write_reports(tmp_path, models=models, sessions=400)
+    found = report.evidence(tmp_path / "reports")
+    chosen = report.highlights(found, VIEW)
+    others = {m: by["test"]["all"]["ndcg_at_20"] for m, by in found["buckets"].items() if m.startswith("net")}
+    strongest = sorted(others, key=others.get)[-3:]
+    assert set(chosen) == {*buckets.FLOORS, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == report.DRAWN
+    assert chosen == [m for m in models if m in chosen]
+    drawn = report.draw(found, VIEW)
+    weakest = min(others, key=others.get)
+    assert all(f">{m}<" in drawn["buckets"] for m in chosen) and f">{weakest}<" not in drawn["buckets"]
+    assert f"{weakest}: training" not in drawn["curves"] and "tune: training" in drawn["curves"]
+    assert all(f">{m}<" in drawn["cost"] and f"against {m}<" in drawn["differences"] for m in models[:-1])
+    text = Page(report.render(found, VIEW, drawn)).text()
+    for convention, bucket in (("test", "all"), ("test", "cold"), ("test_unseen", "trained_5_9")):
+        for metric, value in found["buckets"][weakest][convention][bucket].items():
+            low, high = found["intervals"][weakest][convention][bucket].get(metric, (0, 0))
+            assert metric == "n" or f"{value:.4f} {low:.4f}–{high:.4f}" in text
+    assert len(report.verdicts(found, VIEW)) == len({"gcsan", "gcsan-text", max(others, key=others.get)})
 
 
 def test_real_data_bear_no_banner(project: Path) -> None:

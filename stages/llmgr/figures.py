@@ -4,7 +4,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,14 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from llmgr.buckets import FLOORS, OURS
+
 INK, QUIET, RULE = "#1f2933", "#6b7785", "#e3e7eb"
 OURS_COLOUR = "#c2410c"
 COLOURS = ("#1d4e89", "#3a8f85", "#8b6fb3", "#b08a2e", "#5b8c3e", "#a8577e", "#4c7fb8", "#7a6652")
 MARKERS = "osD^vPX*"
-FLOOR_COLOURS = {"pop": "#aab4be", "text-knn": "#7c8894"}
+FLOOR_LOOKS = dict(zip(FLOORS, zip(("#aab4be", "#95a1ac", "#7c8894", "#616d79"), ".<>h")))
 WIDTH = 11.5  # inches; at full page width the text then has the size of the small print
 BINS = 200  # points of a drawn training loss
+SIZES = tuple(digit * 10 ** power for power in range(2, 13) for digit in (1, 3))  # ticks of a parameter axis
 TIMES = (0.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 168 * 3600)  # ticks of a time axis, seconds
+
+Looks = dict[str, tuple[str, str]]
 
 STYLE = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": QUIET,
@@ -31,23 +35,23 @@ STYLE = {
 }
 
 
-def palette(models: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every model, the same in all figures; LLMGR's stands out."""
+def palette(models: Sequence[str]) -> Looks:
+    """Colour and marker of every model, the same in all figures; LLMGR's stands out, and repeats come last."""
     looks, number = {}, 0
     for model in models:
-        if model == "llmgr":
+        if model == OURS:
             looks[model] = (OURS_COLOUR, "o")
-        elif model in FLOOR_COLOURS:
-            looks[model] = (FLOOR_COLOURS[model], ".")
+        elif model in FLOOR_LOOKS:
+            looks[model] = FLOOR_LOOKS[model]
         else:
             looks[model] = (COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
             number += 1
     return looks
 
 
-def buckets(found: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, str]], metric: str = "hr_at_20") -> str:
-    """A dot with a 95% interval a model and bucket, seen items kept; `panels`: title -> bucket -> label."""
-    looks = palette(list(found))
+def buckets(found: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, str]], looks: Looks,
+            metric: str = "hr_at_20") -> str:
+    """A dot with a 95% interval a model of `looks` and bucket, seen items kept; `panels`: title -> bucket -> label."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4))
         shape = {"width_ratios": [len(p) for p in panels.values()], "wspace": 0.08}
@@ -74,7 +78,7 @@ def differences(gaps: Mapping, metrics: Sequence[str] = ("hr_at_20", "ndcg_at_20
     """LLMGR minus every other model with paired 95% intervals, over all, cold and warm targets, seen items kept."""
     slices = {"all": (INK, "o"), "cold": ("#1d6fa5", "s"), "warm": ("#c2410c", "D")}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.95 + 0.52 * len(gaps)))
+        figure = Figure(figsize=(WIDTH, 0.95 + 0.42 * len(gaps)))
         for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, gridspec_kw={"wspace": 0.08}), metrics):
             axes.axvline(0, color=QUIET, linewidth=1)
             for number, (bucket, (colour, marker)) in enumerate(slices.items()):
@@ -127,29 +131,34 @@ def curves(steps: Mapping[str, pl.DataFrame], epochs: Mapping[str, pl.DataFrame]
         return _svg(figure, "curves")
 
 
-def cost(quality: Mapping[str, float], seconds: Mapping[str, float], metric: str) -> str:
-    """Quality against training time (log scale); models without training are horizontal lines."""
-    looks = palette(list(quality))
+def cost(quality: Mapping[str, Mapping], bounds: Mapping[str, Mapping], seconds: Mapping[str, float],
+         parameters: Mapping[str, float], looks: Looks, metric: str = "ndcg_at_20") -> str:
+    """A row a model: quality with its 95% interval, training time and parameters; untrained models have the first."""
+    panels = {f"{pretty(metric)}, seen items kept": {model: figures[metric] for model, figures in quality.items()},
+              "training time": seconds, "parameters": parameters}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6))
-        axes: Any = figure.subplots()
-        for model, value in quality.items():
-            colour, marker = looks[model]
-            if seconds.get(model):
-                axes.plot(seconds[model], value, marker, color=colour, markersize=8)
-                axes.annotate(model, (seconds[model], value), (8, 4), textcoords="offset points", color=colour)
-            else:
-                axes.axhline(value, color=colour, linewidth=1, linestyle=(0, (4, 3)))
-                axes.annotate(f"{model} (not trained)", (0.006, value), (0, 3), ("axes fraction", "data"),
-                              textcoords="offset points", color=colour, fontsize=8)
-        axes.set_xscale("log")
-        axes.set_xticks(TIMES, map(duration, TIMES))
-        axes.set_xticks([], minor=True)
-        spent = [seconds[m] for m in quality if seconds.get(m)]
-        axes.set_xlim(min(spent) / 3, max(spent) * 3)
-        axes.set_ylim(0, 1.15 * max(quality.values()))
-        axes.set_xlabel("training time, everything that the model needs included")
-        axes.set_ylabel(pretty(metric))
+        figure = Figure(figsize=(WIDTH, 0.5 + 0.25 * len(quality)))
+        shape = {"wspace": 0.06, "width_ratios": (1.6, 1, 1)}
+        for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True, gridspec_kw=shape), panels.items()):
+            for place, model in enumerate(quality):
+                colour, marker = looks[model]
+                if values is not seconds and values is not parameters:
+                    axes.plot(bounds[model][metric], [place] * 2, color=colour, linewidth=1.6)
+                if values.get(model):
+                    axes.plot(values[model], place, marker, color=colour, markersize=5.5)
+            axes.set_title(title)
+        first, time, size = figure.axes
+        first.set_yticks(range(len(quality)), quality)
+        first.set_ylim(len(quality) - 0.5, -0.5)
+        first.set_xlim(left=0)
+        for axes, values, ticks, form in ((time, seconds, TIMES, duration), (size, parameters, SIZES, count)):
+            axes.set_xscale("log")
+            known = [value for value in values.values() if value] or ticks
+            low, high = min(known) / 2, max(known) * 2
+            shown = [tick for tick in ticks if low <= tick <= high]
+            axes.set_xlim(low, high)
+            axes.set_xticks(shown, map(form, shown))
+            axes.set_xticks([], minor=True)
         return _svg(figure, "cost")
 
 
@@ -174,6 +183,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min".replace(" 0 min", "")
 
 
+def count(value: float) -> str:
+    """A number of things: 4.20 M, 131,413."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:,.0f}"
+
+
 def _dots(axes: Axes, points: list, colour: str, marker: str, label: str) -> None:
     for x, _, (low, high) in points:
         axes.plot([x, x], [low, high], color=colour, linewidth=1.3, alpha=0.75)
@@ -186,8 +203,9 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _legend(figure: Figure, handles: list, names: list[str]) -> None:
-    figure.legend(handles, names, loc="lower left", bbox_to_anchor=(figure.subplotpars.left - 0.01, 0.97), fontsize=8.5,
-                  ncols=8, handletextpad=0.3, columnspacing=1.2, borderpad=0)
+    top = figure.subplotpars.top + 0.34 / figure.get_figheight()  # inches, room for the panels' titles
+    figure.legend(handles, names, loc="lower left", bbox_to_anchor=(figure.subplotpars.left - 0.01, top), fontsize=8.5,
+                  ncols=max(1, len(names)), handletextpad=0.3, columnspacing=1.2, borderpad=0)
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -10,15 +10,16 @@ import polars as pl
 
 from llmgr import figures
 from llmgr.artifacts import left_behind, read_json
-from llmgr.buckets import OURS
-from llmgr.figures import duration, pretty, signed
+from llmgr.buckets import FLOORS, LEVEL, OURS, order
+from llmgr.figures import count, duration, pretty, signed
 from llmgr.params import flat
-from llmgr.ranking import names
+from llmgr.ranking import least_p, names
 
 CONVENTIONS = {"test": "Seen items kept", "test_unseen": "Seen items excluded"}
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
 REQUIRED = ("buckets", "intervals", "differences")
 FACTS = ("filter", "split", "backbone", "align", "tune")
+DRAWN = 10  # models of a figure that compares them side by side; the tables have all
 
 
 def evidence(reports: Path) -> dict[str, Any]:
@@ -27,15 +28,17 @@ def evidence(reports: Path) -> dict[str, Any]:
     UserError where what the bucket stage writes is missing; everything else may be absent.
     """
     metrics, curves = reports / "metrics", reports / "curves"
-    order = [*FACTS, "evaluate"]
+    parts = [*FACTS, "evaluate"]
     facts = {name: read_json(metrics / f"{name}.json") for name in FACTS if (metrics / f"{name}.json").exists()}
     ignored = left_behind(reports)
-    encoders = sorted({*metrics.glob("encoders/*.json")} - ignored, key=lambda path: path.stem)
-    costs = {path.stem: read_json(path) for path in sorted(
-        {*metrics.glob("cost/*.json")} - ignored,
-        key=lambda path: (path.stem in order and 1 + order.index(path.stem), path.stem))}
+    encoders = order([path.stem for path in {*metrics.glob("encoders/*.json")} - ignored])
+    spent = {path.stem: path for path in {*metrics.glob("cost/*.json")} - ignored}
+    costs = {name: read_json(spent[name]) for name in sorted(
+        order(spent), key=lambda name: name in parts and 1 + parts.index(name))}
+    if encoders:
+        facts["encoders"] = {name: read_json(metrics / f"encoders/{name}.json") for name in encoders}
     return {name: read_json(metrics / f"{name}.json") for name in REQUIRED} | {
-        "facts": facts | ({"encoders": {path.stem: read_json(path) for path in encoders}} if encoders else {}),
+        "facts": facts,
         "cost": costs,
         "steps": _curves({*curves.glob("*_steps.csv")} - ignored, costs),
         "epochs": _curves({*curves.glob("*_epochs.csv")} - ignored, costs),
@@ -56,17 +59,42 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
     sizes = {bucket: figures_["n"] for bucket, figures_ in next(iter(found["buckets"].values()))["test"].items()}
     ticks = {bucket: f"{text}\nn = {sizes[bucket]:,}" for bucket, text in label.items()}
     panels = {"by interactions in the 5-core data": "count_", "by interactions in training": "trained_"}
+    chosen = highlights(found, params)
+    looks = figures.palette(list(dict.fromkeys([*chosen, *found["buckets"]])))
     drawn = {"buckets": figures.buckets(found["buckets"], found["intervals"], {
-        title: {b: text for b, text in ticks.items() if b.startswith(prefix)} for title, prefix in panels.items()})}
+        title: {b: text for b, text in ticks.items() if b.startswith(prefix)} for title, prefix in panels.items()},
+        {model: looks[model] for model in chosen})}
     if found["differences"]:
         drawn["differences"] = figures.differences(found["differences"])
-    if found["steps"] or found["epochs"]:
-        drawn["curves"] = figures.curves(found["steps"], found["epochs"])
+    steps, epochs = ({part: frame for part, frame in found[kind].items() if part in chosen or part not in looks}
+                     for kind in ("steps", "epochs"))
+    if steps or epochs:
+        drawn["curves"] = figures.curves(steps, epochs)
     spent = training_seconds(found, params)
     if any(spent.values()):
-        quality = {model: by["test"]["all"]["ndcg_at_20"] for model, by in found["buckets"].items()}
-        drawn["cost"] = figures.cost(quality, spent, "ndcg_at_20")
+        drawn["cost"] = figures.cost(*({model: by["test"]["all"] for model, by in found[kind].items()}
+                                       for kind in ("buckets", "intervals")), spent, parameters(found), looks)
     return drawn
+
+
+def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
+    """The models of a figure with room for `DRAWN`: the floors, LLMGR, its base, the control, the strongest others."""
+    models = list(found["buckets"])
+    kept = [model for model in models if model in (*FLOORS, OURS, params.model.base, _control(params))]
+    rest = sorted((model for model in models if model not in kept),
+                  key=lambda model: -found["buckets"][model]["test"]["all"]["ndcg_at_20"])
+    kept += rest[:max(0, DRAWN - len(kept))]
+    return [model for model in models if model in kept]
+
+
+def _control(params: Any) -> str:
+    return params.model.base.split("-")[0] + "-text"
+
+
+def parameters(found: Mapping[str, Any]) -> dict[str, float]:
+    """Parameters by model, frozen ones included; models without training have none."""
+    costs = {OURS if part == "tune" else part: cost for part, cost in found["cost"].items()}
+    return {model: costs[model]["total_parameters"] for model in found["buckets"] if model in costs}
 
 
 def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
@@ -79,18 +107,16 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
 
 
 def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
-    """What came out in words: LLMGR against its base encoder, the text control and the strongest other model.
+    """What came out in words: LLMGR against its base encoder, that one's text control and the strongest other model.
 
-    A difference is called one only where its paired 95% interval excludes 0.
+    A difference is called one only where its Holm-corrected p is below 0.05.
     """
     gaps = found["differences"]
     if not gaps:
         return []
     strongest = max(gaps, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     roles = {params.model.base: "its base encoder"}
-    for model in gaps:
-        if model.endswith("-text"):
-            roles.setdefault(model, "the text + GNN control")
+    roles.setdefault(_control(params), "the text + GNN control")
     roles.setdefault(strongest, "the strongest other model")
     return [_verdict(found, model, role) for model, role in roles.items() if model in gaps]
 
@@ -116,8 +142,16 @@ def sentence(said: list[dict[str, Any]]) -> str:
 
 
 def call(gap: Mapping[str, float]) -> str:
-    """`better`, `worse`, or `no clear difference` where the interval holds 0."""
-    return "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else "no clear difference"
+    """`better`, `worse`, or `no clear difference` where the p corrected for all comparisons is not below 0.05."""
+    if gap["p_holm"] >= LEVEL:
+        return "no clear difference"
+    return "better" if gap["difference"] > 0 else "worse"
+
+
+def p_text(gap: Mapping[str, float], resamples: int) -> tuple[str, str]:
+    """p and Holm-corrected p of a difference as text, `≤` where they are bounds: no resample crossed 0."""
+    sign = "≤ " if gap["p"] <= least_p(resamples) * (1 + 1e-4) else ""  # files keep six digits
+    return tuple((sign if p < 1 else "") + f"{p:.2g}" for p in (gap["p"], gap["p_holm"]))
 
 
 def bucket_label(bucket: str, settings: Any) -> str:
@@ -132,6 +166,16 @@ def bucket_label(bucket: str, settings: Any) -> str:
     if ends[0].startswith("lt"):
         return f"< {ends[0][2:]}"
     return f"{ends[0][2:]}+" if ends[0].startswith("ge") else "–".join(ends)
+
+
+def bucket_title(bucket: str, settings: Any) -> str:
+    """What a bucket holds, for a caption: `targets with 10–49 interactions in training`."""
+    label = bucket_label(bucket, settings)
+    if bucket == "all":
+        return "all targets"
+    if bucket in ("cold", "warm"):
+        return f"{label} targets"
+    return f"targets with {label} interactions in {'training' if bucket.startswith('trained') else 'the 5-core data'}"
 
 
 def best(found: Mapping[str, Any], convention: str, bucket: str) -> dict[str, float]:
@@ -150,53 +194,70 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
     environment.filters |= {f.__name__.strip("_"): f for f in (pretty, duration, signed, _number, _value)}
     return environment.get_template("report.html.j2").render(
         found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said), conventions=CONVENTIONS,
-        headline=HEADLINE, metrics=names(), ours=OURS, buckets=_buckets(found), call=call,
-        label=lambda bucket: bucket_label(bucket, params.bucket), best=lambda c, b: best(found, c, b),
-        hardware=sorted({cost["hardware"] for cost in found["cost"].values()}), seconds=training_seconds(found, params),
+        headline=HEADLINE, metrics=names(), ours=OURS, buckets=_buckets(found), call=call, level=LEVEL,
+        highlights=highlights(found, params), label=lambda bucket: bucket_label(bucket, params.bucket),
+        title=lambda bucket: bucket_title(bucket, params.bucket), best=lambda c, b: best(found, c, b),
+        p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
+        ranking_seconds=found["cost"].get("evaluate", {}).get("seconds_by_model", {}), parameters=parameters(found),
+        hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
         facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=flat(params))
 
 
 def markdown(found: Mapping[str, Any], params: Any) -> str:
-    """The results as Markdown tables for a README: kept, excluded, cold, warm, differences, cost."""
-    sections = [_markdown_table(f"{title} (n = {_n(found, convention, 'all'):,})", found, convention, "all", names())
-                for convention, title in CONVENTIONS.items()]
-    sections += [
-        _markdown_table(f"{bucket_label(bucket, params.bucket)} target items, {title.lower()} "
-                        f"(n = {_n(found, convention, bucket):,})", found, convention, bucket, HEADLINE)
-        for bucket, (convention, title) in itertools.product(("cold", "warm"), CONVENTIONS.items())
-        if _n(found, convention, bucket)]
+    """The results as Markdown tables for a README: overall, every bucket with intervals, differences, cost."""
+    sections = [_overall(found, params, convention) for convention in CONVENTIONS]
+    sections += [_bucket(found, params, convention, bucket)
+                 for bucket, convention in itertools.product(_buckets(found), CONVENTIONS)
+                 if _n(found, convention, bucket)]
     if found["differences"]:
-        rows = ["**LLMGR minus the other model, seen items kept** (paired 95% interval)", "",
-                "| against | " + " | ".join(f"{b} {pretty(m)}" for b in ("all", "cold", "warm") for m in HEADLINE[:2])
-                + " |", "|---" * 7 + "|"]
-        for model, by in found["differences"].items():
-            cells = [_gap(by["test"][b][m]) if b in by["test"] else "–"
-                     for b in ("all", "cold", "warm") for m in HEADLINE[:2]]
-            rows.append(f"| {model} | " + " | ".join(cells) + " |")
-        sections.append("\n".join(rows))
-    rows = ["**Cost**", "", "| part | time | samples/s | tokens/s | peak memory | trained | parameters | hardware |",
-            "|---|---|---|---|---|---|---|---|"]
-    for name, cost in found["cost"].items():
-        rows.append(f"| {name} | {duration(cost['seconds'])} | {_number(cost['samples_per_second'])} | "
-                    f"{_number(cost['tokens_per_second'])} | {_number(cost['peak_memory_mb'])} MB | "
-                    f"{_number(cost['trainable_parameters'])} | {_number(cost['total_parameters'])} | "
-                    f"{cost['hardware']} |")
-    return "\n\n".join([*sections, "\n".join(rows)]) + "\n"
+        compared = itertools.product(CONVENTIONS, next(iter(found["differences"].values()))["test"])
+        sections += [_differences(found, params, convention, bucket) for convention, bucket in compared]
+    rows = [[name, duration(cost["seconds"]), _number(cost["samples_per_second"]), _number(cost["tokens_per_second"]),
+             _number(cost["peak_memory_mb"]) + " MB", _number(cost["trainable_parameters"]),
+             _number(cost["total_parameters"]), cost["hardware"]] for name, cost in found["cost"].items()]
+    head = ["part", "time", "samples/s", "tokens/s", "peak memory", "trained", "parameters", "hardware"]
+    return "\n\n".join([*sections, _table("Cost", head, rows)]) + "\n"
 
 
-def _markdown_table(title: str, found: Mapping, convention: str, bucket: str, metrics: Any) -> str:
+def _overall(found: Mapping, params: Any, convention: str) -> str:
+    top, spent, size = best(found, convention, "all"), training_seconds(found, params), parameters(found)
+    rows = [[model, *(_bold(by[convention]["all"], metric, top) for metric in names()),
+             duration(spent[model]) if model in spent else "–", _number(size.get(model))]
+            for model, by in found["buckets"].items()]
+    return _table(f"{CONVENTIONS[convention]} (n = {_n(found, convention, 'all'):,})",
+                  ["model", *map(pretty, names()), "training", "parameters"], rows)
+
+
+def _bucket(found: Mapping, params: Any, convention: str, bucket: str) -> str:
     top = best(found, convention, bucket)
-    rows = [f"**{title}**", "", f"| model | {' | '.join(map(pretty, metrics))} |", "|---" * (1 + len(metrics)) + "|"]
-    for model, by in found["buckets"].items():
-        figures_ = by[convention][bucket]
-        cells = [f"**{figures_[m]:.4f}**" if figures_[m] == top[m] else f"{figures_[m]:.4f}" for m in metrics]
-        rows.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    rows = [[model, *(_bold(by[convention][bucket], metric, top) + " [{:.4f}, {:.4f}]".format(
+        *found["intervals"][model][convention][bucket][metric]) for metric in HEADLINE)]
+        for model, by in found["buckets"].items()]
+    targets = f"{bucket_title(bucket, params.bucket)}, {CONVENTIONS[convention].lower()}"
+    return _table(f"{targets} (n = {_n(found, convention, bucket):,}), with 95% intervals",
+                  ["model", *map(pretty, HEADLINE)], rows)
 
 
-def _gap(gap: Mapping[str, float]) -> str:
+def _differences(found: Mapping, params: Any, convention: str, bucket: str) -> str:
+    rows = [[model, *(_gap(by[convention][bucket][metric], params.bucket.resamples) for metric in HEADLINE)]
+            for model, by in found["differences"].items()]
+    return _table(f"LLMGR minus the other model, {bucket_title(bucket, params.bucket)}, "
+                  f"{CONVENTIONS[convention].lower()} (paired 95% interval, p, Holm-corrected p)",
+                  ["against", *map(pretty, HEADLINE)], rows)
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))])
+
+
+def _bold(row: Mapping[str, float], metric: str, top: Mapping[str, float]) -> str:
+    return f"**{row[metric]:.4f}**" if row[metric] == top[metric] else f"{row[metric]:.4f}"
+
+
+def _gap(gap: Mapping[str, float], resamples: int) -> str:
     share = f", {gap['relative']:+.1%}" if "relative" in gap else ""
-    return f"{gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]{share}"
+    raw, corrected = p_text(gap, resamples)
+    return f"{gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]{share}, p {raw}, Holm {corrected}"
 
 
 def _buckets(found: Mapping[str, Any]) -> list[str]:
@@ -231,11 +292,7 @@ def _number(value: float | None) -> str:
     """4.20 M, 131,413, 12.35, 0.102, or a dash."""
     if value is None:
         return "–"
-    if abs(value) >= 1e6:
-        return f"{value / 1e9:.2f} B" if abs(value) >= 1e9 else f"{value / 1e6:.2f} M"
-    if value == int(value) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return count(value) if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _value(value: Any) -> str:

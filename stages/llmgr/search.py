@@ -1,0 +1,163 @@
+"""A hyperparameter search made of DVC experiments: which trained a model, on what, how well, and the best of them."""
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from llmgr.buckets import OURS
+from llmgr.errors import UserError
+from llmgr.params import Params, build, flat
+
+SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs
+LISTS = ("encoder.names", "encoder.controls", "encoder.control_texts")  # which models there are
+LATER = ("evaluate", "bucket", "track")  # sections that no training reads
+
+
+class Trial(NamedTuple):
+    """An experiment that trained the model: its name in DVC, all parameters by dotted key, the model's metrics."""
+
+    name: str
+    parameters: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+class Search(NamedTuple):
+    """The keys in which trials differ, and the trials, best first, one for each set of their values."""
+
+    keys: list[str]
+    trials: list[Trial]
+
+
+def shown() -> list[dict[str, Any]]:
+    """What `dvc exp show --json` says: the workspace and the current commit, each with its experiments."""
+    done = subprocess.run(["dvc", "exp", "show", "--json"], capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-200:]
+        raise UserError(f"`dvc exp show` failed ({said}): run this in the repository root")
+    return json.loads(done.stdout)
+
+
+def lock_of(revision: str) -> dict[str, Any]:
+    """dvc.lock as an experiment left it."""
+    done = subprocess.run(["git", "show", f"{revision}:dvc.lock"], capture_output=True, text=True)
+    return yaml.safe_load(done.stdout) if done.returncode == 0 else {}
+
+
+def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: Callable[[str], Mapping]
+           ) -> list[Trial]:
+    """The experiments of `shown` that trained `model` on `dataset`, the commit that they started from among them.
+
+    One whose figures of the model come from other parameters or inputs than its own, because it ran other stages, is
+    left out: `lock` gives the dvc.lock of a revision.
+    """
+    part = "tune" if model == OURS else f"encoders/{model}"
+    found = []
+    for state in _finished(states):
+        data = state["data"]
+        content = data["params"].get("params.yaml", {}).get("data")
+        metrics = data["metrics"].get(f"reports/metrics/{part}.json", {}).get("data")
+        if not content or content["data"]["dataset"] != dataset or not metrics or "valid" not in metrics:
+            continue
+        if _trained(lock(state["rev"]), "tune" if model == OURS else model, content):
+            cost = data["metrics"].get(f"reports/metrics/cost/{Path(part).name}.json", {}).get("data") or {}
+            found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
+                               {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
+                                "seconds": cost.get("seconds")}))
+    return found
+
+
+def _finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for state in states:
+        inner = [revision for group in state.get("experiments") or () for revision in group["revs"]]
+        yield from (s for s in (state, *inner) if s["rev"] != "workspace" and s.get("data"))
+
+
+def _trained(lock: Mapping[str, Any], stage: str, content: Mapping[str, Any]) -> bool:
+    """Whether the lock holds `stage` and all before it as run with the parameters of `content`, one on the other."""
+    stages = lock.get("stages", {})
+    makers = {out["path"]: (name, out.get("md5")) for name, entry in stages.items() for out in entry.get("outs", ())}
+    todo = [name for name in stages if name.rpartition("@")[2] == stage]
+    consistent = bool(todo)
+    while todo and consistent:
+        entry = stages[todo.pop()]
+        consistent = all(_at(content, key) == value
+                         for key, value in entry.get("params", {}).get("params.yaml", {}).items())
+        for dep in entry.get("deps", ()):
+            maker, md5 = makers.get(dep["path"], (None, dep.get("md5")))
+            consistent &= md5 == dep.get("md5")
+            todo += [maker] if maker else []
+    return consistent
+
+
+def _at(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def search(found: Sequence[Trial], model: str) -> Search:
+    """What was searched and how it went; UserError where the trials are no search of this model's parameters."""
+    values = {key: sorted({json.dumps(trial.parameters[key]) for trial in found}) for key in
+              (found[0].parameters if found else ())}
+    differing = [key for key, seen in values.items() if len(seen) > 1]
+    searched = [key for key in differing if _role(key, model) == "searched"]
+    for key in differing:
+        if _role(key, model) == "fixed":
+            raise UserError(f"the experiments that trained {model} differ in {key} ({', '.join(values[key])}), so "
+                            "their figures do not compare: take those of one value away with `dvc exp remove`")
+    if not searched:
+        raise UserError(f"{len(found)} experiments of this commit trained {model} on this dataset, and no two differ "
+                        f"in its parameters: queue stages/presets/grid/{model}.txt and run `dvc queue start -j 1`")
+    best: dict[str, Trial] = {}
+    for trial in sorted(found, key=lambda trial: -trial.metrics[SELECTS]):
+        best.setdefault(json.dumps([trial.parameters[key] for key in searched]), trial)
+    return Search(searched, list(best.values()))
+
+
+def _role(key: str, model: str) -> str:
+    """`searched` for the model's own parameters, `fixed` for what makes figures comparable, else `ignored`."""
+    section, *rest = key.split(".")
+    base, _, text = model.partition("-")
+    if section in LATER or key in LISTS:
+        return "ignored"
+    if model == OURS:
+        return "searched" if section in ("model", "align", "tune") else "fixed"
+    if section == "encoder":
+        return "ignored" if len(rest) > 1 and rest[0] not in ("training", base) else "searched"
+    return "ignored" if section in ("model", "align", "tune") or (section == "llm" and not text) else "fixed"
+
+
+def table(result: Search) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the search, best first: searched values, validation metrics, best epoch, seconds, experiment."""
+    metrics = [name for name in result.trials[0].metrics if name not in ("best_epoch", "seconds")]
+    rows = [[*(_text(trial.parameters[key]) for key in result.keys),
+             *(f"{trial.metrics[name]:.6f}" for name in metrics), str(trial.metrics["best_epoch"]),
+             "" if trial.metrics["seconds"] is None else f"{trial.metrics['seconds']:.1f}", trial.name]
+            for trial in result.trials]
+    return [*result.keys, *(f"valid.{name}" for name in metrics), "best_epoch", "seconds", "experiment"], rows
+
+
+def rewritten(text: str, changes: Mapping[str, Any]) -> str:
+    """A parameter file with new values at dotted keys; everything else, comments and layout, stays to the byte."""
+    places = []
+    for key, value in changes.items():
+        node = yaml.compose(text, yaml.SafeLoader)
+        for part in key.split("."):
+            node = next((inner for name, inner in node.value if name.value == part), None) if isinstance(
+                node, yaml.MappingNode) else None
+        if node is None:
+            raise UserError(f"params.yaml: {key} is missing; add it (the committed file has every key)")
+        places.append((node.start_mark.index, node.end_mark.index, _text(value)))
+    for start, end, value in sorted(places, reverse=True):
+        text = text[:start] + value + text[end:]
+    return text
+
+
+def _text(value: Any) -> str:
+    """A value as YAML in one line, which YAML 1.1 reads back as the same: 1.0e-05, not 1e-05."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -1,0 +1,53 @@
+"""Pick the best of a search and write it back: experiments of one model that differ in its parameters (no DAG stage).
+
+    make grid MODEL=gcsan DATASET=office     # queue what stages/presets/grid/gcsan.txt lists, run it one by one
+    python stages/pick.py --model gcsan --dataset office
+
+Validation NDCG@20 decides. The chosen values go into params.yaml; its comments and layout stay. A control such as
+gcsan-text shares its encoder's section. With --model llmgr the search is over model, align and tune.
+
+Reads:  the experiments of the current commit, through `dvc exp show`; params.yaml
+Writes: params.yaml, reports/results/<dataset>/search-<model>.csv
+Params: the keys in which the experiments differ
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmgr import stage
+
+READS = ()
+OPTIONS = {"model": "the encoder, control or llmgr whose experiments are compared", "dataset": "their data.dataset"}
+
+
+def main(params: Any, model: str, dataset: str) -> None:
+    import csv
+    import io
+
+    import yaml
+
+    from llmgr import search
+    from llmgr.artifacts import write_text
+    from llmgr.params import Params, build
+
+    result = search.search(search.trials(search.shown(), model, dataset, search.lock_of), model)
+    head, rows = search.table(result)
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    text = Path("params.yaml").read_text()
+    chosen = {key: result.trials[0].parameters[key] for key in result.keys}
+    changed = search.rewritten(text, chosen)
+    build(Params, yaml.safe_load(changed), "")
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
+    record = f"reports/results/{dataset.replace(':', '-')}/search-{model}.csv"
+    write_text(record, buffer.getvalue())
+    write_text("params.yaml", changed)
+    stage.say(f"params.yaml has the best of {len(rows)}: " + ", ".join(
+        f"{key}={value}" for key, value in zip(head, rows[0][:len(chosen)])) + f"; the search is in {record}")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS, OPTIONS)
