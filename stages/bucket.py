@@ -33,14 +33,14 @@ def main(params: Any) -> None:
     files = {path.stem: path for path in require("reports/ranks").glob("*.parquet")}
     if not files:
         raise UserError("reports/ranks holds no ranks: run `dvc repro evaluate`")
-    ranks = {model: buckets.checked(files[model], test) for model in buckets.order(files)}
+    ranks = {model: buckets.checked(files[model], test) for model in buckets.order(files, params.bucket.ours)}
 
     counts = np.zeros(items.height + 1, np.int64)
     counts[items["item_id"].to_numpy()] = items["count"].to_numpy()
     targets = test["target"].to_numpy()
     trained = training_counts(items, [valid["target"], test["target"]])
     masks = buckets.masks(counts[targets], trained[targets], params.bucket)
-    found, bounds, gaps = buckets.measure(ranks, masks, params.bucket.resamples, params.seed)
+    found, bounds, gaps = buckets.measure(ranks, masks, params.bucket.ours, params.bucket.resamples, params.seed)
 
     folder = Path("reports/metrics")
     write_json(folder / "buckets.json", found)

@@ -18,7 +18,7 @@ from llmgr.errors import UserError
 from llmgr.sessions import training_counts
 
 ROOT = Path(__file__).parents[1]
-BUCKET = SimpleNamespace(resamples=200, cold=[5, 10], warm=50, practice=[10, 50], trained=[1, 5, 10, 50])
+BUCKET = SimpleNamespace(ours="llmgr", resamples=200, cold=[5, 10], warm=50, practice=[10, 50], trained=[1, 5, 10, 50])
 MODELS = ("llmgr", "gcsan", "pop", "text-knn")
 
 
@@ -76,9 +76,9 @@ def test_buckets_hold_the_counts_that_their_names_say() -> None:
 
 def test_models_stand_floors_first_controls_by_their_encoder_llmgr_last() -> None:
     names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "session-knn",
-             "item-knn", "gcsana"]
-    assert buckets.order(names) == [*buckets.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm",
-                                    "llmgr"]
+             "item-knn", "gcsana", "gated-llmgr"]
+    assert buckets.order(names, "gated-llmgr") == [
+        *buckets.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm", "llmgr", "gated-llmgr"]
 
 
 def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_empty_bucket_has_a_count_and_no_metrics() -> None:
     ranks = {m: {"test": np.array([1, 30]), "test_unseen": np.array([1, 25])} for m in ("gcsan", "llmgr")}
     masks = {"all": np.array([True, True]), "cold": np.array([False, False])}
-    found, bounds, gaps = buckets.measure(ranks, masks, 100, 1)
+    found, bounds, gaps = buckets.measure(ranks, masks, "llmgr", 100, 1)
     assert found["llmgr"]["test"]["cold"] == {"n": 0}
     assert found["llmgr"]["test"]["all"]["hr_at_5"] == 0.5
     assert "cold" not in bounds["llmgr"]["test"] and "cold" not in gaps["gcsan"]["test"]
@@ -130,7 +130,7 @@ def test_p_is_corrected_over_the_models_within_a_metric_and_convention() -> None
     base = random.geometric(0.02, 300)
     ranks = {"llmgr": base, "a": random.geometric(0.011, 300), "b": random.geometric(0.015, 300), "c": base.copy()}
     ranks = {m: {"test": r, "test_unseen": np.maximum(r - (m > "a"), 1)} for m, r in ranks.items()}
-    _, _, gaps = buckets.measure(ranks, {"all": np.ones(300, bool), "warm": base > 9}, 500, 1)
+    _, _, gaps = buckets.measure(ranks, {"all": np.ones(300, bool), "warm": base > 9}, "llmgr", 500, 1)
     for convention in ("test", "test_unseen"):
         for bucket in ("all", "warm"):
             for metric in ranking.names():
@@ -142,7 +142,7 @@ def test_p_is_corrected_over_the_models_within_a_metric_and_convention() -> None
 
 def test_without_llmgr_there_are_no_differences() -> None:
     ranks = {"gcsan": {"test": np.array([1, 30]), "test_unseen": np.array([1, 25])}}
-    found, _, gaps = buckets.measure(ranks, {"all": np.array([True, True])}, 100, 1)
+    found, _, gaps = buckets.measure(ranks, {"all": np.array([True, True])}, "llmgr", 100, 1)
     assert gaps == {} and found["gcsan"]["test"]["all"]["n"] == 2
 
 

@@ -11,7 +11,6 @@ import polars as pl
 from llmgr import ranking
 from llmgr.errors import UserError
 
-OURS = "llmgr"
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn")  # in the order of every table
 LEVEL = 0.05  # a difference is called one where its corrected p is below
 COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
@@ -20,10 +19,11 @@ COLUMNS = {"test": "rank", "test_unseen": "rank_unseen"}  # convention -> column
 Ranks = dict[str, dict[str, np.ndarray]]
 
 
-def order(models: Sequence[str]) -> list[str]:
-    """Models as every table lists them: the untrained floors, the encoders by name, each before its controls, LLMGR."""
+def order(models: Sequence[str], ours: str) -> list[str]:
+    """Models as every table has them: untrained floors, encoders by name, each before its controls, LLMGR, `ours`."""
     place = {name: number for number, name in enumerate(FLOORS)}
-    return sorted(models, key=lambda name: (name == OURS, place.get(name, len(FLOORS)), name.split("-")))
+    return sorted(models, key=lambda name: (
+        name == ours, name == "llmgr", place.get(name, len(FLOORS)), name.split("-")))
 
 
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
@@ -57,17 +57,18 @@ def checked(path: Any, test: pl.DataFrame) -> dict[str, np.ndarray]:
     return {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}
 
 
-def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], resamples: int, seed: int) -> tuple[dict, dict, dict]:
-    """Metrics, 95% intervals and LLMGR's paired differences, by model, convention and bucket.
+def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], ours: str, resamples: int, seed: int
+            ) -> tuple[dict, dict, dict]:
+    """Metrics, 95% intervals and the paired differences of the model `ours`, by model, convention and bucket.
 
     Returns `{model: {convention: {bucket: {"n", metric: value}}}}`, `{model: {convention: {bucket: {metric: [low,
     high]}}}}` and `{other: {convention: {bucket: {metric: {"difference", "low", "high", "p", "relative",
-    "p_holm"}}}}}`; the last is empty without LLMGR. A bucket without sessions has n = 0 and nothing else. All models of
-    a bucket share the same resamples. `p_holm` is corrected for the number of other models; every metric, convention
+    "p_holm"}}}}}`; the last is empty without `ours`. A bucket without sessions has n = 0 and nothing else. All models
+    of a bucket share the same resamples. `p_holm` is corrected for the number of other models; every metric, convention
     and bucket is a family of its own.
     """
     found, bounds, gaps = ({m: {c: {} for c in COLUMNS} for m in ranks} for _ in range(3))
-    gaps = {model: gaps[model] for model in ranks if OURS in ranks and model != OURS}
+    gaps = {model: gaps[model] for model in ranks if ours in ranks and model != ours}
     for bucket, mask in masks.items():
         inside = {(m, c): rank[mask] for m, by in ranks.items() for c, rank in by.items()}
         sessions = int(mask.sum())
@@ -79,8 +80,8 @@ def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], resamples: int, seed:
         for model, convention in resampled:
             if model in gaps and bucket in COMPARED:
                 gaps[model][convention][bucket] = ranking.paired(
-                    found[OURS][convention][bucket], found[model][convention][bucket],
-                    resampled[OURS, convention], resampled[model, convention])
+                    found[ours][convention][bucket], found[model][convention][bucket],
+                    resampled[ours, convention], resampled[model, convention])
         _correct([by[convention][bucket] for by in gaps.values() if bucket in by[convention]] for convention in COLUMNS)
     return found, bounds, gaps
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from llmgr.buckets import FLOORS, OURS
+from llmgr.buckets import FLOORS
 
 INK, QUIET, RULE = "#1f2933", "#6b7785", "#e3e7eb"
 OURS_COLOUR = "#c2410c"
@@ -35,11 +35,11 @@ STYLE = {
 }
 
 
-def palette(models: Sequence[str]) -> Looks:
-    """Colour and marker of every model, the same in all figures; LLMGR's stands out, and repeats come last."""
+def palette(models: Sequence[str], ours: str) -> Looks:
+    """Colour and marker of every model, the same in all figures; that of `ours` stands out, and repeats come last."""
     looks, number = {}, 0
     for model in models:
-        if model == OURS:
+        if model == ours:
             looks[model] = (OURS_COLOUR, "o")
         elif model in FLOOR_LOOKS:
             looks[model] = FLOOR_LOOKS[model]
@@ -74,8 +74,8 @@ def buckets(found: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, s
         return _svg(figure, "buckets")
 
 
-def differences(gaps: Mapping, metrics: Sequence[str] = ("hr_at_20", "ndcg_at_20", "mrr_at_20")) -> str:
-    """LLMGR minus every other model with paired 95% intervals, over all, cold and warm targets, seen items kept."""
+def differences(gaps: Mapping, ours: str, metrics: Sequence[str] = ("hr_at_20", "ndcg_at_20", "mrr_at_20")) -> str:
+    """`ours` minus every other model with paired 95% intervals, over all, cold and warm targets, seen items kept."""
     slices = {"all": (INK, "o"), "cold": ("#1d6fa5", "s"), "warm": ("#c2410c", "D")}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.95 + 0.42 * len(gaps)))
@@ -94,7 +94,7 @@ def differences(gaps: Mapping, metrics: Sequence[str] = ("hr_at_20", "ndcg_at_20
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value, "g") if value else "0"))
             axes.locator_params(axis="x", nbins=5)
-            axes.set_title(pretty(metric))
+            axes.set_title(f"{ours}, {pretty(metric)}")
         _legend(figure, *figure.axes[0].get_legend_handles_labels())
         return _svg(figure, "differences")
 

@@ -398,6 +398,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class Bucket:
+    ours: str
+    """The model whose differences from all others are tested and reported: `llmgr`, or a gate such as `gated-llmgr`."""
     resamples: int
     """Bootstrap resamples of sessions behind every 95% interval and p; no p falls below 2 / (resamples + 1)."""
     cold: list[int]

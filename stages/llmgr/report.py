@@ -10,7 +10,7 @@ import polars as pl
 
 from llmgr import figures
 from llmgr.artifacts import left_behind, read_json
-from llmgr.buckets import FLOORS, LEVEL, OURS, order
+from llmgr.buckets import FLOORS, LEVEL, order
 from llmgr.figures import count, duration, pretty, signed
 from llmgr.params import flat
 from llmgr.ranking import least_p, names
@@ -18,7 +18,8 @@ from llmgr.ranking import least_p, names
 CONVENTIONS = {"test": "Seen items kept", "test_unseen": "Seen items excluded"}
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
 REQUIRED = ("buckets", "intervals", "differences")
-FACTS = ("filter", "split", "backbone", "align", "tune")
+FACTS = ("filter", "split", "backbone", "align", "tune", "gate")
+MAIN = "llmgr"  # without a gate
 DRAWN = 10  # models of a figure that compares them side by side; the tables have all
 
 
@@ -31,10 +32,10 @@ def evidence(reports: Path) -> dict[str, Any]:
     parts = [*FACTS, "evaluate"]
     facts = {name: read_json(metrics / f"{name}.json") for name in FACTS if (metrics / f"{name}.json").exists()}
     ignored = left_behind(reports)
-    encoders = order([path.stem for path in {*metrics.glob("encoders/*.json")} - ignored])
+    encoders = order([path.stem for path in {*metrics.glob("encoders/*.json")} - ignored], MAIN)
     spent = {path.stem: path for path in {*metrics.glob("cost/*.json")} - ignored}
     costs = {name: read_json(spent[name]) for name in sorted(
-        order(spent), key=lambda name: name in parts and 1 + parts.index(name))}
+        order(spent, MAIN), key=lambda name: name in parts and 1 + parts.index(name))}
     if encoders:
         facts["encoders"] = {name: read_json(metrics / f"encoders/{name}.json") for name in encoders}
     return {name: read_json(metrics / f"{name}.json") for name in REQUIRED} | {
@@ -60,12 +61,12 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
     ticks = {bucket: f"{text}\nn = {sizes[bucket]:,}" for bucket, text in label.items()}
     panels = {"by interactions in the 5-core data": "count_", "by interactions in training": "trained_"}
     chosen = highlights(found, params)
-    looks = figures.palette(list(dict.fromkeys([*chosen, *found["buckets"]])))
+    looks = figures.palette(list(dict.fromkeys([*chosen, *found["buckets"]])), params.bucket.ours)
     drawn = {"buckets": figures.buckets(found["buckets"], found["intervals"], {
         title: {b: text for b, text in ticks.items() if b.startswith(prefix)} for title, prefix in panels.items()},
         {model: looks[model] for model in chosen})}
     if found["differences"]:
-        drawn["differences"] = figures.differences(found["differences"])
+        drawn["differences"] = figures.differences(found["differences"], params.bucket.ours)
     steps, epochs = ({part: frame for part, frame in found[kind].items() if part in chosen or part not in looks}
                      for kind in ("steps", "epochs"))
     if steps or epochs:
@@ -78,9 +79,10 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
 
 
 def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
-    """The models of a figure with room for `DRAWN`: the floors, LLMGR, its base, the control, the strongest others."""
+    """The models of a figure with room for `DRAWN`: floors, LLMGR, its base, the control, the strongest others."""
     models = list(found["buckets"])
-    kept = [model for model in models if model in (*FLOORS, OURS, params.model.base, _control(params))]
+    kept = [model for model in models if model in (
+        *FLOORS, MAIN, params.bucket.ours, params.model.base, _control(params))]
     rest = sorted((model for model in models if model not in kept),
                   key=lambda model: -found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     kept += rest[:max(0, DRAWN - len(kept))]
@@ -93,7 +95,7 @@ def _control(params: Any) -> str:
 
 def parameters(found: Mapping[str, Any]) -> dict[str, float]:
     """Parameters by model, frozen ones included; models without training have none."""
-    costs = {OURS if part == "tune" else part: cost for part, cost in found["cost"].items()}
+    costs = {MAIN if part == "tune" else part: cost for part, cost in found["cost"].items()}
     return {model: costs[model]["total_parameters"] for model in found["buckets"] if model in costs}
 
 
@@ -101,8 +103,11 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     """Training time by model, with everything that it needs: a control its text vectors, LLMGR its base and stages."""
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
     needs = {model: [model, *(["backbone"] if "-" in model else [])] for model in found["buckets"] if model in took}
-    if OURS in found["buckets"]:
-        needs[OURS] = [*needs.get(params.model.base, []), "backbone", "align", "tune"]
+    if MAIN in found["buckets"]:
+        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "align", "tune"]
+    for gate, fused in params.gate.fuse.items():
+        if gate in found["buckets"]:
+            needs[gate] = ["backbone"] * ("text-knn" in fused) + [part for name in fused for part in needs.get(name, ())]
     return {model: sum(took.get(part, 0.0) for part in set(parts)) for model, parts in needs.items()}
 
 
@@ -118,27 +123,32 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     roles = {params.model.base: "its base encoder"}
     roles.setdefault(_control(params), "the text + GNN control")
     roles.setdefault(strongest, "the strongest other model")
-    return [_verdict(found, model, role) for model, role in roles.items() if model in gaps]
+    return [_verdict(found, params.bucket.ours, model, role) for model, role in roles.items() if model in gaps]
 
 
-def _verdict(found: Mapping[str, Any], model: str, role: str) -> dict[str, Any]:
+def _verdict(found: Mapping[str, Any], ours: str, model: str, role: str) -> dict[str, Any]:
     gaps = found["differences"][model]["test"]
     calls = {metric: call(gaps["all"][metric]) for metric in HEADLINE}
     kinds = set(calls.values())
     word = kinds.pop() if len(kinds) == 1 else "mixed"
     return {"model": model, "role": role, "word": word, "calls": calls,
-            "ours": found["buckets"][OURS]["test"]["all"], "theirs": found["buckets"][model]["test"]["all"],
+            "ours": found["buckets"][ours]["test"]["all"], "theirs": found["buckets"][model]["test"]["all"],
             "gaps": gaps, "cold": call(gaps["cold"]["hr_at_20"]) if "cold" in gaps else None}
 
 
-def sentence(said: list[dict[str, Any]]) -> str:
-    """The verdicts in one sentence."""
+def sentence(said: list[dict[str, Any]], ours: str) -> str:
+    """The verdicts on the model `ours` in one sentence."""
     words = {"mixed": "better or worse, depending on the metric, than",
              "no clear difference": "neither clearly better nor clearly worse than"}
     parts = [f"{words.get(v['word'], v['word'] + ' than')} {v['model']} (HR@20 {v['ours']['hr_at_20']:.4f} against "
              f"{v['theirs']['hr_at_20']:.4f})" for v in said]
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
-    return f"LLMGR ranks the next item {listed}." if parts else ""
+    return f"{title_of(ours)} ranks the next item {listed}." if parts else ""
+
+
+def title_of(model: str) -> str:
+    """A model as prose names it."""
+    return "LLMGR" if model == MAIN else model
 
 
 def call(gap: Mapping[str, float]) -> str:
@@ -190,11 +200,12 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    said = verdicts(found, params)
+    said, ours = verdicts(found, params), params.bucket.ours
     environment.filters |= {f.__name__.strip("_"): f for f in (pretty, duration, signed, _number, _value)}
     return environment.get_template("report.html.j2").render(
-        found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said), conventions=CONVENTIONS,
-        headline=HEADLINE, metrics=names(), ours=OURS, buckets=_buckets(found), call=call, level=LEVEL,
+        found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours), conventions=CONVENTIONS,
+        headline=HEADLINE, metrics=names(), ours=ours, ours_title=title_of(ours), buckets=_buckets(found), call=call,
+        level=LEVEL,
         highlights=highlights(found, params), label=lambda bucket: bucket_label(bucket, params.bucket),
         title=lambda bucket: bucket_title(bucket, params.bucket), best=lambda c, b: best(found, c, b),
         p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
@@ -241,7 +252,7 @@ def _bucket(found: Mapping, params: Any, convention: str, bucket: str) -> str:
 def _differences(found: Mapping, params: Any, convention: str, bucket: str) -> str:
     rows = [[model, *(_gap(by[convention][bucket][metric], params.bucket.resamples) for metric in HEADLINE)]
             for model, by in found["differences"].items()]
-    return _table(f"LLMGR minus the other model, {bucket_title(bucket, params.bucket)}, "
+    return _table(f"{title_of(params.bucket.ours)} minus the other model, {bucket_title(bucket, params.bucket)}, "
                   f"{CONVENTIONS[convention].lower()} (paired 95% interval, p, Holm-corrected p)",
                   ["against", *map(pretty, HEADLINE)], rows)
 
