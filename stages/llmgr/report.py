@@ -107,7 +107,7 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
         needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "align", "tune"]
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:
-            needs[gate] = ["backbone"] * ("text-knn" in fused) + [part for name in fused for part in needs.get(name, ())]
+            needs[gate] = ["backbone"] * ("text-knn" in fused) + [p for name in fused for p in needs.get(name, ())]
     return {model: sum(took.get(part, 0.0) for part in set(parts)) for model, parts in needs.items()}
 
 
