@@ -30,13 +30,14 @@ def main(params) -> None:
     resume = resume_folder("align", flat(params), INPUTS)
     dtype = arithmetic(settings.precision)
     torch.manual_seed(params.seed)
-    model = build_llmgr(params.model, dtype).to(device_of())
+    model = build_llmgr(params.model, dtype, params.seed).to(device_of())
     progress = Progress()
     if settings.enabled:
         if settings.gradient_checkpointing:
             model.checkpoint_activations()
-        prompts = AlignmentPrompts(load_tokenizer("models/backbone"), item_texts(INPUTS[2], params.llm.item_text),
-                                   settings.max_text_tokens)
+        shuffle = params.seed if params.model.texts == "shuffled" else None
+        texts = item_texts(INPUTS[2], params.llm.item_text, shuffle)
+        prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)
         job = AlignJob(model, prompts, settings, params.seed, dtype)
         progress = fit(job, settings, seed=params.seed, resume=resume, name="align")
     with replacing_folder("models/aligned") as folder:

@@ -31,7 +31,7 @@ def main(params) -> None:
     valid, _ = read_sessions(INPUTS[4], params.data.max_session)
     dtype, device = arithmetic(settings.precision), device_of()
     torch.manual_seed(params.seed)
-    model = build_llmgr(params.model, dtype)
+    model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path(INPUTS[0]), model)
     model.unfreeze_encoder(settings.train_encoder)
     if settings.gradient_checkpointing:

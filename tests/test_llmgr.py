@@ -262,3 +262,19 @@ def test_a_causal_backbone_is_read_as_by_its_own_mask():
             real = int(prompts.real_BL[row].sum())
             states = model.language_model(inputs_embeds=embeds[row:row + 1, :real]).last_hidden_state[0, -1]
             torch.testing.assert_close(model.hidden(prompts, None)[row], states, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_node_slot_may_read_the_items_text():
+    plain, model = llmgr("llama"), llmgr("llama", node_text=True)
+    tokens, (prompts, session_RD) = model.language_model.get_input_embeddings(), prompted()
+    node, graph = (prompts.kind_BL == kind for kind in (NODE, GRAPH))
+    embeds = model.hybrid(tokens, prompts, session_RD)
+    weight, dim = model.hybrid.project.weight, model.vectors.shape[1]
+    assert weight.shape[1] == dim + model.output.table.shape[1] - dim > plain.hybrid.project.weight.shape[1]
+    torch.testing.assert_close(embeds[graph], session_RD @ weight[:, :dim].T)
+    text = embeds[node] - model.vectors[prompts.ref_BL[node]] @ weight[:, :dim].T
+    scale = model.vectors[1:].square().mean().sqrt()
+    features = model.output.table[prompts.ref_BL[node], dim:] * scale
+    torch.testing.assert_close(text, features @ weight[:, dim:].T, atol=1e-4, rtol=1e-4)
+    assert text.abs().max() > 1e-2

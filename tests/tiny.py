@@ -66,7 +66,8 @@ def model_settings(**changes: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{
         "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0,
         "dropout": 0.0, "lora_targets": ["auto"], "attention": "native",
-        "readout": "auto", "output": "items", "text_dim": TEXT, "node_text": False,
+        "readout": "auto", "output": "items", "text_dim": TEXT,
+        "weights": "pretrained", "texts": "own", "node_text": False,
         "session_residual": False} | changes)
 
 

@@ -81,18 +81,27 @@ def _fetch(name: str, revision: str, folder: Path) -> str:
     return str(info.sha)
 
 
-def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode."""
+def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, random: int | None = None) -> nn.Module:
+    """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode.
+
+    With the seed `random` its architecture alone is taken and its weights are drawn, as before a pretraining.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     require(Path(folder) / "config.json")
     try:
-        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
-                                          trust_remote_code=False)
+        if random is None:
+            model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
+                                              trust_remote_code=False)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(random)
+                model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype,
+                                              attn_implementation="sdpa", trust_remote_code=False)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0][:200]}): choose another llm.name"
                         ) from None

@@ -144,7 +144,7 @@ def llmgr(params: Any, device: torch.device) -> Over:
     from llmgr.tuning import Scorer, behaviour_prompts
 
     dtype = arithmetic(params.tune.precision)
-    model = build_llmgr(params.model, dtype)
+    model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path("models/tuned"), model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)

@@ -203,11 +203,18 @@ def backbone_digest() -> str:
     return json.dumps(read_json("models/backbone/backbone.json")["sha256"], sort_keys=True)
 
 
-def build_llmgr(params: Any, dtype: torch.dtype) -> Llmgr:
-    """LLMGR over models/backbone and models/embeddings, untrained; `params` is the model section."""
-    from llmgr.encoders import load_encoder
-    from llmgr.text_vectors import principal_components
+def build_llmgr(params: Any, dtype: torch.dtype, seed: int) -> Llmgr:
+    """LLMGR over models/backbone and models/embeddings, untrained; `params` is the model section.
 
-    text_VT = principal_components(load_tensors("models/backbone/item_text.safetensors")["vectors"], params.text_dim)
+    `seed` draws what the twins change: the language model's weights, whose text an item has.
+    """
+    from llmgr.encoders import load_encoder
+    from llmgr.text_vectors import principal_components, shuffled
+
+    vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"]
+    if params.texts == "shuffled":
+        vectors = shuffled(vectors, seed)
+    text_VT = principal_components(vectors, params.text_dim)
     encoder, vectors_VD = load_encoder("models/embeddings", len(text_VT) - 1)
-    return Llmgr(load_language_model("models/backbone", dtype), encoder, vectors_VD, text_VT, params)
+    random = seed if params.weights == "random" else None
+    return Llmgr(load_language_model("models/backbone", dtype, random), encoder, vectors_VD, text_VT, params)

@@ -252,6 +252,10 @@ class Model:
     """`linear`: the paper's free layer over items; `mlp`: with one hidden layer; `items`: (W h)·[x_i ; text_i]."""
     text_dim: int
     """Principal components of the text vectors in the `items` output."""
+    weights: Literal["pretrained", "random"]
+    """`random` draws the language model anew: the twin that tells what its pretraining is worth."""
+    texts: Literal["own", "shuffled"]
+    """`shuffled` deals the texts out to other items, here and in the prompts: the twin that tells what they add."""
     node_text: bool
     """Node slots read the item's text features beside its vector: what the text says for no more tokens."""
     session_residual: bool

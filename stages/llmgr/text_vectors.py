@@ -64,13 +64,20 @@ def principal_components(vectors_VH: Tensor, dim: int, whiten: bool = False) -> 
 
 def shuffled(vectors_VH: Tensor, seed: int) -> Tensor:
     """The same vectors dealt out to other items (row 0 stays): what is left of a gain is not the text."""
-    order = torch.randperm(len(vectors_VH) - 1, generator=torch.Generator().manual_seed(seed))
-    return torch.cat((vectors_VH[:1], vectors_VH[1:][order]))
+    return torch.cat((vectors_VH[:1], vectors_VH[1:][_deal(len(vectors_VH) - 1, seed)]))
 
 
-def item_texts(path: str | Path, column: str) -> list[str]:
-    """The items' `title` or `text` in the order of their ids; the text stands in for an empty title."""
+def _deal(items: int, seed: int) -> Tensor:
+    return torch.randperm(items, generator=torch.Generator().manual_seed(seed))
+
+
+def item_texts(path: str | Path, column: str, shuffle: int | None = None) -> list[str]:
+    """The items' `title` or `text` in the order of their ids; the text stands in for an empty title.
+
+    With the seed `shuffle` they are dealt out to other items, as `shuffled` deals out vectors.
+    """
     import polars as pl
 
     text = pl.col("text") if column == "text" else pl.when(pl.col("title") == "").then("text").otherwise("title")
-    return pl.read_parquet(require(path)).sort("item_id").select(text.alias("read"))["read"].to_list()
+    texts = pl.read_parquet(require(path)).sort("item_id").select(text.alias("read"))["read"].to_list()
+    return texts if shuffle is None else [texts[i] for i in _deal(len(texts), shuffle).tolist()]

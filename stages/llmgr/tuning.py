@@ -227,6 +227,7 @@ def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:
     from llmgr.backbone import load_tokenizer
     from llmgr.text_vectors import item_texts
 
-    titles = item_texts("data/core/items.parquet", "title") if settings.titles else None
+    shuffle = params.seed if params.model.texts == "shuffled" else None
+    titles = item_texts("data/core/items.parquet", "title", shuffle) if settings.titles else None
     return BehaviourPrompts(load_tokenizer("models/backbone"), settings.prompt, titles, settings.title_tokens,
                             settings.edges)
