@@ -271,7 +271,7 @@ def test_a_node_slot_may_read_the_items_text():
     node, graph = (prompts.kind_BL == kind for kind in (NODE, GRAPH))
     embeds = model.hybrid(tokens, prompts, session_RD)
     weight, dim = model.hybrid.project.weight, model.vectors.shape[1]
-    assert weight.shape[1] == dim + model.output.table.shape[1] - dim > plain.hybrid.project.weight.shape[1]
+    assert weight.shape[1] == model.output.table.shape[1] > plain.hybrid.project.weight.shape[1] == dim
     torch.testing.assert_close(embeds[graph], session_RD @ weight[:, :dim].T)
     text = embeds[node] - model.vectors[prompts.ref_BL[node]] @ weight[:, :dim].T
     scale = model.vectors[1:].square().mean().sqrt()
