@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from llmgr.encoders import Recommender, build_recommender, family, load_encoder, save_recommender
 from llmgr.encoders.gcsan import AttentionBlock, Gcsan
+from llmgr.encoders.layers import item_cross_entropy
 from llmgr.errors import UserError
 from llmgr.graph import Sessions
-from llmgr.pretraining import EncoderJob, item_cross_entropy, rank_sessions
+from llmgr.pretraining import EncoderJob, rank_sessions
 from llmgr.training import fit
 
 ITEMS, DIM = 12, 8
@@ -175,7 +176,7 @@ def chain(count: int, seed: int, shuffle: bool) -> Sessions:
 
 def hit_at_1(tmp_path, shuffle: bool) -> float:
     torch.manual_seed(0)
-    model = build_recommender("gcsan", 30, params(), None)
+    model = build_recommender("gcsan", 30, params(), None, users=0, max_session=4)
     train, valid = chain(300, 1, shuffle), chain(60, 2, False)
     job = EncoderJob(model, train, valid, params().training, torch.float32)
     fit(job, params().training, seed=1, resume=tmp_path / str(shuffle), name="gcsan")
@@ -207,8 +208,8 @@ def test_ranks_come_in_the_order_of_the_sessions_with_seen_items_in_and_out():
 
 def test_an_encoder_comes_back_as_it_was_and_only_for_its_catalogue(tmp_path):
     features = torch.randn(ITEMS + 1, 3)
-    model = build_recommender("gcsan-text", ITEMS, params(), features).eval()
-    save_recommender(tmp_path / "m", "gcsan-text", model, params())
+    model = build_recommender("gcsan-text", ITEMS, params(), features, users=0, max_session=10).eval()
+    save_recommender(tmp_path / "m", "gcsan-text", model)
     encoder, vectors = load_encoder(tmp_path / "m", ITEMS)
     batch = sessions(LISTS).graphs(torch.arange(len(LISTS)))
     session, own = model(batch)
@@ -226,4 +227,5 @@ def test_names_of_encoders():
         family("gcsam-text")
     with pytest.raises(UserError, match=r"gcsan-textt is no encoder: .*; the nearest is gcsan-text"):
         family("gcsan-textt")
-    assert build_recommender("gcsan", ITEMS, params(), torch.randn(ITEMS + 1, 3)).items.text is None
+    plain = build_recommender("gcsan", ITEMS, params(), torch.randn(ITEMS + 1, 3), users=0, max_session=9)
+    assert plain.items.text is None
