@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import subprocess
@@ -21,6 +22,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of llmgr that a file imports anywhere in it, type-checking blocks aside."""
     tree = ast.parse(path.read_text())

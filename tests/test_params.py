@@ -129,8 +129,8 @@ def test_values_are_coerced_to_the_declared_type(settings, key, value):
 def test_what_dvc_writes_for_a_small_rate_is_a_string_to_yaml_and_a_number_here(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", (ROOT / "params.yaml").read_text(), count=1))
-    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["gcsan"]["lr"], str)
-    assert params.load(file).encoder.gcsan.lr == 1e-5
+    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["fpmc"]["lr"], str)
+    assert params.load(file).encoder.fpmc.lr == 1e-5
 
 
 @pytest.mark.parametrize("section", list(CONTENT))

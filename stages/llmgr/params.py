@@ -77,6 +77,29 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Fpmc:
+    lr: float
+    """Peak learning rate of Adam."""
+    loss: Literal["softmax", "bpr"]
+    """Cross-entropy over all items, as every other encoder, or the paper's pairwise loss against one drawn item."""
+
+    def check(self) -> None:
+        positive(self, "encoder.fpmc", "lr")
+
+
+@dataclass(frozen=True)
+class Srgnn:
+    lr: float
+    """Peak learning rate of Adam."""
+    gnn_layers: int
+    """Propagation steps of the gated graph network, 1 to 5."""
+
+    def check(self) -> None:
+        positive(self, "encoder.srgnn", "lr")
+        between(self, "encoder.srgnn", "gnn_layers", 1, 5)
+
+
+@dataclass(frozen=True)
 class Gcsan:
     lr: float
     """Peak learning rate of Adam."""
@@ -94,6 +117,44 @@ class Gcsan:
             between(self, "encoder.gcsan", name, 1, 5)
         positive(self, "encoder.gcsan", "lr", "attention_heads")
         share(self, "encoder.gcsan", "omega")
+
+
+@dataclass(frozen=True)
+class Niser:
+    lr: float
+    """Peak learning rate of Adam."""
+    gnn_layers: int
+    """Propagation steps of the gated graph network, 1 to 5."""
+    sigma: float
+    """Length of the session vectors: scores are sigma times a cosine (paper eq. 7)."""
+    positions: bool
+    """Adds a learned vector for the position of a click, as NISER+."""
+
+    def check(self) -> None:
+        positive(self, "encoder.niser", "lr", "sigma")
+        between(self, "encoder.niser", "gnn_layers", 1, 5)
+
+
+@dataclass(frozen=True)
+class Hcgr:
+    lr: float
+    """Peak learning rate of Riemannian Adam."""
+    gnn_layers: int
+    """Attention layers over the session graph, 1 to 5."""
+    scale: float
+    """Logits of the softmax are minus so many times the geodesic distances."""
+    contrast: float
+    """Weight of the contrastive ranking loss beside the cross-entropy; 0 leaves it out."""
+    margin: float
+    """Distance by which the ranking loss wants the target nearer than other items."""
+    negatives: int
+    """Other items drawn for each session's ranking loss."""
+
+    def check(self) -> None:
+        positive(self, "encoder.hcgr", "lr", "scale", "negatives")
+        between(self, "encoder.hcgr", "gnn_layers", 1, 5)
+        at_least(self, "encoder.hcgr", "contrast", 0)
+        at_least(self, "encoder.hcgr", "margin", 0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +198,11 @@ class Encoder:
     text_dim: int
     """Principal components of the text vectors that a control reads."""
     training: EncoderTraining
+    fpmc: Fpmc
+    srgnn: Srgnn
     gcsan: Gcsan
+    niser: Niser
+    hcgr: Hcgr
 
     def check(self) -> None:
         positive(self, "encoder", "dim", "text_dim")

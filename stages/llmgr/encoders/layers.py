@@ -101,6 +101,25 @@ class GatedGraph(nn.Module):
         return self.gates(messages.flatten(0, 1), h_BND.flatten(0, 1)).view_as(h_BND)
 
 
+class SoftAttention(nn.Module):
+    """SR-GNN's session vector of click states x_BSD (equations 6 and 7): W3 [sum_i a_i x_i ; x_last].
+
+    a_i = q . sigmoid(W1 x_last + W2 x_i + c), not normalised. Deviation: W3 has a bias, as in the authors' code.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.last, self.each = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
+        self.score, self.out = nn.Linear(dim, 1, bias=False), nn.Linear(2 * dim, dim)
+
+    def forward(self, x_BSD: Tensor, batch: GraphBatch) -> Tensor:
+        last_BD = at(x_BSD, batch.length_B - 1)
+        weight_BS1 = self.score(torch.sigmoid(self.last(last_BD)[:, None] + self.each(x_BSD)))
+        weight_BS1 = weight_BS1 * batch.mask_BS()[..., None]
+        general_BD = (weight_BS1.transpose(1, 2) @ x_BSD)[:, 0]
+        return self.out(torch.cat((general_BD, last_BD), 1))
+
+
 def clicked(h_BND: Tensor, batch: GraphBatch) -> Tensor:
     """The node state of every click [B, S, D]; at padding that of some node, to be masked."""
     return h_BND.gather(1, batch.alias_BS[..., None].expand(-1, -1, h_BND.shape[2]))
