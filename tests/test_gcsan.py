@@ -11,8 +11,8 @@ from tiny import gated_by_hand
 from torch.nn import functional as F
 
 from llmgr.encoders import Recommender
-from llmgr.encoders.gcsan import AttentionBlock, Gcsan
-from llmgr.encoders.layers import item_cross_entropy
+from llmgr.encoders.gcsan import Gcsan
+from llmgr.encoders.layers import AttentionBlock, item_cross_entropy
 from llmgr.graph import Sessions
 from llmgr.pretraining import rank_sessions
 

@@ -120,6 +120,38 @@ class SoftAttention(nn.Module):
         return self.out(torch.cat((general_BD, last_BD), 1))
 
 
+class AttentionBlock(nn.Module):
+    """Self-attention and feed-forward, each with dropout, residual and layer norm (GC-SAN's equations 6-9).
+
+    Deviation: GC-SAN's paper has no layer norm, dropout, residual around the attention, output projection or wider
+    inner layer here; its public re-implementations (RecBole) do, and train better. With `last_B` only the query of
+    that click is computed, which is all the readout needs. A `causal` block lets a click see none that follow it; what
+    it gives at padded positions has no meaning.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, *, causal: bool = False, attention_dropout: float = 0.0,
+                 activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.causal, self.attention_dropout = causal, attention_dropout
+        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.inner = nn.Sequential(nn.Linear(dim, 4 * dim), activation(), nn.Linear(4 * dim, dim))
+        self.norm_attention, self.norm_inner = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, last_B: Tensor | None = None) -> Tensor:
+        asked = x_BSD if last_B is None else at(x_BSD, last_B)[:, None]
+        split = (len(x_BSD), -1, self.heads, x_BSD.shape[2] // self.heads)
+        key, value = (t.reshape(split).transpose(1, 2) for t in self.key_value(x_BSD).chunk(2, -1))
+        query = self.query(asked).view(split).transpose(1, 2)
+        triangle = self.causal and last_B is None  # padding follows the clicks, so the triangle hides it too
+        attended = F.scaled_dot_product_attention(
+            query, key, value, None if triangle else mask_BS[:, None, None],
+            dropout_p=self.attention_dropout if self.training else 0.0, is_causal=triangle)
+        attended = self.out(attended.transpose(1, 2).flatten(2))
+        x = self.norm_attention(asked + self.dropout(attended))
+        return self.norm_inner(x + self.dropout(self.inner(x)))
+
+
 def clicked(h_BND: Tensor, batch: GraphBatch) -> Tensor:
     """The node state of every click [B, S, D]; at padding that of some node, to be masked."""
     return h_BND.gather(1, batch.alias_BS[..., None].expand(-1, -1, h_BND.shape[2]))
