@@ -88,6 +88,78 @@ class Fpmc:
 
 
 @dataclass(frozen=True)
+class Caser:
+    lr: float
+    """Peak learning rate of Adam."""
+    length: int
+    """Last clicks that it reads (L), and the greatest height of a horizontal filter."""
+    horizontal: int
+    """Horizontal filters of each height."""
+    vertical: int
+    """Vertical filters."""
+
+    def check(self) -> None:
+        positive(self, "encoder.caser", "lr", "length", "horizontal", "vertical")
+
+
+@dataclass(frozen=True)
+class Gru4rec:
+    lr: float
+    """Peak learning rate of Adam."""
+    hidden: int
+    """Width of the GRU's state."""
+    layers: int
+    """Stacked GRU layers, 1 to 5."""
+
+    def check(self) -> None:
+        positive(self, "encoder.gru4rec", "lr", "hidden")
+        between(self, "encoder.gru4rec", "layers", 1, 5)
+
+
+@dataclass(frozen=True)
+class Narm:
+    lr: float
+    """Peak learning rate of Adam."""
+    hidden: int
+    """Width of the GRU's state."""
+    layers: int
+    """Stacked GRU layers, 1 to 5."""
+    session_dropout: float
+    """Dropout of the two encoders' joint output, before the decoder."""
+
+    def check(self) -> None:
+        positive(self, "encoder.narm", "lr", "hidden")
+        between(self, "encoder.narm", "layers", 1, 5)
+        share(self, "encoder.narm", "session_dropout")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    lr: float
+    """Peak learning rate of Adam."""
+
+    def check(self) -> None:
+        positive(self, "encoder.stamp", "lr")
+
+
+@dataclass(frozen=True)
+class Sasrec:
+    lr: float
+    """Peak learning rate of Adam."""
+    layers: int
+    """Self-attention blocks, 1 to 5."""
+    heads: int
+    """Heads of each block; divides encoder.dim."""
+    attention_dropout: float
+    """Dropout of the attention weights."""
+
+    def check(self) -> None:
+        positive(self, "encoder.sasrec", "lr", "heads")
+        between(self, "encoder.sasrec", "layers", 1, 5)
+        share(self, "encoder.sasrec", "attention_dropout")
+
+
+@dataclass(frozen=True)
 class Srgnn:
     lr: float
     """Peak learning rate of Adam."""
@@ -199,6 +271,11 @@ class Encoder:
     """Principal components of the text vectors that a control reads."""
     training: EncoderTraining
     fpmc: Fpmc
+    caser: Caser
+    gru4rec: Gru4rec
+    narm: Narm
+    stamp: Stamp
+    sasrec: Sasrec
     srgnn: Srgnn
     gcsan: Gcsan
     niser: Niser
@@ -206,9 +283,9 @@ class Encoder:
 
     def check(self) -> None:
         positive(self, "encoder", "dim", "text_dim")
-        if self.dim % self.gcsan.attention_heads:
-            raise UserError(f"encoder.gcsan.attention_heads={self.gcsan.attention_heads} does not divide "
-                            f"encoder.dim={self.dim}; choose a divisor")
+        for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
+            if self.dim % heads:
+                raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
         for key in ("names", "controls", "control_texts"):
             chosen = getattr(self, key)
             if len(set(chosen)) < len(chosen):

@@ -18,7 +18,9 @@ from llmgr.artifacts import load_tensors, read_json, replacing_folder, save_tens
 from llmgr.encoders.layers import ItemVectors, SessionEncoder
 from llmgr.errors import UserError
 
-REGISTRY = {"fpmc": "Fpmc", "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
+REGISTRY = {
+    "fpmc": "Fpmc", "caser": "Caser", "gru4rec": "Gru4rec", "narm": "Narm", "stamp": "Stamp", "sasrec": "Sasrec",
+    "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
 """Class by encoder; the file has the encoder's name."""
 TEXTS = ("text", "shuffled")
 """How a control reads texts: its own, or those of other items."""
