@@ -38,11 +38,12 @@ def main(params, encoder: str) -> None:
     device = device_of()
     torch.manual_seed(params.seed)
     items = catalogue_size("data/core/items.parquet")
-    model = build_recommender(encoder, items, params.encoder, features, int(train.user.max())).to(device)
+    model = build_recommender(encoder, items, params.encoder, features, users=int(train.user.max()),
+                              max_session=params.data.max_session).to(device)
     settings = with_rate(params.encoder.training, getattr(params.encoder, base))
     job = EncoderJob(model, train.to(device), valid.to(device), settings, arithmetic(settings.precision))
     progress = fit(job, settings, seed=params.seed, resume=resume, name=encoder)
-    save_recommender(f"models/encoders/{encoder}", encoder, model, params.encoder)
+    save_recommender(f"models/encoders/{encoder}", encoder, model)
     best = progress.epoch_rows[progress.best_epoch]
     write_json(f"reports/metrics/encoders/{encoder}.json", {
         "best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import subprocess
@@ -21,6 +22,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of llmgr that a file imports anywhere in it, type-checking blocks aside."""
     tree = ast.parse(path.read_text())
@@ -81,7 +83,8 @@ def test_parameters_are_those_the_script_reads(name: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", REGISTRY)
 def test_an_encoder_comes_without_the_files_of_the_others(name: str) -> None:
     code = (f"import sys; from llmgr.encoders import build_encoder; from llmgr.params import load\n"
-            f"build_encoder({name!r}, 8, 0.1, load('params.yaml').encoder.{name}, 3)\n"
+            f"settings = dict(vars(load('params.yaml').encoder.{name}), users=3, max_session=5)\n"
+            f"build_encoder({name!r}, 8, 0.1, settings)\n"
             "print(*(m.split('.')[2] for m in sys.modules if m.startswith('llmgr.encoders.')))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT / "stages")})

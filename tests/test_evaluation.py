@@ -88,8 +88,8 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     section = types.SimpleNamespace(dim=8, training=types.SimpleNamespace(dropout=0.3), gcsan=types.SimpleNamespace(
         gnn_layers=1, attention_layers=1, attention_heads=1, omega=0.6))
     torch.manual_seed(0)
-    model = build_recommender("gcsan", ITEMS, section, None).eval()
-    save_recommender("models/encoders/gcsan", "gcsan", model, section)
+    model = build_recommender("gcsan", ITEMS, section, None, users=0, max_session=5).eval()
+    save_recommender("models/encoders/gcsan", "gcsan", model)
     params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5),
                                    evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
                                    encoder=types.SimpleNamespace(

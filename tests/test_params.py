@@ -80,6 +80,13 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__training__dropout": 1.5}, ("encoder.training.dropout=1.5", "0 and 1")),
     ({"encoder__gcsan__gnn_layers": 6}, ("encoder.gcsan.gnn_layers=6", "1 and 5")),
     ({"encoder__gcsan__attention_heads": 7}, ("encoder.gcsan.attention_heads=7", "encoder.dim=64")),
+    ({"encoder__sasrec__heads": 5}, ("encoder.sasrec.heads=5", "encoder.dim=64")),
+    ({"encoder__sasrec__attention_dropout": 1.5}, ("encoder.sasrec.attention_dropout=1.5", "0 and 1")),
+    ({"encoder__gru4rec__layers": 0}, ("encoder.gru4rec.layers=0", "1 and 5")),
+    ({"encoder__narm__session_dropout": -0.1}, ("encoder.narm.session_dropout=-0.1", "0 and 1")),
+    ({"encoder__stamp__lr": 0}, ("encoder.stamp.lr=0", "above 0")),
+    ({"encoder__caser__length": 0}, ("encoder.caser.length=0", "above 0")),
+    ({"encoder__names": ["gru4rek"]}, ("encoder.names holds gru4rek", "the nearest is gru4rec")),
     ({"encoder__gcsan__lr": 0}, ("encoder.gcsan.lr=0", "above 0")),
     ({"encoder__names": ["gcsan-text"]}, ("encoder.names holds gcsan-text", "put gcsan into encoder.controls")),
     ({"encoder__controls": ["gcsan-text"]}, ("encoder.controls holds gcsan-text", "encoder.control_texts")),
@@ -129,8 +136,8 @@ def test_values_are_coerced_to_the_declared_type(settings, key, value):
 def test_what_dvc_writes_for_a_small_rate_is_a_string_to_yaml_and_a_number_here(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", (ROOT / "params.yaml").read_text(), count=1))
-    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["gcsan"]["lr"], str)
-    assert params.load(file).encoder.gcsan.lr == 1e-5
+    assert isinstance(yaml.safe_load(file.read_text())["encoder"]["fpmc"]["lr"], str)
+    assert params.load(file).encoder.fpmc.lr == 1e-5
 
 
 @pytest.mark.parametrize("section", list(CONTENT))

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from llmgr.encoders.gcsan import Gcsan
 from llmgr.graph import Sessions
 from llmgr.llmgr import Llmgr
+from llmgr.params import load
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT.parent / "shared" / "llm"
@@ -59,6 +61,41 @@ def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> 
         model = BertModel(BertConfig(**shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
                           add_pooling_layer=False)
     return model.requires_grad_(False).eval()
+
+
+def encoder_section(dim: int, dropout: float, lr: float = 0.02) -> types.SimpleNamespace:
+    """The encoder section of params.yaml at another width, with a short training."""
+    section = load(ROOT / "params.yaml").encoder
+    training = types.SimpleNamespace(**vars(section.training) | {
+        "dropout": dropout, "epochs": 20, "patience": 20, "batch_size": 64, "precision": "fp32", "lr": lr})
+    return types.SimpleNamespace(**vars(section) | {"dim": dim, "training": training})
+
+
+def gated_by_hand(layer: torch.nn.Module, h: list[Tensor], edges: set[tuple[int, int]]) -> list[Tensor]:
+    """SR-GNN's equations 1-5 for one propagation, node by node."""
+    dim, after = len(h[0]), []
+    for v in range(len(h)):
+        before, following = ([a for a, b in edges if b == v], [b for a, b in edges if a == v])
+        message_in, message_out = torch.zeros(dim), torch.zeros(dim)
+        for u in before:
+            message_in = message_in + (layer.message_in.weight @ h[u] + layer.message_in.bias) / len(before)
+        for u in following:
+            message_out = message_out + (layer.message_out.weight @ h[u] + layer.message_out.bias) / len(following)
+        gates = layer.gates.weight_ih @ torch.cat((message_in, message_out)) + layer.gates.bias_ih
+        states = layer.gates.weight_hh @ h[v] + layer.gates.bias_hh
+        reset, update = torch.sigmoid(gates[:dim] + states[:dim]), torch.sigmoid((gates + states)[dim:2 * dim])
+        candidate = torch.tanh(gates[2 * dim:] + reset * states[2 * dim:])
+        after.append((1 - update) * candidate + update * h[v])
+    return after
+
+
+def readout_by_hand(attention: torch.nn.Module, x: list[Tensor]) -> Tensor:
+    """SR-GNN's equations 6 and 7, click by click."""
+    general = torch.zeros_like(x[0])
+    for click in x:
+        inside = attention.last.weight @ x[-1] + attention.each.weight @ click + attention.last.bias
+        general = general + attention.score.weight[0] @ torch.sigmoid(inside) * click
+    return attention.out.weight @ torch.cat((general, x[-1])) + attention.out.bias
 
 
 def model_settings(**changes: Any) -> types.SimpleNamespace:

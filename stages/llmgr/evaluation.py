@@ -129,8 +129,8 @@ def encoder(name: str, items: int, device: torch.device) -> Over:
     module, vectors = module.to(device).eval(), vectors.to(device)
 
     def over(sessions: Sessions) -> Score:
-        if module.reads_users and int(sessions.user.max()) > module.users:
-            raise UserError(f"{folder} was trained for {module.users} users, the sessions have more: run `dvc repro` "
+        if module.reads_users and int(sessions.user.max()) > module.config["settings"]["users"]:
+            raise UserError(f"{folder} was trained for fewer users than the sessions have: run `dvc repro` "
                             "to train it anew")
         return lambda samples: module(sessions.graphs(samples), vectors) @ vectors.T
 

@@ -77,6 +77,101 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Fpmc:
+    lr: float
+    """Peak learning rate of Adam."""
+    loss: Literal["softmax", "bpr"]
+    """Cross-entropy over all items, as every other encoder, or the paper's pairwise loss against one drawn item."""
+
+    def check(self) -> None:
+        positive(self, "encoder.fpmc", "lr")
+
+
+@dataclass(frozen=True)
+class Caser:
+    lr: float
+    """Peak learning rate of Adam."""
+    length: int
+    """Last clicks that it reads (L), and the greatest height of a horizontal filter."""
+    horizontal: int
+    """Horizontal filters of each height."""
+    vertical: int
+    """Vertical filters."""
+
+    def check(self) -> None:
+        positive(self, "encoder.caser", "lr", "length", "horizontal", "vertical")
+
+
+@dataclass(frozen=True)
+class Gru4rec:
+    lr: float
+    """Peak learning rate of Adam."""
+    hidden: int
+    """Width of the GRU's state."""
+    layers: int
+    """Stacked GRU layers, 1 to 5."""
+
+    def check(self) -> None:
+        positive(self, "encoder.gru4rec", "lr", "hidden")
+        between(self, "encoder.gru4rec", "layers", 1, 5)
+
+
+@dataclass(frozen=True)
+class Narm:
+    lr: float
+    """Peak learning rate of Adam."""
+    hidden: int
+    """Width of the GRU's state."""
+    layers: int
+    """Stacked GRU layers, 1 to 5."""
+    session_dropout: float
+    """Dropout of the two encoders' joint output, before the decoder."""
+
+    def check(self) -> None:
+        positive(self, "encoder.narm", "lr", "hidden")
+        between(self, "encoder.narm", "layers", 1, 5)
+        share(self, "encoder.narm", "session_dropout")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    lr: float
+    """Peak learning rate of Adam."""
+
+    def check(self) -> None:
+        positive(self, "encoder.stamp", "lr")
+
+
+@dataclass(frozen=True)
+class Sasrec:
+    lr: float
+    """Peak learning rate of Adam."""
+    layers: int
+    """Self-attention blocks, 1 to 5."""
+    heads: int
+    """Heads of each block; divides encoder.dim."""
+    attention_dropout: float
+    """Dropout of the attention weights."""
+
+    def check(self) -> None:
+        positive(self, "encoder.sasrec", "lr", "heads")
+        between(self, "encoder.sasrec", "layers", 1, 5)
+        share(self, "encoder.sasrec", "attention_dropout")
+
+
+@dataclass(frozen=True)
+class Srgnn:
+    lr: float
+    """Peak learning rate of Adam."""
+    gnn_layers: int
+    """Propagation steps of the gated graph network, 1 to 5."""
+
+    def check(self) -> None:
+        positive(self, "encoder.srgnn", "lr")
+        between(self, "encoder.srgnn", "gnn_layers", 1, 5)
+
+
+@dataclass(frozen=True)
 class Gcsan:
     lr: float
     """Peak learning rate of Adam."""
@@ -94,6 +189,44 @@ class Gcsan:
             between(self, "encoder.gcsan", name, 1, 5)
         positive(self, "encoder.gcsan", "lr", "attention_heads")
         share(self, "encoder.gcsan", "omega")
+
+
+@dataclass(frozen=True)
+class Niser:
+    lr: float
+    """Peak learning rate of Adam."""
+    gnn_layers: int
+    """Propagation steps of the gated graph network, 1 to 5."""
+    sigma: float
+    """Length of the session vectors: scores are sigma times a cosine (paper eq. 7)."""
+    positions: bool
+    """Adds a learned vector for the position of a click, as NISER+."""
+
+    def check(self) -> None:
+        positive(self, "encoder.niser", "lr", "sigma")
+        between(self, "encoder.niser", "gnn_layers", 1, 5)
+
+
+@dataclass(frozen=True)
+class Hcgr:
+    lr: float
+    """Peak learning rate of Riemannian Adam."""
+    gnn_layers: int
+    """Attention layers over the session graph, 1 to 5."""
+    scale: float
+    """Logits of the softmax are minus so many times the geodesic distances."""
+    contrast: float
+    """Weight of the contrastive ranking loss beside the cross-entropy; 0 leaves it out."""
+    margin: float
+    """Distance by which the ranking loss wants the target nearer than other items."""
+    negatives: int
+    """Other items drawn for each session's ranking loss."""
+
+    def check(self) -> None:
+        positive(self, "encoder.hcgr", "lr", "scale", "negatives")
+        between(self, "encoder.hcgr", "gnn_layers", 1, 5)
+        at_least(self, "encoder.hcgr", "contrast", 0)
+        at_least(self, "encoder.hcgr", "margin", 0)
 
 
 @dataclass(frozen=True)
@@ -137,13 +270,22 @@ class Encoder:
     text_dim: int
     """Principal components of the text vectors that a control reads."""
     training: EncoderTraining
+    fpmc: Fpmc
+    caser: Caser
+    gru4rec: Gru4rec
+    narm: Narm
+    stamp: Stamp
+    sasrec: Sasrec
+    srgnn: Srgnn
     gcsan: Gcsan
+    niser: Niser
+    hcgr: Hcgr
 
     def check(self) -> None:
         positive(self, "encoder", "dim", "text_dim")
-        if self.dim % self.gcsan.attention_heads:
-            raise UserError(f"encoder.gcsan.attention_heads={self.gcsan.attention_heads} does not divide "
-                            f"encoder.dim={self.dim}; choose a divisor")
+        for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
+            if self.dim % heads:
+                raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
         for key in ("names", "controls", "control_texts"):
             chosen = getattr(self, key)
             if len(set(chosen)) < len(chosen):

@@ -88,7 +88,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
     device = next(job.model.parameters()).device
     torch.manual_seed(seed)
     trained = {k: p for k, p in job.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(_groups(trained, settings.weight_decay), lr=settings.lr, fused=True)
+    optimizer = _optimizer(trained, settings)
     progress, best = _load(resume / "state.pt", trained, optimizer)
     generator = torch.Generator()
     per_epoch = len(job.steps(0, generator.manual_seed(seed)))
@@ -269,9 +269,30 @@ class Bar:
 
 
 def _groups(trained: dict[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    groups = [{"params": [p for p in trained.values() if p.dim() >= 2], "weight_decay": decay},
-              {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0}]
+    matrices = [p for p in trained.values() if p.dim() >= 2 and not hasattr(p, "manifold")]  # a point does not shrink
+    others = [p for p in trained.values() if p.dim() < 2 or hasattr(p, "manifold")]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]  # DeepSpeed crashes on an empty group
+
+
+def _optimizer(trained: dict[str, nn.Parameter], settings: Any) -> torch.optim.Optimizer:
+    """AdamW; where a parameter holds points of a manifold, Adam that follows it (Becigneul & Ganea, ICLR 2019)."""
+    groups = _groups(trained, settings.weight_decay)
+    if not any(hasattr(p, "manifold") for p in trained.values()):
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    if settings.weight_decay:
+        raise UserError("encoder.training.weight_decay must be 0 for hcgr: its Riemannian Adam has no decoupled decay")
+    from geoopt.optim import RiemannianAdam
+
+    optimizer = RiemannianAdam(groups, lr=settings.lr, stabilize=10)
+    optimizer.register_load_state_dict_post_hook(_whole_steps)
+    return optimizer
+
+
+def _whole_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Torch loads a count of steps as a float32 tensor, whose powers round; geoopt counts in integers."""
+    for state in optimizer.state.values():
+        state["step"] = int(state["step"])
 
 
 def _save(path: Path, progress: Progress, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmgr.encoders.layers import item_cross_entropy
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, bucketed
 from llmgr.llmgr import Llmgr, logits
-from llmgr.pretraining import item_cross_entropy, rank_sessions
+from llmgr.pretraining import rank_sessions
 from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.ranking import metrics
 from llmgr.training import Loss

@@ -18,7 +18,9 @@ from llmgr.artifacts import load_tensors, read_json, replacing_folder, save_tens
 from llmgr.encoders.layers import ItemVectors, SessionEncoder
 from llmgr.errors import UserError
 
-REGISTRY = {"gcsan": "Gcsan"}
+REGISTRY = {
+    "fpmc": "Fpmc", "caser": "Caser", "gru4rec": "Gru4rec", "narm": "Narm", "stamp": "Stamp", "sasrec": "Sasrec",
+    "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
 """Class by encoder; the file has the encoder's name."""
 TEXTS = ("text", "shuffled")
 """How a control reads texts: its own, or those of other items."""
@@ -55,28 +57,33 @@ def family(name: str) -> tuple[str, str]:
     return base, text or "none"
 
 
-def build_encoder(base: str, dim: int, dropout: float, settings: Any, users: int) -> SessionEncoder:
-    """The untrained encoder `base`; `users` counts those that training knows."""
+def build_encoder(base: str, dim: int, dropout: float, settings: dict[str, Any]) -> SessionEncoder:
+    """The untrained encoder `base`."""
     kind = getattr(importlib.import_module(f"llmgr.encoders.{base}"), REGISTRY[base])
-    return kind(dim, dropout, settings, users) if kind.reads_users else kind(dim, dropout, settings)
+    encoder = kind(dim, dropout, SimpleNamespace(**settings))
+    encoder.config = {"dim": dim, "dropout": dropout, "settings": settings}
+    return encoder
 
 
-def build_recommender(name: str, items: int, params: Any, features_VT: Tensor | None, users: int = 0) -> Recommender:
-    """The untrained recommender `name` for a catalogue of `items`; `params` is the encoder section."""
+def build_recommender(name: str, items: int, params: Any, features_VT: Tensor | None, *, users: int, max_session: int
+                      ) -> Recommender:
+    """The untrained recommender `name` for a catalogue of `items`; `params` is the encoder section.
+
+    `users` counts those that training knows; `max_session` is the longest session. Its settings get both.
+    """
     base, text = family(name)
-    encoder = build_encoder(base, params.dim, params.training.dropout, getattr(params, base), users)
+    settings = {**vars(getattr(params, base)), "users": users, "max_session": max_session}
+    encoder = build_encoder(base, params.dim, params.training.dropout, settings)
     return Recommender(items, encoder, None if text == "none" else features_VT)
 
 
-def save_recommender(folder: str | Path, name: str, model: Recommender, params: Any) -> None:
-    """Weights, item vectors as scored, and the shape, under `folder`; `params` is the encoder section."""
-    base, _ = family(name)
+def save_recommender(folder: str | Path, name: str, model: Recommender) -> None:
+    """Weights, item vectors as scored, and what to build them from, under `folder`."""
     with replacing_folder(folder) as temporary, torch.no_grad():
         save_tensors(temporary / "encoder.safetensors", model.encoder.state_dict())
         save_tensors(temporary / "items.safetensors", {"vectors": model.vectors()})
         write_json(temporary / "config.json", {
-            "name": name, "items": len(model.items.table.weight) - 1, "users": getattr(model.encoder, "users", 0),
-            "dim": params.dim, "dropout": params.training.dropout, "settings": vars(getattr(params, base))})
+            "name": name, "items": len(model.items.table.weight) - 1, **model.encoder.config})
 
 
 def load_encoder(folder: str | Path, items: int) -> tuple[SessionEncoder, Tensor]:
@@ -86,7 +93,6 @@ def load_encoder(folder: str | Path, items: int) -> tuple[SessionEncoder, Tensor
         raise UserError(f"{folder} was trained for {config['items']} items, the sessions have {items}: run `dvc repro` "
                         "to train it anew")
     base, _ = family(config["name"])
-    encoder = build_encoder(base, config["dim"], config["dropout"], SimpleNamespace(**config["settings"]),
-                            config["users"])
+    encoder = build_encoder(base, config["dim"], config["dropout"], config["settings"])
     encoder.load_state_dict(load_tensors(Path(folder) / "encoder.safetensors"))
     return encoder, load_tensors(Path(folder) / "items.safetensors")["vectors"]

@@ -11,34 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import GatedGraph, SessionEncoder, at, clicked
+from llmgr.encoders.layers import AttentionBlock, GatedGraph, SessionEncoder, at, clicked
 from llmgr.graph import GraphBatch
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention and feed-forward, each with dropout, residual and layer norm (equations 6-9).
-
-    Deviation: the paper has no layer norm, dropout, residual around the attention, output projection or wider inner
-    layer here; its public re-implementations (RecBole) do, and train better. With `last_B`
-    only the query of that click is computed, which is all the readout needs.
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.inner = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-        self.norm_attention, self.norm_inner = nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor, last_B: Tensor | None = None) -> Tensor:
-        asked = x_BSD if last_B is None else at(x_BSD, last_B)[:, None]
-        split = (len(x_BSD), -1, self.heads, x_BSD.shape[2] // self.heads)
-        key, value = (t.reshape(split).transpose(1, 2) for t in self.key_value(x_BSD).chunk(2, -1))
-        query = self.query(asked).view(split).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, key, value, mask_BS[:, None, None])
-        attended = self.out(attended.transpose(1, 2).flatten(2))
-        x = self.norm_attention(asked + self.dropout(attended))
-        return self.norm_inner(x + self.dropout(self.inner(x)))
 
 
 class Gcsan(SessionEncoder):

@@ -1,0 +1,58 @@
+"""FPMC: Factorizing Personalized Markov Chains for Next-Basket Recommendation (Rendle et al., WWW 2010).
+
+With baskets of one item (equation 10 without the term that no candidate changes): the score of item i for user u after
+item l is <U_u, I_i> + <L_l, N_i>.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.encoders.layers import ItemVectors, SessionEncoder, item_cross_entropy
+from llmgr.graph import GraphBatch
+
+
+class Fpmc(SessionEncoder):
+    """GraphBatch, item factors [I ; N ; L] of [V+1, 3D] -> [U_u ; L_last ; 0] of [B, 3D].
+
+    The zeros let one table of item vectors serve both as what is scored and as what the last click reads. A user that
+    training does not know has U_u = 0. Deviation: dropout on U_u and L_last in place of the paper's L2 terms, and by
+    default softmax cross-entropy in place of its S-BPR (`encoder.fpmc.loss=bpr`).
+    """
+
+    reads_users = True
+
+    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+        super().__init__(dim)
+        self.item_width = self.text_width = 3 * dim
+        self.objective = settings.loss
+        self.dropout = nn.Dropout(dropout)
+        self.users = nn.Embedding(settings.users + 1, dim, padding_idx=0)
+
+    def initialise(self, items: ItemVectors) -> None:
+        super().initialise(items)
+        with torch.no_grad():
+            self.users.weight[0] = 0
+
+    def forward(self, batch: GraphBatch, vectors_VE: Tensor) -> Tensor:
+        last_B = batch.items_BS.gather(1, batch.length_B[:, None] - 1)[:, 0]
+        from_last_BD = F.embedding(last_B, vectors_VE)[:, 2 * self.dim:]
+        session_BE = self.dropout(torch.cat((self.users(batch.user_B), from_last_BD), 1))
+        return F.pad(session_BE, (0, self.dim))
+
+    def loss(self, session_BE: Tensor, vectors_VE: Tensor, target_B: Tensor) -> Tensor:
+        """Softmax cross-entropy, or S-BPR (section 5) against one item drawn uniformly."""
+        if self.objective == "softmax":
+            scored = slice(0, 2 * self.dim)
+            return item_cross_entropy(session_BE[:, scored], vectors_VE[:, scored], target_B)
+        negative_B = torch.randint(1, len(vectors_VE), target_B.shape, device=target_B.device)
+        gap_BE = F.embedding(target_B, vectors_VE) - F.embedding(negative_B, vectors_VE)
+        return -F.logsigmoid((session_BE * gap_BE).sum(1)).sum()
+
+    def readout_parameters(self) -> Iterator[nn.Parameter]:
+        """What `tune.train_encoder=partial` trains: the user factors, which are all there is."""
+        return self.users.parameters()

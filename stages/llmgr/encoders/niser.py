@@ -1,0 +1,46 @@
+"""NISER: Normalized Item and Session Representations to Handle Popularity Bias (Gupta et al., 2019, arXiv 1909.04276).
+
+SR-GNN whose item vectors (equation 2) and session vectors (equation 6) have unit length, so that a popular item gains
+nothing by a long vector; scores are sigma * cosine (equation 7). NISER+ adds position vectors to the click states.
+"""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.encoders.layers import GatedGraph, SessionEncoder, SoftAttention, clicked
+from llmgr.graph import GraphBatch
+
+
+class Niser(SessionEncoder):
+    """GraphBatch, unit item vectors [V+1, D] -> session vectors [B, D] of length sigma."""
+
+    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+        super().__init__(dim)
+        self.sigma = settings.sigma
+        self.dropout = nn.Dropout(dropout)
+        self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))
+        self.positions = nn.Embedding(settings.max_session, dim) if settings.positions else None
+        self.readout = SoftAttention(dim)
+
+    def item_vectors(self, table_VE: Tensor, text_VE: Tensor | None) -> Tensor:
+        return F.normalize(super().item_vectors(table_VE, text_VE), dim=1)
+
+    def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
+        h_BND = F.normalize(self.dropout(F.embedding(batch.nodes_BN, vectors_VD)), dim=2)
+        adjacency = batch.normalised()
+        for layer in self.graph:
+            h_BND = layer(h_BND, *adjacency)
+        x_BSD = clicked(h_BND, batch)
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions.weight[:x_BSD.shape[1]]
+        return self.sigma * F.normalize(self.readout(x_BSD, batch), dim=1)
+
+    def readout_parameters(self) -> Iterator[nn.Parameter]:
+        """What `tune.train_encoder=partial` trains: positions and attention, not the graph network."""
+        positions = () if self.positions is None else self.positions.parameters()
+        return itertools.chain(self.readout.parameters(), positions)

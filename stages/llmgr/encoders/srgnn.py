@@ -1,0 +1,40 @@
+"""SR-GNN: Session-based Recommendation with Graph Neural Networks (Wu et al., AAAI 2019, arXiv 1811.00855).
+
+A gated graph network over the session graph (equations 1-5) and a soft attention readout that mixes the whole session
+with its last click (equations 6 and 7); scores are inner products with the item vectors (equation 8).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.encoders.layers import GatedGraph, SessionEncoder, SoftAttention, clicked
+from llmgr.graph import GraphBatch
+
+
+class Srgnn(SessionEncoder):
+    """GraphBatch, item vectors [V+1, D] -> session vectors [B, D].
+
+    Deviation: dropout on the item vectors that the graph network reads; the paper has none. Every layer has weights of
+    its own, where the paper repeats one.
+    """
+
+    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+        super().__init__(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))
+        self.readout = SoftAttention(dim)
+
+    def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
+        h_BND = self.dropout(F.embedding(batch.nodes_BN, vectors_VD))
+        adjacency = batch.normalised()
+        for layer in self.graph:
+            h_BND = layer(h_BND, *adjacency)
+        return self.readout(clicked(h_BND, batch), batch)
+
+    def readout_parameters(self) -> Iterator[nn.Parameter]:
+        """What `tune.train_encoder=partial` trains: the attention, not the graph network."""
+        return self.readout.parameters()
