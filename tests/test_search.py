@@ -123,7 +123,7 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
 
 
 def test_what_is_no_search_is_refused(grid: Repository) -> None:
-    with pytest.raises(UserError, match=r"0 experiments of this commit trained narm .* presets/grid/narm\.txt"):
+    with pytest.raises(UserError, match=r"0 experiments of this commit trained narm .*presets/grid/narm\.txt"):
         search.search(grid.trials("narm"), "narm")
     with pytest.raises(UserError, match="1 experiments"):
         search.search(grid.trials()[:1], "gcsan")
