@@ -11,7 +11,7 @@ from tiny import DIM, ITEMS, LISTS, TITLES, llmgr, model_settings, prefixes, tok
 
 from llmgr.errors import UserError
 from llmgr.llmgr import Llmgr, load_llmgr, logits, save_llmgr
-from llmgr.prompts import NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
+from llmgr.prompts import GRAPH, NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
 
 
 def prompted(kind: str = "llama", titles: bool = True) -> tuple[PromptBatch, torch.Tensor]:

@@ -114,7 +114,7 @@ def test_stale_inputs_do_not_count(grid: Repository) -> None:
 
 def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> None:
     grid.run("exp-3", {"data.dataset": "office", LR: 0.001, LAYERS: 1, "tune.lr": 0.01, "bucket.resamples": 100,
-                       "llm.max_text_tokens": 9, "encoder.names": ["gcsan", "srgnn"]}, 0.051)
+                       "llm.max_text_tokens": 9, "encoder.control_texts": ["text"]}, 0.051)
     result = search.search(grid.trials(), "gcsan")
     assert result.keys == [LR, LAYERS] and len(result.trials) == 3
     assert search._role("encoder.narm.lr", "gcsan") == search._role("llm.name", "gcsan") == "ignored"
@@ -123,7 +123,7 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
 
 
 def test_what_is_no_search_is_refused(grid: Repository) -> None:
-    with pytest.raises(UserError, match=r"0 experiments of this commit trained narm .* presets/grid/narm\.txt"):
+    with pytest.raises(UserError, match=r"0 experiments of this commit trained narm .*presets/grid/narm\.txt"):
         search.search(grid.trials("narm"), "narm")
     with pytest.raises(UserError, match="1 experiments"):
         search.search(grid.trials()[:1], "gcsan")
@@ -134,7 +134,7 @@ def test_what_is_no_search_is_refused(grid: Repository) -> None:
 
 def test_rewriting_changes_the_values_and_nothing_else() -> None:
     text = (ROOT / "params.yaml").read_text().replace("  omega: 0.6", "  omega: 0.6   # of attention, not GNN", 1)
-    changes = {"encoder.gcsan.lr": 1e-05, LAYERS: 3, "encoder.gcsan.omega": 0.25, "bucket.practice": [5, 20],
+    changes = {LR: 1e-05, LAYERS: 3, "encoder.gcsan.omega": 0.25, "bucket.practice": [5, 20],
                "data.mirror": "a: b", "tune.titles": True, "seed": 7}
     found = search.rewritten(text, changes)
     before, after = (dict(_flat(yaml.safe_load(t))) for t in (text, found))

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llmgr.buckets import OURS
 from llmgr.errors import UserError
 from llmgr.params import Params, build, flat
 
 SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs
 LISTS = ("encoder.names", "encoder.controls", "encoder.control_texts")  # which models there are
-LATER = ("evaluate", "bucket", "track")  # sections that no training reads
+TUNED = "llmgr"  # its search is over stage 1 and stage 2; every other name is an encoder or a control
+LATER = ("gate", "evaluate", "bucket", "track")  # sections that no training reads
 
 
 class Trial(NamedTuple):
@@ -55,7 +55,7 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
     One whose figures of the model come from other parameters or inputs than its own, because it ran other stages, is
     left out: `lock` gives the dvc.lock of a revision.
     """
-    part = "tune" if model == OURS else f"encoders/{model}"
+    part = "tune" if model == TUNED else f"encoders/{model}"
     found = []
     for state in _finished(states):
         data = state["data"]
@@ -63,7 +63,7 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
         metrics = data["metrics"].get(f"reports/metrics/{part}.json", {}).get("data")
         if not content or content["data"]["dataset"] != dataset or not metrics or "valid" not in metrics:
             continue
-        if _trained(lock(state["rev"]), "tune" if model == OURS else model, content):
+        if _trained(lock(state["rev"]), "tune" if model == TUNED else model, content):
             cost = data["metrics"].get(f"reports/metrics/cost/{Path(part).name}.json", {}).get("data") or {}
             found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
                                {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
@@ -125,7 +125,7 @@ def _role(key: str, model: str) -> str:
     base, _, text = model.partition("-")
     if section in LATER or key in LISTS:
         return "ignored"
-    if model == OURS:
+    if model == TUNED:
         return "searched" if section in ("model", "align", "tune") else "fixed"
     if section == "encoder":
         return "ignored" if len(rest) > 1 and rest[0] not in ("training", base) else "searched"
