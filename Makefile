@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro test lint results grid pick mlflow clean
+.PHONY: repro test lint bench results grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ grid: $(VENV)/.installed  # search a model's parameters in the background: make 
 
 pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the best by validation into params.yaml
 	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
+
+bench: $(VENV)/.installed  # the tuning step's speed against the machine's
+	$(BIN)/python stages/bench.py
 
 mlflow: $(VENV)/.installed  # open http://127.0.0.1:5000 and compare experiments
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

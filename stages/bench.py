@@ -1,0 +1,68 @@
+"""Measure the tuning step: its share of the machine's rate of matrix products, and a plain loop beside it.
+
+Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{train,valid}.parquet,
+        data/core/items.parquet: what `dvc repro align split` leaves
+Writes: nothing; prints tokens and sessions a second, operations a second as a share of the machine's, and what the
+        rest of the time goes to
+Params: seed, model, tune, data.max_session
+The plain loop is what one writes first: a prompt a prefix, in random order, padded to its batch's longest.
+"""
+from llmgr.stage import run
+
+READS = ("seed", "model", "tune", "data.max_session")
+STEPS = 12
+PLAIN_STEPS = 6
+
+
+def main(params) -> None:
+    import dataclasses
+    from pathlib import Path
+
+    import torch
+
+    from llmgr.benchmark import operations, product_rate, shares, steps, trained
+    from llmgr.graph import read_sessions
+    from llmgr.llmgr import build_llmgr, load_llmgr
+    from llmgr.stage import say
+    from llmgr.training import arithmetic, hardware
+    from llmgr.tuning import BehaviourJob, behaviour_prompts
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arithmetic(params.tune.precision)
+    sessions = [read_sessions(f"data/sessions/{split}.parquet", params.data.max_session)[0]
+                for split in ("train", "valid")]
+    model = build_llmgr(params.model, dtype, params.seed)
+    load_llmgr(Path("models/aligned"), model)
+    model.unfreeze_encoder(params.tune.train_encoder)
+    model.to(device).train()
+    prompts, optimizer = behaviour_prompts(params, params.tune), trained(model)
+
+    def job(**changes) -> BehaviourJob:
+        return BehaviourJob(model, prompts, *(s.to(device) for s in sessions),
+                            dataclasses.replace(params.tune, **changes), params.seed, dtype)
+
+    ours, plain = job(), job(targets="prefix")
+    generator = torch.Generator().manual_seed(params.seed)
+    batches = [micros[0] for micros in ours.steps(0, generator)[:STEPS + 1]]
+    before = product_rate(device, dtype)
+    found = steps(ours, batches, optimizer)
+    order = torch.randperm(len(plain.first), generator=generator)
+    loop = steps(plain, list(order[:params.tune.batch_size * (PLAIN_STEPS + 1)].split(params.tune.batch_size)),
+                 optimizer)
+    peak = max(before, product_rate(device, dtype))
+    rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]
+    each = len(sessions[0]) / len(ours.first)
+    say(f"machine: {peak / 1e9:.1f} GFLOP/s of {str(dtype).removeprefix('torch.')} matrix products ({hardware()})")
+    second, plainly = ({k: v / by["seconds"] for k, v in by.items()} for by in (found, loop))
+    say(f"tuning step: {second['tokens']:,.0f} useful tokens/s, {second['targets']:,.0f} targets/s, {rate / 1e9:.1f} "
+        f"GFLOP/s of useful work: {rate / peak:.0%} of the machine")
+    ratio = second["prompts"] * each / plainly["prompts"]
+    say(f"sessions/s: {second['prompts']:.1f}; plain loop {plainly['prompts'] / each:.1f} "
+        f"({plainly['prompts']:.1f} prefixes/s): {ratio:.1f} times")
+    if device.type == "cpu":
+        say("a step's time: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares(ours, batches[:3])
+                                          if share >= 0.005))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)

@@ -1,0 +1,106 @@
+"""How near stage 2 comes to what the machine can do: its arithmetic against the rate of plain matrix products."""
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from llmgr.llmgr import Llmgr
+from llmgr.tuning import BehaviourJob
+
+SHAPES = ((2048, 2048, 2048), (2048, 384, 384), (2048, 384, 1536), (2048, 1536, 384))
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "linear_cross_entropy")
+WORDS = {"scaled_dot_product": "attention", "gelu": "activations", "silu": "activations", "norm": "layer norms",
+         "index": "gathering slots and items", "scatter": "gathering slots and items", "sort": "making prompts",
+         "cumsum": "making prompts", "nonzero": "making prompts", "adam": "optimiser", "copy": "copies",
+         "cat": "copies",
+         "add": "sums (residuals, adapters, biases)", "mul": "products elementwise", "div": "products elementwise"}
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """The machine's best rate of matrix products over some shapes, in operations a second."""
+    best = 0.0
+    for m, k, n in SHAPES:
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        best = max(best, 2 * m * k * n / fastest(lambda a=a, b=b: a @ b, device, seconds / len(SHAPES)))
+    return best
+
+
+def fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest of as many calls as fit, after one to warm up."""
+    best, end = float("inf"), time.monotonic() + seconds
+    call()
+    while time.monotonic() < end:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def operations(model: Llmgr, tokens: int, targets: int) -> float:
+    """Operations that a tuning step needs for its useful tokens and its targets, forward and backward.
+
+    A frozen matrix takes 2 a weight and token forward and 2 for the gradient of its input; an adapter 2 more for its
+    own. A target takes 4 an item and width of the query (the item table is frozen). Attention over the few tokens of a
+    session, the graph encoder and everything elementwise count for nothing.
+    """
+    embedding = model.language_model.get_input_embeddings().weight
+    matrices = [(p.numel(), "lora_" in name) for name, p in model.language_model.named_parameters()
+                if p.dim() == 2 and p is not embedding and "embeddings" not in name]
+    table = getattr(model.output, "table", None)
+    items = table.numel() if table is not None else sum(p.numel() for p in model.output.parameters())
+    return tokens * sum(n * (6 if own else 4) for n, own in matrices) + targets * 4.0 * items
+
+
+def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Seconds, useful tokens, targets and prompts of one optimiser step a batch, the first one left out."""
+    found: Counter[str] = Counter()
+    device = job.device
+    for number, batch in enumerate(batches):
+        start = time.perf_counter()
+        loss = job.loss(batch)
+        (loss.total / loss.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number:
+            found.update(seconds=time.perf_counter() - start, tokens=loss.tokens, targets=loss.targets,
+                         prompts=len(batch))
+    return dict(found)
+
+
+def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
+    """What a step's time goes to on the CPU: matrix products first, then the rest, largest first, as shares."""
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        for batch in batches:
+            loss = job.loss(batch)
+            (loss.total / loss.targets).backward()
+            job.model.zero_grad(set_to_none=True)
+    spent: Counter[str] = Counter()
+    for event in watched.key_averages():
+        name = event.key.removeprefix("aten::").removeprefix("_").lower()
+        if event.self_cpu_time_total:
+            spent[kind_of(name)] += event.self_cpu_time_total
+    total = sum(spent.values())
+    first = spent.pop("matrix products", 0)
+    return [("matrix products", first / total), *((kind, t / total) for kind, t in spent.most_common())]
+
+
+def kind_of(name: str) -> str:
+    """The kind of work that a torch operator does."""
+    if name in PRODUCTS or name.startswith("linear_cross_entropy"):
+        return "matrix products"
+    return next((kind for word, kind in WORDS.items() if word in name), "the rest")
+
+
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of a step that is timed."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
