@@ -46,7 +46,7 @@ def closure(script: Path, encoder: str | None = None) -> set[str]:
     llmgr.encoders imports the file of the encoder it is asked for: `encoder`, or any.
     """
     seen: set[str] = set()
-    todo = imports(script)
+    todo = set(imports(script))  # a copy: imports are cached
     while todo:
         name = todo.pop()
         if name in seen or name in FRAME:
