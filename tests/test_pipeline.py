@@ -122,7 +122,7 @@ def copy(reproduced: Path, tmp_path: Path) -> Path:
 def test_a_clone_runs_every_stage_once_and_writes_what_it_declares(reproduced: Path) -> None:
     ran = RAN.findall((reproduced / "repro.log").read_text())
     lock = yaml.safe_load((reproduced / "dvc.lock").read_text())["stages"]
-    assert sorted(ran) == sorted({"download", "filter", "split", "backbone"} | LEARNING)
+    assert sorted(ran) == sorted({"check", "download", "filter", "split", "backbone"} | LEARNING)
     declared = [out["path"] for name in ran for out in lock[name]["outs"]]
     assert len(declared) > 40 and not [path for path in declared if not (reproduced / path).exists()]
     assert run(reproduced, "git", "status", "--porcelain", "--untracked-files=all").split() == ["??", "repro.log"]
@@ -146,6 +146,7 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("model.base", "gcsan-text", {"export", *TUNING}),
     ("llm.scratch.epochs", 2, {"backbone", *CONTROLS, *TUNING}),
     ("encoder.gcsan.lr", 5e-4, LEARNING),
+    ("encoder.niser.sigma", 8.0, {"report", "track"}),
     ("split.ties", "file", {"split", *LEARNING}),
     ("filter.core", 4, {"filter", "split", "backbone", *LEARNING}),
 ], ids=lambda value: value if isinstance(value, str) and "." in value else "to")
@@ -254,7 +255,7 @@ def test_an_experiment_runs_what_it_touches_and_going_back_finds_the_first_run(c
 
 def test_an_encoder_that_is_left_out_leaves_report_and_run(copy: Path) -> None:
     said = run(copy, "dvc", "exp", "run", "-S", "encoder.control_texts=[text]")
-    assert set(RAN.findall(said)) == LAST
+    assert set(RAN.findall(said)) == {"check", *LAST}
     run_id = read_json(copy / "reports/mlflow_run.json")["run_id"]
     client = mlflow.MlflowClient(f"sqlite:///{copy}/mlflow.db")
     names = {*runs(copy)[run_id].data.metrics, *(f.path for f in client.list_artifacts(run_id, "metrics/cost"))}
@@ -350,8 +351,9 @@ def test_a_full_disk_is_one_sentence_and_the_next_repro_completes(copy: Path, st
 @pytest.mark.parametrize(("setting", "told"), [
     ("tune.lr=fast", "tune.lr=fast must be a number"),
     ("tune.epochs=0", "tune.epochs=0 must be above 0"),
+    ("encoder.names=[gcsam]", "encoder.names holds gcsam, which is no encoder; the nearest is gcsan"),
     ("model.lora_targets=[nothing]", "model.lora_targets=nothing: the backbone has no linear layer nothing; it has"),
-], ids=["type", "range", "backbone"])
+], ids=["type", "range", "encoder", "backbone"])
 def test_a_wrong_parameter_is_one_sentence_of_the_stage(copy: Path, setting: str, told: str) -> None:
     said = run(copy, "dvc", "exp", "run", "-S", setting, status=None)
     (sentence,) = re.findall(r"^error: (.+)$", said, re.M)
