@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro test lint bench results grid pick mlflow clean
+.PHONY: repro test lint bench twins results grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ grid: $(VENV)/.installed  # search a model's parameters in the background: make 
 
 pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the best by validation into params.yaml
 	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
+
+twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/twins.py
+	for twin in stages/presets/twins/*.txt; do $(BIN)/dvc exp run --queue bucket $$(cat $$twin) $(SET) || exit 1; done
+	$(BIN)/dvc queue start -j 1
 
 bench: $(VENV)/.installed  # the tuning step's speed against the machine's
 	$(BIN)/python stages/bench.py

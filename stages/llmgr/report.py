@@ -20,6 +20,8 @@ HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
 REQUIRED = ("buckets", "intervals", "differences")
 FACTS = ("filter", "split", "backbone", "align", "tune", "gate")
 MAIN = "llmgr"  # without a gate
+TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
+                ("test_unseen", "all", "ndcg_at_20"), ("test", "cold", "hr_at_20"), ("test", "warm", "hr_at_20")]
 DRAWN = 10  # models of a figure that compares them side by side; the tables have all
 
 
@@ -38,12 +40,23 @@ def evidence(reports: Path) -> dict[str, Any]:
         order(spent, MAIN), key=lambda name: name in parts and 1 + parts.index(name))}
     if encoders:
         facts["encoders"] = {name: read_json(metrics / f"encoders/{name}.json") for name in encoders}
-    return {name: read_json(metrics / f"{name}.json") for name in REQUIRED} | {
+    required = {name: read_json(metrics / f"{name}.json") for name in REQUIRED}
+    return required | {
+        "twins": _own_twins(reports / "twins.json", required["buckets"].get(MAIN)),
         "facts": facts,
         "cost": costs,
         "steps": _curves({*curves.glob("*_steps.csv")} - ignored, costs),
         "epochs": _curves({*curves.glob("*_epochs.csv")} - ignored, costs),
     }
+
+
+def _own_twins(path: Path, main: Mapping | None) -> dict[str, Any]:
+    """The twins that stages/twins.py collected, if they are those of these results: LLMGR's own figures tell."""
+    found = read_json(path) if path.exists() else {}
+    same = main and found.get(MAIN) and all(
+        main[convention][bucket] == figures for convention, by in found[MAIN]["figures"].items()
+        for bucket, figures in by.items())
+    return found if same else {}
 
 
 def _curves(paths: set[Path], order: Mapping) -> dict[str, pl.DataFrame]:
@@ -211,6 +224,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
         ranking_seconds=found["cost"].get("evaluate", {}).get("seconds_by_model", {}), parameters=parameters(found),
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
+        twin_columns=TWIN_COLUMNS, changes=_changes,
         facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=flat(params))
 
 
@@ -223,6 +237,8 @@ def markdown(found: Mapping[str, Any], params: Any) -> str:
     if found["differences"]:
         compared = itertools.product(CONVENTIONS, next(iter(found["differences"].values()))["test"])
         sections += [_differences(found, params, convention, bucket) for convention, bucket in compared]
+    if found["twins"]:
+        sections.append(_twins(found, params))
     rows = [[name, duration(cost["seconds"]), _number(cost["samples_per_second"]), _number(cost["tokens_per_second"]),
              _number(cost["peak_memory_mb"]) + " MB", _number(cost["trainable_parameters"]),
              _number(cost["total_parameters"]), cost["hardware"]] for name, cost in found["cost"].items()]
@@ -247,6 +263,17 @@ def _bucket(found: Mapping, params: Any, convention: str, bucket: str) -> str:
     targets = f"{bucket_title(bucket, params.bucket)}, {CONVENTIONS[convention].lower()}"
     return _table(f"{targets} (n = {_n(found, convention, bucket):,}), with 95% intervals",
                   ["model", *map(pretty, HEADLINE)], rows)
+
+
+def _twins(found: Mapping, params: Any) -> str:
+    rows = [[name, _changes(twin), *(f"{twin['figures'][c][b][m]:.4f}" for c, b, m in TWIN_COLUMNS
+                                     if b in twin["figures"][c])] for name, twin in found["twins"].items()]
+    head = [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}" for c, b, m in TWIN_COLUMNS]
+    return _table("LLMGR's twins: the same with one thing taken away", ["twin", "changed", *head], rows)
+
+
+def _changes(twin: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_value(value)}" for key, value in twin["changed"].items()) or "–"
 
 
 def _differences(found: Mapping, params: Any, convention: str, bucket: str) -> str:

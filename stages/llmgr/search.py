@@ -57,13 +57,13 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
     """
     part = "tune" if model == TUNED else f"encoders/{model}"
     found = []
-    for state in _finished(states):
+    for state in finished(states):
         data = state["data"]
         content = data["params"].get("params.yaml", {}).get("data")
         metrics = data["metrics"].get(f"reports/metrics/{part}.json", {}).get("data")
         if not content or content["data"]["dataset"] != dataset or not metrics or "valid" not in metrics:
             continue
-        if _trained(lock(state["rev"]), "tune" if model == TUNED else model, content):
+        if trained(lock(state["rev"]), "tune" if model == TUNED else model, content):
             cost = data["metrics"].get(f"reports/metrics/cost/{Path(part).name}.json", {}).get("data") or {}
             found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
                                {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
@@ -71,13 +71,14 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
     return found
 
 
-def _finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The commits and experiments of `shown` that have figures, one by one."""
     for state in states:
         inner = [revision for group in state.get("experiments") or () for revision in group["revs"]]
         yield from (s for s in (state, *inner) if s["rev"] != "workspace" and s.get("data"))
 
 
-def _trained(lock: Mapping[str, Any], stage: str, content: Mapping[str, Any]) -> bool:
+def trained(lock: Mapping[str, Any], stage: str, content: Mapping[str, Any]) -> bool:
     """Whether the lock holds `stage` and all before it as run with the parameters of `content`, one on the other."""
     stages = lock.get("stages", {})
     makers = {out["path"]: (name, out.get("md5")) for name, entry in stages.items() for out in entry.get("outs", ())}

@@ -1,0 +1,68 @@
+"""LLMGR's twins: the same experiment with one thing taken away, which tells what that thing is worth."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmgr.errors import UserError
+from llmgr.params import Params, build, flat
+from llmgr.search import TUNED, finished, trained
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
+IGNORED = ("gate", "evaluate", "bucket", "track")  # sections that do not decide LLMGR's own figures
+BUCKETS = ("all", "cold", "warm")
+
+
+def changes(path: Path) -> dict[str, Any]:
+    """What a file of `-S key=value` options sets."""
+    options = path.read_text().split()
+    if options[::2] != ["-S"] * (len(options) // 2) or not options or len(options) % 2:
+        raise UserError(f"{path} must hold -S key=value options and nothing else")
+    return {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options[1::2])}
+
+
+def changed(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter file's content with new values at dotted keys."""
+    result = copy.deepcopy(dict(content))
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        section = result
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    return result
+
+
+def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that decide LLMGR's figures, by dotted key."""
+    return {key: value for key, value in flat(build(Params, dict(content), "")).items()
+            if key.split(".")[0] not in IGNORED}
+
+
+def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
+              lock: Callable[[str], Mapping[str, Any]], presets: Path = PRESETS) -> dict[str, dict[str, Any]]:
+    """The twins of the experiment `content` that have been run, and itself first (as `llmgr`), with LLMGR's figures.
+
+    `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
+    `dvc exp show`, `lock` gives the dvc.lock of a revision: figures of other parameters or inputs do not count. A preset that changes nothing here is no twin.
+    """
+    wanted = {TUNED: {}} | {path.stem: changes(path) for path in sorted(presets.glob("*.txt"))}
+    keys = {name: decisive(changed(content, values)) for name, values in wanted.items()}
+    keys = {name: expected for name, expected in keys.items() if name == TUNED or expected != keys[TUNED]}
+    found: dict[str, dict[str, Any]] = {}
+    for state in finished(states):
+        own = state["data"]["params"].get("params.yaml", {}).get("data")
+        figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data", {}).get(TUNED)
+        if not own or not figures:
+            continue
+        parameters = decisive(own)
+        for name, expected in keys.items():
+            if parameters == expected and name not in found and trained(lock(state["rev"]), "evaluate", own):
+                found[name] = {"changed": wanted[name], "figures": {
+                    convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
+                    for convention, by in figures.items()}}
+    return {name: found[name] for name in wanted if name in found}

@@ -1,0 +1,36 @@
+"""Collect LLMGR's twins for the report: the same experiment with one thing taken away (no stage of the DAG).
+
+    make twins                 # queue what stages/presets/twins/ lists and run it, one by one
+    python stages/twins.py     # when `dvc queue status` says that all is done; then `dvc repro report`
+
+Reads:  the experiments of the current commit, through `dvc exp show`; params.yaml, stages/presets/twins/
+Writes: reports/twins.json (what each twin changed, LLMGR's figures in it)
+Params: all that decide LLMGR's figures, to tell whose twin an experiment is
+"""
+from llmgr.stage import run
+
+READS = ()
+
+
+def main(params) -> None:
+    from pathlib import Path
+
+    import yaml
+
+    from llmgr import search, twins
+    from llmgr.artifacts import write_json
+    from llmgr.stage import say
+
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    found = twins.collected(search.shown(), content, search.lock_of)
+    write_json("reports/twins.json", found)
+    for name, twin in found.items():
+        figures = twin["figures"]["test"]["all"]
+        say(f"{name}: HR@20 {figures['hr_at_20']:.4f}  NDCG@20 {figures['ndcg_at_20']:.4f}")
+    missing = [path.stem for path in sorted(twins.PRESETS.glob("*.txt")) if path.stem not in found]
+    say(f"reports/twins.json has {len(found)} of {len(found) + len(missing)}"
+        + (f"; not run with these parameters: {', '.join(missing)} (make twins)" if missing else ""))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)
