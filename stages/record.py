@@ -14,7 +14,7 @@ from typing import Any
 from llmgr import stage
 from llmgr.errors import UserError
 
-READS = ("data.dataset", "gate", "bucket", "model.base")
+READS = ("data.dataset", "bucket", "gate", "model.base")
 
 
 def main(params: Any) -> None:

@@ -151,7 +151,7 @@ def _verdict(found: Mapping[str, Any], ours: str, model: str, role: str) -> dict
 
 def sentence(said: list[dict[str, Any]], ours: str) -> str:
     """The verdicts on the model `ours` in one sentence."""
-    words = {"mixed": "better or worse, depending on the metric, than",
+    words = {"mixed": "better, worse or neither, depending on the metric, than",
              "no clear difference": "neither clearly better nor clearly worse than"}
     parts = [f"{words.get(v['word'], v['word'] + ' than')} {v['model']} (HR@20 {v['ours']['hr_at_20']:.4f} against "
              f"{v['theirs']['hr_at_20']:.4f})" for v in said]

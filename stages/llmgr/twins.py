@@ -48,7 +48,7 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
     """The twins of the experiment `content` that have been run, and itself first (as `llmgr`), with LLMGR's figures.
 
     `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
-    `dvc exp show`, `lock` gives the dvc.lock of a revision: figures of other parameters or inputs do not count. A preset
+    `dvc exp show`, `lock` gives a revision's dvc.lock: figures of other parameters or inputs do not count. A preset
     that changes nothing here is no twin.
     """
     wanted = {TUNED: {}} | {path.stem: changes(path) for path in sorted(presets.glob("*.txt"))}
