@@ -150,13 +150,10 @@ class Sasrec:
     """Self-attention blocks, 1 to 5."""
     heads: int
     """Heads of each block; divides encoder.dim."""
-    attention_dropout: float
-    """Dropout of the attention weights."""
 
     def check(self) -> None:
         positive(self, "encoder.sasrec", "lr", "heads")
         between(self, "encoder.sasrec", "layers", 1, 5)
-        share(self, "encoder.sasrec", "attention_dropout")
 
 
 @dataclass(frozen=True)

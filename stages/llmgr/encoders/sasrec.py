@@ -30,8 +30,8 @@ class Sasrec(SessionEncoder):
         self.position = nn.Embedding(settings.max_session, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            AttentionBlock(dim, settings.heads, dropout, causal=True, attention_dropout=settings.attention_dropout,
-                           activation=nn.GELU) for _ in range(settings.layers))
+            AttentionBlock(dim, settings.heads, dropout, causal=True, attention_dropout=dropout, activation=nn.GELU)
+            for _ in range(settings.layers))
 
     @torch.no_grad()
     def initialise(self, items: ItemVectors) -> None:

@@ -5,7 +5,9 @@ session's mean, and sum to m_a (section 3.3); h_s = tanh(W_s m_a + b_s), h_t = t
 score <h_s, h_t, x_i> (section 3.2) is an inner product with the session vector h_s * h_t.
 
 Deviation: m_s is added to m_a and no sigmoid squashes the score before the softmax, both as in the authors' code and
-RecBole; dropout falls on the item vectors.
+RecBole; dropout falls on the item vectors. First values are SR-GNN's: from the paper's, N(0, 0.002) for items and
+N(0, 0.05) for weights, scores are products of near-zeros and hardly move (Office, validation NDCG@20 after 5 and 10
+epochs: 0.015 and 0.045, against 0.044 and 0.056).
 """
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import SessionEncoder, at
 from llmgr.graph import GraphBatch
 
 
@@ -30,14 +32,6 @@ class Stamp(SessionEncoder):
         self.of_item, self.of_last = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
         self.of_mean, self.weigh = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 1, bias=False)
         self.memory, self.last = nn.Linear(dim, dim), nn.Linear(dim, dim)
-
-    @torch.no_grad()
-    def initialise(self, items: ItemVectors) -> None:
-        """The paper's: N(0, 0.002) for the ID embeddings, N(0, 0.05) for the weights, biases 0."""
-        super().initialise(items)
-        nn.init.normal_(items.table.weight[1:], std=0.002)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.05) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
     def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
         mask_BS1 = batch.mask_BS()[..., None]
