@@ -35,7 +35,7 @@ SMALL = {
     "align.batch_size": 32, "align.candidates": 4, "align.max_text_tokens": 16, "tune.epochs": 1,
     "tune.checkpoint_seconds": 0, "bucket.resamples": 100,
 }
-LAST = {"evaluate", "bucket", "report", "track"}
+LAST = {"gate", "evaluate", "bucket", "report", "track"}
 TUNING = {"align", "tune", *LAST}
 CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled"}
 LEARNING = {"pretrain@gcsan", *CONTROLS, "export", *TUNING}
