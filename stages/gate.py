@@ -31,8 +31,9 @@ def main(params) -> None:
     with replacing_folder("models/gates") as folder:
         for name, parts in settings.fuse.items():
             data = ([tables[part] for part in parts], valid.target, seen, band_V)
-            fit_gate(parts, *data, settings.edges).save(folder / f"{name}.json")
-            found[name] = cross_fitted(parts, *data, settings.edges, params.seed)
+            gate = fit_gate(parts, *data, settings.edges)
+            gate.save(folder / f"{name}.json")
+            found[name] = cross_fitted(parts, *data, settings.edges, params.seed, gate)
             say(f"{name}: validation, cross-fitted, " + "  ".join(
                 f"{metric} {found[name]['valid'][metric]:.4f}" for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")))
     write_json("reports/metrics/gate.json", found)

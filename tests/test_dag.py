@@ -101,7 +101,7 @@ def test_every_file_of_the_pipeline_is_written_by_exactly_one_stage() -> None:
                 outs[path] = name
     for name, body in STAGES.items():
         for dep in body.get("deps", []):
-            if dep.startswith(("data/", "models/", "reports/")):
+            if dep.startswith(("data/", "models/", "reports/")) and dep != "reports/twins.json":  # in git
                 assert any(dep == out or dep.startswith(out + "/") or out.startswith(dep + "/")
                            or dep.split("${")[0] == out.split("${")[0] for out in outs
                            ), f"nothing writes {dep} of {name}"

@@ -17,7 +17,7 @@ BASE = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
 def figures(hit: float) -> dict:
-    row = {"n": 10, "hr_at_20": hit, "ndcg_at_20": hit / 2, "mrr_at_20": hit / 3}
+    row = {"n": 10, "hr_at_20": hit, "ndcg_at_20": hit / 2, "mrr_at_20": hit / 4}
     return {"test": {"all": row, "cold": row, "count_lt10": row}, "test_unseen": {"all": row}}
 
 

@@ -25,7 +25,7 @@ CHUNK = 256  # sessions whose scores of all items are held at a time
 RIDGE = 1e-4  # keeps bands without a target finite, and the common constant of the biases fixed
 STEPS = 30
 REPEAT = "repeat"  # the scorer that marks clicked items; a gate alone can use it
-DONE = 1e-8  # Newton decrement, in nats a session
+DONE = 1e-7  # Newton decrement, in nats a session
 
 
 class Gate:
@@ -81,16 +81,19 @@ def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, ba
 
 
 def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor,
-                 band_V: Tensor, edges: Sequence[int], seed: int) -> dict[str, dict[str, float]]:
+                 band_V: Tensor, edges: Sequence[int], seed: int, start: Gate | None = None
+                 ) -> dict[str, dict[str, float]]:
     """Metrics of sessions that the gate was not fitted on: each half is scored by the other half's gate.
 
-    `valid` keeps seen items, `valid_unseen` excludes them. What to choose a gate's scorers and bands by.
+    Newton may start from the gate of all sessions: the optimum of a half is its own all the same. `valid` keeps seen
+    items, `valid_unseen` excludes them. What to choose a gate's scorers and bands by.
     """
     half = torch.zeros(len(target_S), dtype=torch.bool)
     half[draw(len(target_S), (len(target_S) + 1) // 2, seed)] = True
     rank = torch.zeros(2, len(target_S), dtype=torch.long)
     for fitted in (half, ~half):
-        gate = fit_gate(scorers, [t[fitted] for t in scores_MSV], target_S[fitted], seen_SX[fitted], band_V, edges)
+        gate = fit_gate(scorers, [t[fitted] for t in scores_MSV], target_S[fitted], seen_SX[fitted], band_V, edges,
+                        start)
         for rows in (~fitted).nonzero()[:, 0].split(CHUNK):
             fused = gate([t[rows] for t in scores_MSV], band_V)
             rank[:, rows] = torch.stack(ranks_both(fused, target_S[rows], seen_SX[rows].long()))
@@ -98,11 +101,12 @@ def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S:
 
 
 def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor, band_V: Tensor,
-             edges: Sequence[int]) -> Gate:
+             edges: Sequence[int], start: Gate | None = None) -> Gate:
     """The gate that minimises the cross-entropy of the targets among unseen items (all items if `repeat` is fused).
 
     `scores_MSV`: a table [S, V+1] of each scorer (half precision will do), `seen_SX`: items to mask, 0 pads. Starts
-    from the first scorer alone. UserError where a scorer says the same of every item.
+    from the first scorer alone, or from another gate, which saves steps and changes nothing else. UserError where a
+    scorer says the same of every item.
     """
     if REPEAT in scorers:
         seen_SX = torch.zeros_like(seen_SX[:, :1])
@@ -113,6 +117,8 @@ def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Ten
     count, width = len(edges) + 1, len(scores_MSV) + 1
     theta = torch.zeros(width, count, dtype=torch.double)
     theta[0] = spread[0]
+    if start is not None:
+        theta[:-1], theta[-1] = start.weight * spread[:, None], start.bias
     onehot_VN = F.one_hot(band_V, count).float()
     onehot_VN[0] = 0
 

@@ -655,8 +655,7 @@ def flat(params: Any, prefix: str = "") -> dict[str, Any]:
     content = params if isinstance(params, dict) else vars(params)
     result: dict[str, Any] = {}
     for key, value in content.items():
-        if dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace) or (
-                isinstance(value, dict) and value):
+        if dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace):
             result |= flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value
