@@ -219,3 +219,14 @@ def test_a_real_checkpoint_is_described():
     assert describe(checkpoint("stories260K"))["attention"] == "causal"
     found = describe(checkpoint("all-MiniLM-L6-v2"))
     assert (found["attention"], found["width"], found["layers"], found["positions"]) == ("bidirectional", 384, 6, 512)
+
+
+def test_random_weights_have_the_architecture_alone_and_hang_on_the_seed(folder):
+    own, drawn, again, other = (load_language_model(folder, random=seed).state_dict() for seed in (None, 1, 1, 2))
+    assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in own.items()}
+    assert all(torch.equal(drawn[k], again[k]) for k in drawn)
+    matrices = [k for k, v in own.items() if v.dim() == 2]
+    assert matrices and not any(torch.equal(drawn[k], own[k]) or torch.equal(drawn[k], other[k]) for k in matrices)
+    state = torch.get_rng_state()
+    load_language_model(folder, random=1)
+    assert torch.equal(torch.get_rng_state(), state), "whatever is drawn next stays as it was"

@@ -16,8 +16,10 @@ from llmgr.training import fit
 
 ITEMS, DIM, USERS, LONGEST = 12, 8, 4, 10
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
-RATES = {"hcgr": 0.1}
+RATES = {"hcgr": 0.1, "sasrec": 0.08}
 """Learning rates of the Markov chain below, where they are not 0.02."""
+HITS = {"sasrec": 0.8}
+"""Hit rates of the Markov chain to pass, where they are not 0.9: SASRec starts from much smaller weights."""
 
 
 def sessions(lists: list[list[int]] = LISTS, users: list[int] | None = None) -> Sessions:
@@ -128,7 +130,7 @@ def hit_at_1(name: str, folder: Path, shuffle: bool) -> float:
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_it_learns_a_markov_chain_and_not_its_shuffled_twin(name, tmp_path):
-    assert hit_at_1(name, tmp_path, shuffle=False) > 0.6
+    assert hit_at_1(name, tmp_path, shuffle=False) > HITS.get(name, 0.9)
     assert hit_at_1(name, tmp_path, shuffle=True) < 0.3
 
 

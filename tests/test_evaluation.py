@@ -13,6 +13,8 @@ import torch
 from llmgr import evaluation
 from llmgr.artifacts import save_tensors
 from llmgr.encoders import build_recommender, save_recommender
+from llmgr.errors import UserError
+from llmgr.gate import Gate, bands
 from llmgr.graph import read_sessions
 
 ITEMS = 15
@@ -101,3 +103,50 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     with torch.no_grad():
         query, vectors = model(sessions.graphs(samples))
         torch.testing.assert_close(found["gcsan"]()(sessions)(samples), query @ vectors.T)
+
+
+def gate_params(**fuse: list[str]) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        data=types.SimpleNamespace(max_session=5), evaluate=types.SimpleNamespace(item_shrinkage=1.0, item_decay=0.5),
+        encoder=types.SimpleNamespace(names=[], controls=[], control_texts=[]),
+        gate=types.SimpleNamespace(fuse=fuse, edges=[1, 3]))
+
+
+def test_a_gate_of_what_scores_nothing_names_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 5)
+    with pytest.raises(UserError, match=r"gate.fuse names item-kn, which scores nothing here; the nearest .* item-knn"):
+        evaluation.part("item-kn", gate_params(), CPU)
+
+
+def test_gates_stand_beside_their_scorers_which_score_a_batch_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 5)
+    calls = []
+    makers = evaluation.scorers(gate_params(), CPU)
+    counted = evaluation.popularity(CPU)
+
+    def over(sessions):
+        score = counted(sessions)
+        return lambda samples: (calls.append(len(samples)), score(samples))[1]
+
+    chosen = {"pop": lambda: over, "item-knn": makers["item-knn"]}
+    monkeypatch.setattr(evaluation, "scorers", lambda *_: chosen)
+    params = gate_params(mine=["pop", "item-knn"], other=["item-knn", "pop", "repeat"])
+    for name, parts in params.gate.fuse.items():
+        weight = torch.arange(1.0, 1 + 3 * len(parts)).view(len(parts), 3)
+        Gate(parts, [1, 3], weight, torch.zeros(3)).save(tmp_path / f"models/gates/{name}.json")
+    models = evaluation.loaded(params, CPU)
+    assert list(models) == ["pop", "item-knn", "mine", "other"]
+    sessions, _ = read_sessions("data/sessions/test.parquet", 5)
+    samples = torch.arange(4)
+    scores = {name: over(sessions)(samples) for name, over in models.items()}
+    assert calls == [4]
+    band = bands(evaluation.training_interactions(), [1, 3])
+    repeat = torch.zeros(4, ITEMS + 1).scatter_(1, sessions.graphs(samples).items_BS, 1.0)
+    weight = torch.arange(1.0, 10.0).view(3, 3)[:, band]
+    expected = weight[0] * scores["item-knn"] + weight[1] * scores["pop"] + weight[2] * repeat
+    torch.testing.assert_close(scores["other"][:, 1:], expected[:, 1:], atol=1e-4, rtol=1e-4)
+    params.gate.fuse = {"pop": ["item-knn"]}
+    with pytest.raises(UserError, match=r"gate\.fuse names a gate pop, which is a model already"):
+        evaluation.loaded(params, CPU)

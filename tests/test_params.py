@@ -20,14 +20,7 @@ PRESETS = sorted((ROOT / "stages/presets").glob("*.txt"))
 
 def changed(**settings: object) -> dict:
     """The committed parameters with `tune__lr=...` set, as `-S tune.lr=...` sets it."""
-    content = copy.deepcopy(CONTENT)
-    for key, value in settings.items():
-        *parents, leaf = key.split("__")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section[leaf] = value
-    return content
+    return params.changed(CONTENT, {key.replace("__", "."): value for key, value in settings.items()})
 
 
 def refused(**settings: object) -> str:

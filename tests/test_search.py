@@ -12,22 +12,11 @@ import yaml
 import pick
 from llmgr import search
 from llmgr.errors import UserError
-from llmgr.params import flat, load
+from llmgr.params import changed, flat, load
 
 ROOT = Path(__file__).parents[1]
 CONTENT = yaml.safe_load((ROOT / "params.yaml").read_text())
 METRICS = "reports/metrics/encoders/{}.json"
-
-
-def changed(settings: dict[str, Any]) -> dict[str, Any]:
-    content = copy.deepcopy(CONTENT)
-    for key, value in settings.items():
-        *parents, leaf = key.split(".")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section[leaf] = value
-    return content
 
 
 class Repository:
@@ -39,7 +28,7 @@ class Repository:
         self.experiments: list[dict] = []
 
     def state(self, name: str, settings: dict[str, Any], ndcg: dict[str, float], trained: tuple[str, ...]) -> dict:
-        content, revision = changed(settings), f"{name}-revision"
+        content, revision = changed(CONTENT, settings), f"{name}-revision"
         data = f"sessions of {content['data']['dataset']} by {content['split']}"
         stages = copy.deepcopy(self.locks["main-revision"]["stages"]) if self.locks else {}
         stages["split"] = {"params": {"params.yaml": {"split": content["split"]}},
@@ -184,4 +173,4 @@ def test_every_grid_searches_known_keys_with_values_that_load(path: Path) -> Non
         if key not in search.LISTS:
             assert search._role(key, path.stem) == "searched" and "," in values
             for value in values.split(","):
-                build(Params, changed({key: yaml.safe_load(value)}), "")
+                build(Params, changed(CONTENT, {key: yaml.safe_load(value)}), "")

@@ -99,3 +99,12 @@ def test_item_texts_come_by_id_and_the_text_stands_in_for_a_title(tmp_path):
         tmp_path / "items.parquet")
     assert item_texts(tmp_path / "items.parquet", "title") == ["A text", "B", "C"]
     assert item_texts(tmp_path / "items.parquet", "text") == ["A text", "B text", "C text"]
+
+
+def test_shuffled_texts_and_shuffled_vectors_go_to_the_same_items(tmp_path):
+    titles = [f"title {n}" for n in range(1, 31)]
+    pl.DataFrame({"item_id": range(1, 31), "title": titles, "text": titles}).write_parquet(tmp_path / "items.parquet")
+    vectors = torch.arange(31.0)[:, None]
+    dealt = item_texts(tmp_path / "items.parquet", "title", 5)
+    assert dealt == [f"title {int(n)}" for n in shuffled(vectors, 5)[1:, 0]] != titles
+    assert sorted(dealt) == sorted(titles) == sorted(item_texts(tmp_path / "items.parquet", "title"))

@@ -10,7 +10,7 @@ import yaml
 from llmgr import report, twins
 from llmgr.artifacts import write_json
 from llmgr.errors import UserError
-from llmgr.params import load
+from llmgr.params import changed, load
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -34,9 +34,9 @@ def lock(content: dict) -> dict:
 
 
 def test_experiments_are_matched_by_what_decides_their_figures():
-    random = twins.changed(BASE, {"model.weights": "random", "bucket.resamples": 500})
-    other = twins.changed(BASE, {"model.weights": "random", "tune.lr": 0.1})
-    stale = twins.changed(BASE, {"model.lora_r": 0})
+    random = changed(BASE, {"model.weights": "random", "bucket.resamples": 500})
+    other = changed(BASE, {"model.weights": "random", "tune.lr": 0.1})
+    stale = changed(BASE, {"model.lora_r": 0})
     states = [state("workspace", BASE, 0.9), state("abc", BASE, 0.3), state("exp-other", other, 0.5),
               state("exp-random", random, 0.2), state("exp-stale", stale, 0.1)]
     locks = {"abc": lock(BASE), "exp-other": lock(other), "exp-random": lock(random), "exp-stale": lock(BASE)}
@@ -50,7 +50,7 @@ def test_experiments_are_matched_by_what_decides_their_figures():
 
 def test_every_preset_changes_parameters_that_exist():
     for path in sorted(twins.PRESETS.glob("*.txt")):
-        assert twins.decisive(twins.changed(BASE, twins.changes(path))) != twins.decisive(BASE), path
+        assert twins.decisive(changed(BASE, twins.changes(path))) != twins.decisive(BASE), path
 
 
 def test_a_preset_that_is_no_list_of_options_is_refused(tmp_path):

@@ -32,10 +32,10 @@ def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
 
 
 def fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest of as many calls as fit, after one to warm up."""
+    """Seconds of the fastest of as many calls as fit, at least one, after one to warm up."""
     best, end = float("inf"), time.monotonic() + seconds
     call()
-    while time.monotonic() < end:
+    while best == float("inf") or time.monotonic() < end:
         start = time.perf_counter()
         call()
         if device.type == "cuda":

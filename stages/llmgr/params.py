@@ -7,6 +7,7 @@ The docstring below a field is its documentation. Values are coerced to the decl
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -647,6 +648,18 @@ def build(kind: type, content: dict[str, Any], prefix: str) -> Any:
     values = {key: _coerced(hints[key], value, prefix + key) for key, value in content.items()}
     result = kind(**values)
     result.check()
+    return result
+
+
+def changed(content: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A parameter file's content with new values at dotted keys, as `-S` sets them; the content itself stays."""
+    result = copy.deepcopy(content)
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        section = result
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
     return result
 
 

@@ -1,7 +1,6 @@
 """LLMGR's twins: the same experiment with one thing taken away, which tells what that thing is worth."""
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from llmgr.errors import UserError
-from llmgr.params import Params, build, flat
+from llmgr.params import Params, build, changed, flat
 from llmgr.search import TUNED, finished, trained
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
@@ -23,18 +22,6 @@ def changes(path: Path) -> dict[str, Any]:
     if options[::2] != ["-S"] * (len(options) // 2) or not options or len(options) % 2:
         raise UserError(f"{path} must hold -S key=value options and nothing else")
     return {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options[1::2])}
-
-
-def changed(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter file's content with new values at dotted keys."""
-    result = copy.deepcopy(dict(content))
-    for key, value in values.items():
-        *parents, leaf = key.split(".")
-        section = result
-        for parent in parents:
-            section = section[parent]
-        section[leaf] = value
-    return result
 
 
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:

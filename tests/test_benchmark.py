@@ -1,0 +1,44 @@
+"""What the benchmark counts: the operations that a step needs, and where its time goes."""
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from tiny import DIM, ITEMS, TEXT, llmgr, prefixes, tokenizer
+
+from llmgr import benchmark
+from llmgr.prompts import BehaviourPrompts
+from llmgr.tuning import BehaviourJob
+
+SETTINGS = types.SimpleNamespace(batch_size=2, accumulate=1, targets="positions", samples=0, valid_sessions=0,
+                                 mask_seen=False)
+
+
+def job() -> BehaviourJob:
+    prompts, sessions = BehaviourPrompts(tokenizer(), "slot", None, 4, False), prefixes()
+    return BehaviourJob(llmgr(), prompts, sessions, sessions, SETTINGS, 3, torch.float32)
+
+
+def test_operations_are_those_of_frozen_matrices_adapters_and_the_output():
+    model = llmgr()  # two layers of width 16: queries and outputs 16 x 16, keys and values 16 x 8, three of 16 x 32
+    frozen = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32)
+    adapters = 2 * 4 * ((16 + 16) * 2 + (16 + 8) * 2)
+    table = (ITEMS + 1) * (DIM + TEXT)
+    assert benchmark.operations(model, 10, 0) == 10 * (4 * frozen + 6 * adapters)
+    assert benchmark.operations(model, 0, 3) == 3 * 4 * table
+
+
+def test_steps_count_all_batches_but_the_first_and_shares_add_up():
+    made = job()
+    batches = [micros[0] for micros in made.steps(0, torch.Generator().manual_seed(0))]
+    found = benchmark.steps(made, batches, benchmark.trained(made.model))
+    assert found["prompts"] == sum(map(len, batches[1:])) and found["targets"] == sum(map(made.targets, batches[1:]))
+    assert found["tokens"] > found["targets"] and found["seconds"] > 0
+    shares = benchmark.shares(made, batches)
+    assert shares[0][0] == "matrix products" and 0 < shares[0][1] < 1
+    assert sum(share for _, share in shares) == pytest.approx(1)
+
+
+def test_a_machine_has_a_rate():
+    assert benchmark.product_rate(torch.device("cpu"), torch.float32, 0.05) > 1e8
