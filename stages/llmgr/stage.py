@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from llmgr.errors import UserError
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_DISK_WORDS = (*map(os.strerror, FULL_DISK), "database or disk is full")  # the last is SQLite's
 
 
 def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None) -> None:
@@ -35,8 +36,9 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on from the last checkpoint", status=130)
     except Exception as error:
-        if _disk_is_full(error):
-            _fail(f"the disk is full or a file limit was reached ({error}); free some space and run `dvc repro` again: "
+        if disk_is_full(error):
+            told = " ".join(str(error).splitlines()[0][:160].split())
+            _fail(f"the disk is full or a file limit was reached ({told}); free some space and run `dvc repro` again: "
                   "finished files are whole and training goes on from its last checkpoint")
         if _out_of_memory(error):
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
@@ -50,16 +52,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full; libraries that wrap it keep its words at most."""
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    return any(words in str(error) for words in FULL_DISK_WORDS)
+
+
 def _fail(sentence: str, status: int = 2) -> None:
     say(f"error: {sentence}")
     sys.stdout.flush()
     os._exit(status) if status == 130 else sys.exit(status)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    return any(os.strerror(code) in str(error) for code in FULL_DISK)  # Rust writers wrap the errno in text
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -5,9 +5,11 @@ parameters finds the earlier run, and a run that a killed publisher left behind 
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -18,8 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmgr.artifacts import digest, home, left_behind, read_json
+from llmgr.artifacts import digest, home, left_behind, read_json, replacing
 from llmgr.errors import UserError
+from llmgr.stage import disk_is_full
 
 KEY = "llmgr.key"
 PACKAGES = ("torch", "transformers", "peft", "polars", "numpy", "mlflow", "dvc")
@@ -141,9 +144,13 @@ def store(uri: str | None) -> str:
 
 def beside(address: str) -> Path:
     """Where a store's lock and artifacts lie: beside a sqlite file, which clones may share, else in the root."""
-    if address.startswith("sqlite:///"):
-        return Path(address.removeprefix("sqlite:///").partition("?")[0]).parent
-    return home()
+    file = _file(address)
+    return home() if file is None else file.parent
+
+
+def _file(address: str) -> Path | None:
+    """The file of a sqlite store."""
+    return Path(address.removeprefix("sqlite:///").partition("?")[0]) if address.startswith("sqlite:///") else None
 
 
 def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, reports: Path) -> dict[str, str]:
@@ -157,6 +164,7 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # its traces of what is said here in a sentence
     address = store(uri)
     kind = address.split(":", 1)[0]
     shown = kind if kind == "sqlite" else address
@@ -165,6 +173,7 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
     name = os.environ.get("DVC_EXP_NAME") or f"{parameters['data.dataset']}-{identity[:8]}"
     try:
         with filelock.FileLock(beside(address) / ".mlflow.lock", timeout=LOCK_SECONDS):
+            _create(mlflow, address)
             client = _client(mlflow, address)
             experiment_id = _experiment(client, experiment, address)
             run = _finished(client, experiment_id, identity)
@@ -176,11 +185,24 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
         raise UserError(f".mlflow.lock has been held for {LOCK_SECONDS} s by another process that publishes: wait for "
                         "it, then run `dvc repro track` again") from None
     except (MlflowException, OSError) as error:
+        if disk_is_full(error):
+            raise
         told = f"the MLflow store ({shown}) did not take the run ({' '.join(str(error).split())[:160]})"
         raise UserError(re.sub(r"//[^/@\s]*@", "//", told) + ": mend track.uri or MLFLOW_TRACKING_URI, or start the "
                         "server, and run `dvc repro track` again") from None  # no password in a message
     return {"run_id": run.info.run_id, "experiment": experiment, "name": run.info.run_name, "key": identity,
             "store": kind}
+
+
+def _create(mlflow: Any, address: str) -> None:
+    """A new sqlite store takes its name when it is whole: one that was killed or ran full halfway never opens again."""
+    file = _file(address)
+    if file is None or file.exists():
+        return
+    for leftover in file.parent.glob(f".{file.name}.*.tmp*"):
+        leftover.unlink()
+    with replacing(file) as temporary:
+        _client(mlflow, f"sqlite:///{temporary}")
 
 
 def _client(mlflow: Any, address: str) -> Any:
@@ -199,13 +221,26 @@ def _client(mlflow: Any, address: str) -> Any:
 
 def _experiment(client: Any, name: str, address: str) -> str:
     found = client.get_experiment_by_name(name)
+    # A database store would put artifacts below the current folder, which in DVC's temporary copies vanishes.
+    place = None if address.startswith("http") else (beside(address) / "mlartifacts").resolve()
     if found is None:
-        # A database store would put artifacts below the current folder, which in DVC's temporary copies vanishes.
-        place = None if address.startswith("http") else (beside(address) / "mlartifacts").resolve().as_uri()
-        return client.create_experiment(name, artifact_location=place)
+        return client.create_experiment(name, artifact_location=place and place.as_uri())
     if found.lifecycle_stage == "deleted":
         raise UserError(f"track.experiment={name} was deleted in MLflow: restore it there or choose another name")
+    file, former = _file(address), found.artifact_location
+    if file and place.is_dir() and former != place.as_uri() and re.fullmatch("file:.*/mlartifacts", former):
+        _follow(file, former, place.as_uri())
     return found.experiment_id
+
+
+def _follow(store: Path, former: str, place: str) -> None:
+    """Lead the links of a store that was moved, or copied, to the artifacts beside it: MLflow keeps them absolute."""
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(store, timeout=60)) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, "
+                             "?) = ?", (place, len(former) + 1, len(former) + 1, former + "/"))
 
 
 def _finished(client: Any, experiment_id: str, identity: str) -> Any:
