@@ -13,6 +13,9 @@ from typing import Any
 
 from llmgr.errors import UserError
 
+UNFINISHED_KEPT = 5
+"""Interrupted trainings (and downloads) of a stage that wait to be gone on with; older ones are dropped."""
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -128,7 +131,8 @@ def resume_folder(stage: str, params: Any, inputs: Iterable[str | Path]) -> Path
     """Where a stage keeps what it needs to go on after an interruption.
 
     The folder's name is a fingerprint of everything that decides the outcome: the parameters read, the inputs'
-    contents, the code, the thread and process counts (they decide rounding). It lies outside DVC's outs.
+    contents, the code, the thread and process counts (they decide rounding). It lies outside DVC's outs. What waits
+    there for parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT` newer ones.
     """
     source = Path(__file__).resolve().parent.parent
     print_of = hashlib.sha256()
@@ -139,9 +143,24 @@ def resume_folder(stage: str, params: Any, inputs: Iterable[str | Path]) -> Path
         print_of.update(f"{file.relative_to(source).as_posix()}\0{digest(file)}\n".encode())
     print_of.update(f"threads {os.environ.get('OMP_NUM_THREADS', os.cpu_count())}".encode())
     print_of.update(f"world {os.environ.get('WORLD_SIZE', 1)}".encode())
-    folder = home() / ".resume" / stage / print_of.hexdigest()[:16]
+    return waiting(stage, print_of.hexdigest()[:16])
+
+
+def waiting(stage: str, name: str) -> Path:
+    """The folder `name` of what a stage left unfinished, made where it is not; old ones of the stage are dropped."""
+    folder = home() / ".resume" / stage / name
     folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+    for path in sorted(others, key=_last_used, reverse=True)[UNFINISHED_KEPT - 1:]:
+        shutil.rmtree(path, ignore_errors=True)
     return folder
+
+
+def _last_used(folder: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return 0.0
 
 
 def _rounded(value: Any) -> Any:

@@ -95,8 +95,7 @@ def source(url: str, mirror: str | None, expected: str | None, retries: int, tim
         yield path, shown(mirror)
         return
     url = f"{mirror.rstrip('/')}/{name}" if mirror else url
-    folder = artifacts.home() / ".resume" / "download" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = artifacts.waiting("download", hashlib.sha256(url.encode()).hexdigest()[:16])
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # experiments that run side by side want the same file
         folder.mkdir(exist_ok=True)
