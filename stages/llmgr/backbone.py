@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.artifacts import digest, home, require
+from llmgr.artifacts import digest, home, require, save_tensors
 from llmgr.errors import UserError
 from llmgr.stage import FULL_DISK
 from llmgr.training import Loss
@@ -222,9 +222,17 @@ def train_scratch(texts: list[str], params: Any, folder: Path, resume: Path, see
     job = TextJob(model, table, torch.tensor([len(ids[i]) for i in order]), max(1, len(ids) // 20), params.batch_size)
     progress = fit(job, params, seed=seed, resume=resume, name="backbone")
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    _save(folder, model)
     return progress, model
+
+
+def _save(folder: Path, model: Any) -> None:
+    """As `model.save_pretrained`, which would load DeepSpeed to ask whether this is one of its engines."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    tied = set(model.all_tied_weights_keys)
+    save_tensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in tied},
+                 {"format": "pt"})
 
 
 def describe(folder: Path) -> dict[str, Any]:
