@@ -160,6 +160,10 @@ def test_the_page_shows_the_figures_of_the_metrics(project: Path) -> None:
                 assert metric == "n" or f"{bounds[model][convention]['all'][metric][0]:.4f}–" in text
             assert f"{found[model][convention]['cold']['ndcg_at_20']:.4f}" in text
     assert "12,345" in text and "11,890" in text and "1,500 test sessions" in text
+    sections = ["Data sample: 1,500 users, 640 items", "what it is HR@20", "Does LLMGR beat the text control?",
+                "Cold and warm items", "Differences from every model", "Training", "Cost",
+                "All cutoffs, with intervals"]
+    assert sorted(sections, key=text.index) == sections, "what was run, what came out, does it beat the control, why"
     assert "Synthetic data." in text and "2 CPU threads, X" in text and "21.35" in text
 
 
@@ -170,6 +174,33 @@ def test_the_headline_follows_the_numbers(tmp_path: Path, gain: float, words: st
     text = Page(report.render(found, VIEW, {"buckets": "", "differences": ""})).text()
     assert {v["model"] for v in report.verdicts(found, VIEW)} >= {"gcsan", "gcsan-text"}
     assert words in text and "No clear difference" not in text
+
+
+@pytest.mark.parametrize(("gain", "word"), [(4.0, "Yes. "), (0.2, "No. ")])
+def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float, word: str) -> None:
+    write_reports(tmp_path, gain=gain)
+    found = report.evidence(tmp_path / "reports")
+    for base in ("gcsan", "gcsan-text"):
+        view = PARAMS.view(stage.READS)
+        view.model = dataclasses.replace(PARAMS.model, base=base)
+        first, *_ = said = report.verdicts(found, view)
+        assert first["model"] == "gcsan-text" and {v["model"] for v in said} >= {"gcsan", "gcsan-text"}
+        text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+        assert f"Does LLMGR beat the text control? {word}LLMGR ranks the next item" in text
+
+
+def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
+    models = ["pop", "text-knn", "gated-gcsan-text", "gated-llmgr", "gcsan", "gcsan-text", "llmgr"]
+    of = {model: {} for model in models}
+    found = report.arranged({"buckets": of, "intervals": of, "differences": {}, "cost": {}}, VIEW)
+    assert list(found["buckets"]) == list(found["intervals"]) == [
+        "pop", "text-knn", "gcsan", "gcsan-text", "gated-gcsan-text", "gated-llmgr", "llmgr"]
+    took = {"text-knn": 1.0, "gcsan-text": 2.0, "llmgr": 4.0, "gated-llmgr": 0.5}
+    spent = report.ranking_seconds({"cost": {"evaluate": {"seconds_by_model": took}}}, VIEW)
+    assert spent == took | {"gated-llmgr": 7.5}
+    assert {model: report.describe(model, VIEW) for model in models[2:4]} == {
+        "gated-gcsan-text": "gate over gcsan-text, text-knn", "gated-llmgr": "gate over llmgr, gcsan-text, text-knn"}
+    assert report.describe("gcsan-text", VIEW) == "gcsan with item texts: the control"
 
 
 def test_a_difference_is_one_only_where_the_corrected_p_is_small() -> None:

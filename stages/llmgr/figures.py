@@ -14,15 +14,16 @@ from matplotlib.ticker import FuncFormatter
 
 from llmgr.buckets import FLOORS
 
-INK, QUIET, RULE = "#1f2933", "#6b7785", "#e3e7eb"
+INK, QUIET, FAINT, RULE = "#1f2933", "#6b7785", "#c3cad1", "#e3e7eb"
 OURS_COLOUR = "#c2410c"
 COLOURS = ("#1d4e89", "#3a8f85", "#8b6fb3", "#b08a2e", "#5b8c3e", "#a8577e", "#4c7fb8", "#7a6652")
 MARKERS = "osD^vPX*"
 FLOOR_LOOKS = dict(zip(FLOORS, zip(("#aab4be", "#95a1ac", "#7c8894", "#616d79"), ".<>h")))
 WIDTH = 11.5  # inches; at full page width the text then has the size of the small print
 BINS = 200  # points of a drawn training loss
+SMOOTH = 9  # points of the median drawn over it: the last step of an epoch is a smaller batch, and stands out
 SIZES = tuple(digit * 10 ** power for power in range(2, 13) for digit in (1, 3))  # ticks of a parameter axis
-TIMES = (0.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 168 * 3600)  # ticks of a time axis, seconds
+TIMES = (0.1, 1, 3, 10, 30, 60, 180, 600, 1800, *(hours * 3600 for hours in (1, 3, 8, 24, 72, 168)))  # of a time axis
 
 Looks = dict[str, tuple[str, str]]
 
@@ -100,30 +101,34 @@ def differences(gaps: Mapping, ours: str, metrics: Sequence[str] = ("hr_at_20", 
 
 
 def curves(steps: Mapping[str, pl.DataFrame], epochs: Mapping[str, pl.DataFrame]) -> str:
-    """A row a trained part: training loss by step, and the validation figures that its epochs recorded."""
+    """A row a trained part: its losses by step, and the other figures that its epochs recorded."""
     names = list(dict.fromkeys([*steps, *epochs]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.3 + 1.75 * len(names)))
         grid = figure.subplots(len(names), 2, squeeze=False, gridspec_kw={"hspace": 0.75, "wspace": 0.16})
         for (left, right), name in zip(grid, names):
-            if name in steps:
-                left.plot(*_binned(steps[name]["step"].to_numpy(), steps[name]["loss"].to_numpy()), color=INK,
-                          linewidth=1.3)
-            left.set_title(f"{name}: training loss")
-            left.set_xlabel("step", loc="right", labelpad=1)
             table = epochs.get(name, pl.DataFrame())
+            if name in steps:
+                x, y = _binned(steps[name]["step"].to_numpy(), steps[name]["loss"].to_numpy())
+                left.plot(x, y, color=FAINT, linewidth=0.9)
+                left.plot(x, _median(y), color=INK, linewidth=1.3, label="training")
+            if "valid_loss" in table.columns:
+                left.plot(table["step"], table["valid_loss"], "o-", color=OURS_COLOUR, markersize=3, linewidth=1.3,
+                          label="validation")
+                left.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), borderpad=0,
+                            handlelength=1.2, columnspacing=1)
+            left.set_title(f"{name}: training loss" if "valid_loss" not in table.columns else f"{name}: loss")
+            left.set_xlabel("step", loc="right", labelpad=1)
             hidden = ("epoch", "step", "train_loss", "valid_loss", "_at_5", "_at_10")
             shown = [c for c in table.columns if not c.endswith(hidden) and table[c].is_not_null().any()]
             title = "validation" if any(c.startswith("valid_") for c in shown) else "held-out figures"
-            if not shown:  # nothing but losses was measured
-                shown, title = [c for c in ("train_loss", "valid_loss") if c in table.columns], "loss"
             for column, colour in zip(shown, (OURS_COLOUR, *COLOURS)):
                 right.plot(table["epoch"], table[column], "o-", color=colour, markersize=3, linewidth=1.3,
                            label=pretty(column.removeprefix("valid_")))
-            right.set_title(title)
-            right.set_xlabel("epoch", loc="right", labelpad=1)
-            right.xaxis.get_major_locator().set_params(integer=True)
             if shown:
+                right.set_title(title)
+                right.set_xlabel("epoch", loc="right", labelpad=1)
+                right.xaxis.get_major_locator().set_params(integer=True)
                 right.legend(fontsize=8, ncols=len(shown), loc="lower right", bbox_to_anchor=(1, 0.98), borderpad=0,
                              handlelength=1.2, columnspacing=1)
             else:
@@ -200,6 +205,12 @@ def _dots(axes: Axes, points: list, colour: str, marker: str, label: str) -> Non
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [p for p in np.array_split(np.arange(len(x)), BINS) if len(p)]
     return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def _median(y: np.ndarray) -> np.ndarray:
+    """The running median, of what there is towards the ends."""
+    reach = SMOOTH // 2
+    return np.array([np.median(y[max(0, place - reach):place + reach + 1]) for place in range(len(y))])
 
 
 def _legend(figure: Figure, handles: list, names: list[str]) -> None:

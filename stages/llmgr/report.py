@@ -20,9 +20,14 @@ HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
 REQUIRED = ("buckets", "intervals", "differences")
 FACTS = ("filter", "split", "backbone", "align", "tune", "gate")
 MAIN = "llmgr"  # without a gate
+HEADLINE_COLUMNS = [*(("all", metric) for metric in HEADLINE), ("cold", "hr_at_20"), ("warm", "hr_at_20")]
 TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
                 ("test_unseen", "all", "ndcg_at_20"), ("test", "cold", "hr_at_20"), ("test", "warm", "hr_at_20")]
 DRAWN = 10  # models of a figure that compares them side by side; the tables have all
+UNTRAINED = {"pop": "the most popular items", "item-knn": "items that the same sessions clicked, untrained",
+             "session-knn": "what similar sessions clicked, untrained",
+             "text-knn": "items with the most similar texts, untrained"}
+ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
 
 
 def evidence(reports: Path) -> dict[str, Any]:
@@ -67,8 +72,18 @@ def _curves(paths: set[Path], order: Mapping) -> dict[str, pl.DataFrame]:
     return {name: frame for name, frame in frames.items() if frame.height}
 
 
+def arranged(found: Mapping[str, Any], params: Any) -> dict[str, Any]:
+    """The evidence with gates behind the models that they fuse; LLMGR and `bucket.ours` stay last."""
+    def place(model: str) -> tuple[bool, ...]:
+        return model == params.bucket.ours, model == MAIN, model in params.gate.fuse
+
+    return {**found, **{kind: {model: found[kind][model] for model in sorted(found[kind], key=place)}
+                        for kind in REQUIRED}}
+
+
 def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
     """The figures that the evidence allows, name to SVG."""
+    found = arranged(found, params)
     label = {bucket: bucket_label(bucket, params.bucket) for bucket in _buckets(found)}
     sizes = {bucket: figures_["n"] for bucket, figures_ in next(iter(found["buckets"].values()))["test"].items()}
     ticks = {bucket: f"{text}\nn = {sizes[bucket]:,}" for bucket, text in label.items()}
@@ -112,6 +127,20 @@ def parameters(found: Mapping[str, Any]) -> dict[str, float]:
     return {model: costs[model]["total_parameters"] for model in found["buckets"] if model in costs}
 
 
+def describe(model: str, params: Any) -> str:
+    """What a model is, for somebody who meets its name for the first time."""
+    base, hyphen, text = model.partition("-")
+    if model in UNTRAINED:
+        return UNTRAINED[model]
+    if model in params.gate.fuse:
+        return "gate over " + ", ".join(params.gate.fuse[model])
+    if model == MAIN:
+        return f"language model ({params.llm.name}) over {params.model.base}'s item vectors"
+    if hyphen and text in ("text", "shuffled"):
+        return f"{base} with item texts: the control" if text == "text" else f"{base} with other items' texts"
+    return "session encoder, item ids alone"
+
+
 def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     """Training time by model, with everything that it needs: a control its text vectors, LLMGR its base and stages."""
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
@@ -124,8 +153,15 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     return {model: sum(took.get(part, 0.0) for part in set(parts)) for model, parts in needs.items()}
 
 
+def ranking_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
+    """Time to rank all validation and test sessions by model; a gate's has that of the models that it fuses."""
+    took = found["cost"].get("evaluate", {}).get("seconds_by_model", {})
+    return {model: own + sum(took.get(part, 0.0) for part in params.gate.fuse.get(model, ()))
+            for model, own in took.items()}
+
+
 def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
-    """What came out in words: LLMGR against its base encoder, that one's text control and the strongest other model.
+    """What came out in words: LLMGR against the text control, its base encoder and the strongest other model.
 
     A difference is called one only where its Holm-corrected p is below 0.05.
     """
@@ -133,8 +169,10 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     if not gaps:
         return []
     strongest = max(gaps, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
-    roles = {params.model.base: "its base encoder"}
-    roles.setdefault(_control(params), "the text + GNN control")
+    control, plain = _control(params), params.model.base.split("-")[0]
+    roles = {control: "the text + GNN control" + (" that it reads" if control == params.model.base else "")}
+    roles.setdefault(params.model.base, "the encoder that it reads")
+    roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")
     return [_verdict(found, params.bucket.ours, model, role) for model, role in roles.items() if model in gaps]
 
@@ -157,6 +195,11 @@ def sentence(said: list[dict[str, Any]], ours: str) -> str:
              f"{v['theirs']['hr_at_20']:.4f})" for v in said]
     listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
     return f"{title_of(ours)} ranks the next item {listed}." if parts else ""
+
+
+def answer(said: list[dict[str, Any]], params: Any) -> str:
+    """Whether the model beats the text control, in a word or two; empty where that is not known."""
+    return next((ANSWERS[v["word"]] for v in said if v["model"] == _control(params)), "")
 
 
 def title_of(model: str) -> str:
@@ -213,16 +256,19 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    found = arranged(found, params)
     said, ours = verdicts(found, params), params.bucket.ours
     environment.filters |= {f.__name__.strip("_"): f for f in (pretty, duration, signed, _number, _value)}
     return environment.get_template("report.html.j2").render(
-        found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours), conventions=CONVENTIONS,
-        headline=HEADLINE, metrics=names(), ours=ours, ours_title=title_of(ours), buckets=_buckets(found), call=call,
+        found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours),
+        answer=answer(said, params), control=_control(params), conventions=CONVENTIONS, headline=HEADLINE,
+        headline_columns=HEADLINE_COLUMNS, describe=lambda model: describe(model, params),
+        metrics=names(), ours=ours, ours_title=title_of(ours), buckets=_buckets(found), call=call,
         level=LEVEL,
         highlights=highlights(found, params), label=lambda bucket: bucket_label(bucket, params.bucket),
         title=lambda bucket: bucket_title(bucket, params.bucket), best=lambda c, b: best(found, c, b),
         p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
-        ranking_seconds=found["cost"].get("evaluate", {}).get("seconds_by_model", {}), parameters=parameters(found),
+        ranking_seconds=ranking_seconds(found, params), parameters=parameters(found),
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
         twin_columns=TWIN_COLUMNS, changes=_changes,
         facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=flat(params))
@@ -230,6 +276,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
 
 def markdown(found: Mapping[str, Any], params: Any) -> str:
     """The results as Markdown tables for a README: overall, every bucket with intervals, differences, cost."""
+    found = arranged(found, params)
     sections = [_overall(found, params, convention) for convention in CONVENTIONS]
     sections += [_bucket(found, params, convention, bucket)
                  for bucket, convention in itertools.product(_buckets(found), CONVENTIONS)
