@@ -170,6 +170,24 @@ def test_the_resume_folder_follows_what_decides_the_outcome(tmp_path, monkeypatc
     assert artifacts.resume_folder("tune", {"lr": 1.0}, ["in"]).is_relative_to(root / ".resume" / "tune")
 
 
+def test_abandoned_states_are_dropped_beyond_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    folders = [artifacts.waiting("tune", f"{number}") for number in range(artifacts.UNFINISHED_KEPT)]
+    for age, folder in enumerate(folders):
+        (folder / "state.pt").write_text("state")
+        for path in (folder, folder / "state.pt"):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    os.utime(folders[-1] / "state.pt")  # begun first, and still at work
+    (tmp_path / ".resume/tune/a.lock").touch()
+    other = artifacts.waiting("align", "0")
+    newest = artifacts.waiting("tune", "new")
+    assert set(folders) - {p for p in folders if p.exists()} == {folders[-2]}, "the one that nobody touched for longest"
+    assert newest.is_dir() and other.is_dir() and (tmp_path / ".resume/tune/a.lock").exists()
+    assert artifacts.waiting("tune", "0") == folders[0] and (folders[0] / "state.pt").read_text() == "state"
+    assert len([p for p in folders if p.exists()]) == artifacts.UNFINISHED_KEPT - 1
+
+
 def test_the_resume_folder_follows_the_code(tmp_path):
     import shutil
 

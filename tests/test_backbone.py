@@ -215,6 +215,13 @@ def test_a_scratch_model_learns_loads_and_is_the_same_twice(tmp_path):
     assert list(found["sha256"]) == ["model.safetensors"]
 
 
+def test_a_scratch_model_is_saved_as_transformers_saves_it(tmp_path):
+    _, model, folder = scratch(tmp_path, "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
 def test_a_real_checkpoint_is_described():
     assert describe(checkpoint("stories260K"))["attention"] == "causal"
     found = describe(checkpoint("all-MiniLM-L6-v2"))

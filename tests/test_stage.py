@@ -51,6 +51,7 @@ def test_help_is_the_docstring(tmp_path):
     ("import torch\ntorch.empty(2**60, dtype=torch.uint8)", ["out of memory", "tune.gradient_checkpointing"]),
     ("import os, errno\nraise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", ["disk is full"]),
     ("raise RuntimeError('I/O error: No space left on device (os error 28)')", ["disk is full"]),
+    ("raise RuntimeError('(sqlite3.OperationalError) database or disk is full\\n[SQL: ...]')", ["disk is full"]),
 ])
 def test_what_the_user_can_mend_is_one_sentence_and_status_2(tmp_path, body, words):
     done = run(tmp_path, body, "--mark", "x")
@@ -77,6 +78,16 @@ def test_a_wrong_parameter_stops_before_any_work(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: tune.epochs=many must be a whole number; set it with -S tune.epochs=VALUE\n"
+
+
+def test_an_unknown_key_is_one_sentence(tmp_path):
+    command = script(tmp_path, "print('worked')")
+    text = (tmp_path / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("tune:\n", "tune:\n  epoch: 2\n"))
+    done = subprocess.run([*command, "--mark", "x"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(STAGES)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: params.yaml: unknown key tune.epoch; the nearest known one is tune.epochs\n"
 
 
 @pytest.mark.parametrize("body", ["raise KeyError('defect')", "raise OSError(2, 'No such file')"])

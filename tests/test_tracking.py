@@ -15,6 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from machine import small_disk
 from test_report import write_reports
 
 from llmgr import tracking
@@ -42,6 +43,7 @@ def experiment(folder: Path, **changes: Any) -> Path:
     (folder / "data/sessions/test.parquet").write_bytes(b"sessions")
     (folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {
         "split": {"cmd": "x", "outs": [{"path": "data/sessions", "md5": "0123456789abcdef0123456789abcdef.dir"}]},
+        "check": {"cmd": "x", "outs": [{"path": "data/checked", "md5": "e" * 32}]},
         "tune": {"cmd": "x", "outs": [{"path": "models/tuned", "md5": "f" * 32}]}}}))
     return folder
 
@@ -182,19 +184,83 @@ def test_without_a_lock_the_data_themselves_give_the_digest(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_an_unreachable_server_is_one_sentence(home: Path, silent: bool) -> None:
+def test_an_unreachable_server_is_one_sentence(inside: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch,
+                                               silent: bool) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if silent:
             listener.listen()  # takes the connection and never answers
         address = f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         start = time.monotonic()
-        failed = subprocess.run(TRACK, cwd=home / "two", capture_output=True, text=True, timeout=60, env={
-            **CLEAN, "DVC_ROOT": str(home), "MLFLOW_TRACKING_URI": address})
+        with pytest.raises(UserError, match=r"track\.uri") as caught:
+            publish()
         assert time.monotonic() - start < 15
-    assert failed.returncode == 2 and "Traceback" not in failed.stderr and "secret" not in failed.stderr
-    assert len([line for line in failed.stderr.splitlines() if line.startswith("error: ")]) == 1
-    assert "track.uri" in failed.stderr
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("store", ["new", "full"])
+def test_a_full_disk_is_one_sentence_and_the_next_time_it_works(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    disk = tmp_path / "disk"
+    known = (home / "mlflow.db").read_bytes()
+    with small_disk(disk, 300 if store == "new" else len(known) // 1024 + 100):
+        environment = {**CLEAN, "DVC_ROOT": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{disk}/mlflow.db"}
+        if store == "full":
+            (disk / "mlflow.db").write_bytes(known)
+            monkeypatch.chdir(experiment(tmp_path / "three", model__lora_r=3))
+        else:
+            monkeypatch.chdir(home / "one")
+        failed = subprocess.run(TRACK, capture_output=True, text=True, timeout=120, env=environment)
+        assert failed.returncode == 2 and failed.stderr.startswith("error: the disk is full"), failed.stderr
+        assert len(failed.stderr.splitlines()) == 1
+        assert (disk / "mlflow.db").exists() == (store == "full"), "half a store has the name of a whole one"
+        subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
+        run_id = publish()["run_id"]
+        found = runs(mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"]))
+        assert run_id in {run.info.run_id for run in found} and {run.info.status for run in found} == {"FINISHED"}
+        assert len(found) == (1 if store == "new" else 4)
+
+
+def test_a_store_whose_making_was_killed_is_made_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**CLEAN, "DVC_ROOT": str(tmp_path)}
+    making = subprocess.Popen(TRACK, cwd=home / "one", env=environment, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size > 100_000 for path in tmp_path.glob(".mlflow.db.*.tmp")):
+        assert making.poll() is None, "it was made before it could be killed"
+        time.sleep(0.005)
+    making.kill()
+    making.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    monkeypatch.chdir(home / "one")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    run_id = publish()["run_id"]
+    (run,) = runs(mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
+    assert run.info.run_id == run_id and not list(tmp_path.glob(".mlflow.db.*"))
+
+
+def test_links_follow_a_store_that_was_moved(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved & renamed"
+    shutil.copytree(home, moved)
+    monkeypatch.chdir(moved / "one")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(moved))
+    before = json.loads((home / "one/reports/mlflow_run.json").read_text())
+    assert publish()["run_id"] == before["run_id"], "the run is found again"
+    client = mlflow.MlflowClient(f"sqlite:///{moved}/mlflow.db")
+    for run in runs(client):
+        assert run.info.artifact_uri == f"{(moved / 'mlartifacts').as_uri()}/{run.info.run_id}/artifacts"
+        assert "index.html" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    (there,) = {run.info.artifact_uri for run in runs(mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db"))
+                if run.info.run_id == before["run_id"]}
+    assert there.startswith(home.as_uri())
 
 
 def test_results_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,6 @@ class GraphBatch:
     edges_BNN: Tensor
     user_B: Tensor
 
-    def last_node_B(self) -> Tensor:
-        """Index of the node of the last click."""
-        return self.alias_BS.gather(1, (self.length_B - 1)[:, None])[:, 0]
-
     def mask_BS(self) -> Tensor:
         """True at clicks, False at padding."""
         return torch.arange(self.items_BS.shape[1], device=self.length_B.device) < self.length_B[:, None]

@@ -478,7 +478,7 @@ class Tune(Training):
     title_tokens: int
     """Tokens of each title in a prompt."""
     edges: bool
-    """The prompt lists the session graph's edges (nearly redundant; see METHOD in README)."""
+    """The prompt lists the session graph's edges (nearly redundant: sessions hardly repeat items)."""
     valid_sessions: int
     """Validation sessions scored after each epoch, drawn by seed; 0 takes all."""
     mask_seen: bool

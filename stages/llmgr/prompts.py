@@ -1,6 +1,6 @@
 """The two prompt families: readable templates, and their assembly into batches of text tokens and slots.
 
-A slot `{nodes}`, `{last}`, `{edges}` or `{graph}` is filled by a projected node or session-graph vector (METHOD 1.2);
+A slot `{nodes}`, `{last}`, `{edges}` or `{graph}` is filled by a projected node or session-graph vector;
 `{text}` takes an item's text. Stage 1 asks which node a text describes, stage 2 which item comes next.
 
 Stage 2's prompt is a trunk (the clicks) and a branch (the question). The branch of a prefix of p clicks sees the trunk

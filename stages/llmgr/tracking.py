@@ -105,15 +105,15 @@ def legal(name: str) -> str:
 
 
 def datasets(lock: Path, data: Path) -> dict[str, str]:
-    """Digest by path below `data/`: DVC's from dvc.lock where it has them, else MD5 of what is there."""
+    """Digest by folder of `data/`: DVC's from dvc.lock where it has them, else MD5 of what is there."""
     import yaml
 
     stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
     found = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", ())
-             if out["path"].startswith("data/") and "md5" in out}
+             if out["path"].startswith("data/") and out.get("md5", "").endswith(".dir")}
     if found:
         return found
-    return {path.as_posix(): digest(path, "md5") for path in sorted(data.glob("*")) if not path.name.startswith(".")}
+    return {path.as_posix(): digest(path, "md5") for path in sorted(data.glob("[!.]*")) if path.is_dir()}
 
 
 def tags(key: str) -> dict[str, str]:
