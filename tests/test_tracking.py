@@ -106,6 +106,7 @@ def test_a_run_holds_parameters_metrics_curves_files_and_lineage(home: Path, ins
     assert low < value < high
     assert data.metrics["difference.gcsan.test.all.hr_at_20"] == pytest.approx(
         data.metrics["test.all.hr_at_20"] - data.metrics["gcsan.test.all.hr_at_20"], abs=2e-6)
+    assert next(iter(tracking.metrics(Path("reports")))) == "test.all.hr_at_20"
     assert data.metrics["cost.tune.peak_memory_mb"] > 900 and data.metrics["filter.after.users"] == 1500
     with open("reports/curves/tune_steps.csv", newline="") as handle:
         losses = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(handle)}
