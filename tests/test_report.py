@@ -187,6 +187,10 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
         assert first["model"] == "gcsan-text" and {v["model"] for v in said} >= {"gcsan", "gcsan-text"}
         text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
         assert f"Does LLMGR beat the text control? {word}LLMGR ranks the next item" in text
+    assert "no difference can be called one" not in text
+    view.bucket = dataclasses.replace(PARAMS.bucket, resamples=100)
+    text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+    assert "With bucket.resamples=100 no difference can be called one" in text, "a verdict that could not be another"
 
 
 def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:

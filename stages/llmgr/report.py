@@ -135,7 +135,7 @@ def describe(model: str, params: Any) -> str:
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
     if model == MAIN:
-        return f"language model ({params.llm.name}) over {params.model.base}'s item vectors"
+        return f"language model ({params.llm.name.rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors"
     if hyphen and text in ("text", "shuffled"):
         return f"{base} with item texts: the control" if text == "text" else f"{base} with other items' texts"
     return "session encoder, item ids alone"
@@ -261,6 +261,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
     environment.filters |= {f.__name__.strip("_"): f for f in (pretty, duration, signed, _number, _value)}
     return environment.get_template("report.html.j2").render(
         found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours),
+        blind=least_p(params.bucket.resamples) * len(found["differences"]) >= LEVEL,
         answer=answer(said, params), control=_control(params), conventions=CONVENTIONS, headline=HEADLINE,
         headline_columns=HEADLINE_COLUMNS, describe=lambda model: describe(model, params),
         metrics=names(), ours=ours, ours_title=title_of(ours), buckets=_buckets(found), call=call,
