@@ -1,4 +1,4 @@
-"""A stage run in this process, and a disk that is small enough to fill."""
+"""A stage run in this process, what processes may cost, and a disk that is small enough to fill."""
 from __future__ import annotations
 
 import contextlib
@@ -34,6 +34,16 @@ def stage(name: str, *arguments: str, root: Path) -> int:
             os.chdir(before)
             torch.set_num_threads(threads)
     return 0
+
+
+@contextlib.contextmanager
+def within(seconds: float, told: str) -> Iterator[None]:
+    """The processes run inside take fewer seconds of work than that, however busy the machine is."""
+    before = os.times()
+    yield
+    after = os.times()
+    taken = after.children_user + after.children_system - before.children_user - before.children_system
+    assert taken < seconds, f"{taken:.1f} s: {told}"
 
 
 @contextlib.contextmanager
