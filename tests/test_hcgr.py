@@ -211,7 +211,7 @@ def test_the_first_step_follows_the_riemannian_gradient():
 def test_points_do_not_decay():
     _, model = made()
     trained = dict(model.named_parameters())
-    decays = {id(p): g["weight_decay"] for g in training._groups(trained, 0.5) for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in training._groups(trained, 0.5, 0.7) for p in g["params"]}
     assert decays[id(model.items.table.weight)] == 0 and decays[id(model.encoder.readout.out.weight)] == 0.5
     with pytest.raises(UserError, match=r"encoder.training.weight_decay must be 0 for hcgr"):
         training._optimizer(trained, types.SimpleNamespace(lr=0.1, weight_decay=0.5))

@@ -251,13 +251,22 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path):
     assert min(moved[1e9]) > 100, "what is within the norm stays"
 
 
+def test_the_item_table_has_a_decay_of_its_own():
+    table, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = training._optimizer({training.ITEM_TABLE: table, "other": other}, settings(lr=0.1, weight_decay=0.0,
+                                                                                          table_decay=0.5))
+    (0 * (table.sum() + other.sum())).backward()
+    optimizer.step()
+    assert torch.allclose(table, torch.full((3, 2), 0.95)) and torch.equal(other, torch.ones(2, 2))
+
+
 def test_only_matrices_decay_and_frozen_weights_stay(tmp_path):
     job = Toy(dropout=0.0)
     job.model[0].requires_grad_(False)
     before = job.model[0].weight.clone()
-    groups = training._groups({k: p for k, p in job.model.named_parameters() if p.requires_grad}, 0.5)
+    groups = training._groups({k: p for k, p in job.model.named_parameters() if p.requires_grad}, 0.5, 0.1)
     assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
-    assert len(training._groups({"w": job.model[3].weight}, 0.5)) == 1, "no empty group"
+    assert len(training._groups({"w": job.model[3].weight}, 0.5, 0.1)) == 1, "no empty group"
     fit(job, settings(), seed=7, resume=tmp_path, name="tune")
     assert torch.equal(job.model[0].weight, before)
     assert "0.weight" not in torch.load(tmp_path / "state.pt", weights_only=True)["weights"]

@@ -236,7 +236,9 @@ class EncoderTraining:
     batch_size: int
     """Prefixes a step."""
     weight_decay: float
-    """Decoupled weight decay."""
+    """Decoupled weight decay of all matrices but the item table."""
+    table_decay: float
+    """Decoupled weight decay of the item table: an item that few sessions train falls back on its text (not hcgr)."""
     warmup_share: float
     """Share of the steps over which the learning rate rises."""
     dropout: float
@@ -252,6 +254,7 @@ class EncoderTraining:
         at_least(self, "encoder.training", "checkpoint_seconds", 0)
         positive(self, "encoder.training", "epochs", "patience", "batch_size", "clip")
         at_least(self, "encoder.training", "weight_decay", 0)
+        at_least(self, "encoder.training", "table_decay", 0)
         share(self, "encoder.training", "warmup_share", "dropout")
 
 

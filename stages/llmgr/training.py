@@ -26,6 +26,7 @@ from llmgr.errors import UserError
 from llmgr.stage import say
 
 CURVE_POINTS = 200
+ITEM_TABLE = "items.table.weight"  # an encoder's item embeddings
 
 
 class Loss(NamedTuple):
@@ -270,16 +271,19 @@ class Bar:
             self.bar.close()
 
 
-def _groups(trained: dict[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in trained.values() if p.dim() >= 2 and not hasattr(p, "manifold")]  # a point does not shrink
-    others = [p for p in trained.values() if p.dim() < 2 or hasattr(p, "manifold")]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]  # DeepSpeed crashes on an empty group
+def _groups(trained: dict[str, nn.Parameter], decay: float, table_decay: float) -> list[dict[str, Any]]:
+    """Parameters by their weight decay; vectors and points of a manifold do not shrink."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        rate = table_decay if name == ITEM_TABLE else decay
+        groups.setdefault(rate if parameter.dim() >= 2 and not hasattr(parameter, "manifold") else 0.0, []).append(
+            parameter)
+    return [{"params": members, "weight_decay": rate} for rate, members in groups.items()]
 
 
 def _optimizer(trained: dict[str, nn.Parameter], settings: Any) -> torch.optim.Optimizer:
     """AdamW; where a parameter holds points of a manifold, Adam that follows it (Becigneul & Ganea, ICLR 2019)."""
-    groups = _groups(trained, settings.weight_decay)
+    groups = _groups(trained, settings.weight_decay, getattr(settings, "table_decay", settings.weight_decay))
     if not any(hasattr(p, "manifold") for p in trained.values()):
         return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     if settings.weight_decay:
