@@ -108,6 +108,8 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     for module in model.modules():  # a frozen model gains nothing from its own dropout, which took a third of a step
+        if isinstance(module, nn.LayerNorm):
+            module.float()  # on a CPU torch norms nothing whose type is not that of the norm's weights
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
