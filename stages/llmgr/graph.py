@@ -178,6 +178,15 @@ def _node_tables(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return alias.short(), nodes, count.short()
 
 
+def fitting(sessions: Sessions, items: int, path: str | Path) -> Sessions:
+    """The same sessions; UserError where they hold an item that is not in the catalogue of `items`."""
+    highest = max(int(sessions.items.max()), int(sessions.target.max()))
+    if highest > items:
+        raise UserError(f"{path} holds item {highest}, but data/core/items.parquet has {items} items: run `dvc repro` "
+                        "to split anew")
+    return sessions
+
+
 def catalogue_size(path: str | Path) -> int:
     """The number V of items of items.parquet; ids run from 1 to V."""
     import polars as pl
