@@ -5,7 +5,7 @@ RecBole's pins clash with the project's, so it has an environment of its own:
     python3.11 -m venv peer
     peer/bin/pip install torch==2.13.0 recbole==1.2.1 'numpy<2' 'pandas<2.3' scipy kmeans-pytorch lightgbm pyyaml
     python stages/peers.py --do write                                  # after the stages download, filter and split
-    peer/bin/python stages/peers.py --do 'fit SRGNN 30 25 learning_rate=0.003'   # epochs and minutes at most
+    peer/bin/python stages/peers.py --do 'fit SRGNN 30 25 learning_rate=0.003'   # epochs and CPU minutes at most
     python stages/pretrain.py --encoder srgnn
     python stages/peers.py --do table
 

@@ -112,7 +112,7 @@ def test_the_table_has_recboles_best_on_validation_and_its_cost_as_it_ships() ->
     assert len(cells) == 6
     assert rows["srgnn", 0] == ["srgnn", "0.1200", "0.1000", "+2.0", "0.0580", "0.0600", "-1.0", "0.0580", "0.0600",
                                 "lr 0.003", "learning_rate 0.003"]
-    assert rows["srgnn", 1] == ["srgnn", "2,500", "100", "25.0", "567", "1234", "15", "10 (limit of time)", "6", "100",
+    assert rows["srgnn", 1] == ["srgnn", "2,500", "100", "25.0", "567", "1234", "15", "10 (limit)", "6", "100",
                                 "25%"]
     assert rows["niser", 0][2:4] == ["–", "–"] and rows["niser", 0][1] == "0.2000"
     assert "1 CPU threads, a machine" in found and "2026-01-02, 2026-01-03" in found and "50 test sessions" in found

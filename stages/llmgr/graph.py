@@ -5,6 +5,7 @@ the whole session: every prefix of a session shares one row of the tables below.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,6 +162,19 @@ def bucketed(length: Tensor, batch_size: int, generator: torch.Generator, window
     for chunk in order.split(batch_size * window):
         batches += chunk[torch.argsort(length[chunk], stable=True)].split(batch_size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def alike(samples: Tensor, length: Tensor, ratio: float = 1.5) -> list[Tensor]:
+    """Samples in groups of like length, shortest first: a group's longest is less than `ratio` times its shortest.
+
+    A batch of random samples is read group by group, so that little is padded though its lengths differ.
+    """
+    edges = [1]
+    while edges[-1] <= int(length.max()):
+        edges.append(max(edges[-1] + 1, math.ceil(ratio * edges[-1])))
+    band = torch.bucketize(length[samples], torch.tensor(edges), right=True)
+    groups = samples[torch.argsort(band, stable=True)].split(torch.bincount(band).tolist())
+    return [group for group in groups if len(group)]
 
 
 def _node_tables(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
