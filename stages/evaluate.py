@@ -20,7 +20,7 @@ def main(params) -> None:
 
     from llmgr.artifacts import replacing_folder, write_json, write_table
     from llmgr.evaluation import loaded, seen_items
-    from llmgr.graph import read_sessions
+    from llmgr.graph import catalogue_size, fitting, read_sessions
     from llmgr.pretraining import rank_models
     from llmgr.ranking import metrics
     from llmgr.stage import say
@@ -33,6 +33,8 @@ def main(params) -> None:
     seconds = dict.fromkeys(models, 0.0)
     tables = {split: read_sessions(f"data/sessions/{split}.parquet", params.data.max_session)
               for split in ("valid", "test")}
+    for split, (sessions, _) in tables.items():
+        fitting(sessions, catalogue_size("data/core/items.parquet"), f"data/sessions/{split}.parquet")
     with replacing_folder("reports/ranks") as folder:
         for split, (sessions, frame) in tables.items():
             here = sessions.to(device)

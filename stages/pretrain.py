@@ -18,7 +18,7 @@ def main(params, encoder: str) -> None:
 
     from llmgr.artifacts import load_tensors, resume_folder, write_json
     from llmgr.encoders import build_recommender, family, save_recommender
-    from llmgr.graph import catalogue_size, read_sessions
+    from llmgr.graph import catalogue_size, fitting, read_sessions
     from llmgr.params import flat, with_rate
     from llmgr.pretraining import EncoderJob
     from llmgr.text_vectors import principal_components, shuffled
@@ -33,11 +33,10 @@ def main(params, encoder: str) -> None:
         features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
                                         params.encoder.text_dim)
     resume = resume_folder(f"pretrain-{encoder}", flat(params), inputs)
-    train, _ = read_sessions(inputs[0], params.data.max_session)
-    valid, _ = read_sessions(inputs[1], params.data.max_session)
+    items = catalogue_size("data/core/items.parquet")
+    train, valid = (fitting(read_sessions(path, params.data.max_session)[0], items, path) for path in inputs[:2])
     device = device_of()
     torch.manual_seed(params.seed)
-    items = catalogue_size("data/core/items.parquet")
     model = build_recommender(encoder, items, params.encoder, features, users=int(train.user.max()),
                               max_session=params.data.max_session).to(device)
     settings = with_rate(params.encoder.training, getattr(params.encoder, base))

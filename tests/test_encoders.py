@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from llmgr.encoders import REGISTRY, Recommender, build_recommender, family, load_encoder, save_recommender
 from llmgr.errors import UserError
-from llmgr.graph import Sessions
+from llmgr.graph import Sessions, alike
 from llmgr.pretraining import EncoderJob, rank_sessions
 from llmgr.training import fit
 
 ITEMS, DIM, USERS, LONGEST = 12, 8, 4, 10
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
-RATES = {"hcgr": 0.1, "sasrec": 0.08}
+RATES = {"hcgr": 0.1, "sasrec": 0.08, "stamp": 0.03}
 """Learning rates of the Markov chain below, where they are not 0.02."""
 HITS = {"sasrec": 0.8}
 """Hit rates of the Markov chain to pass, where they are not 0.9: SASRec starts from much smaller weights."""
@@ -101,6 +101,34 @@ def test_a_control_without_text_weights_is_the_encoder_and_texts_change_it(base)
     for ours, ids in zip(control(batch), plain(batch)):
         torch.testing.assert_close(ours, ids, atol=1e-6, rtol=1e-4)
     assert "features" not in " ".join(control.state_dict()) and plain.items.text is None
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_batch_read_in_groups_of_like_length_has_the_loss_and_gradient_of_one_read_at_once(name):
+    model = made(name).eval()
+    job = EncoderJob(model, sessions(), sessions(), encoder_section(DIM, 0.0).training, torch.float32)
+
+    def gradient(total: torch.Tensor) -> list[torch.Tensor]:
+        return [total, *torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])]
+
+    torch.manual_seed(1)
+    grouped = gradient(job.loss(every()).total)
+    torch.manual_seed(1)  # HCGR draws negatives session by session
+    order = torch.cat(alike(every(), sessions().length))
+    session, vectors = model(sessions().graphs(order))
+    whole = gradient(model.encoder.loss(session, vectors, sessions().target[order]))
+    for a, b in zip(grouped, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_every_batch_mixes_short_and_long_sessions():
+    length = torch.arange(400) % LONGEST + 1
+    train = Sessions(torch.randint(1, 9, (400, LONGEST)).int(), torch.arange(400), length, torch.ones(400).long())
+    job = EncoderJob(made("stamp"), train, train, encoder_section(DIM, 0.0).training, torch.float32)
+    first, again = ([s[0] for s in job.steps(0, torch.Generator().manual_seed(n))] for n in (1, 1))
+    assert torch.cat(first).sort()[0].tolist() == list(range(400))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert all(3.5 < float(length[batch].float().mean()) < 7.5 for batch in first if len(batch) > 30)
 
 
 def chain(count: int, seed: int, shuffle: bool) -> Sessions:

@@ -10,7 +10,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
 from llmgr.errors import UserError
-from llmgr.graph import Sessions, bucketed, catalogue_size, padded, read_sessions
+from llmgr.graph import Sessions, alike, bucketed, catalogue_size, padded, read_sessions
 
 WINDOW = 6
 SCHEMA = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}
@@ -167,3 +167,16 @@ def test_batches_cover_every_sample_once_reproducibly_and_pad_little(count, size
         assert padded_to < 1.10 * int(length.sum()), "like lengths go together"
         order = torch.tensor([float(length[b].float().mean()) for b in first])
         assert not torch.equal(order, order.sort()[0]), "batches are shuffled"
+
+
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_groups_of_like_length_hold_every_sample_once_and_pad_little(count):
+    generator = torch.Generator().manual_seed(0)
+    length = torch.randint(1, 51, (2000,), generator=generator)
+    samples = torch.randperm(2000, generator=generator)[:count]
+    groups = alike(samples, length)
+    assert torch.cat(groups).sort()[0].tolist() == samples.sort()[0].tolist()
+    bounds = [(int(length[group].min()), int(length[group].max())) for group in groups]
+    assert all(len(group) for group in groups) and bounds == sorted(bounds)
+    assert all(longest <= max(shortest, 1.5 * shortest) for shortest, longest in bounds)
+    assert all(before < after for (_, before), (after, _) in itertools.pairwise(bounds))

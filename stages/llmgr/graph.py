@@ -5,6 +5,7 @@ the whole session: every prefix of a session shares one row of the tables below.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,6 +160,19 @@ def bucketed(length: Tensor, batch_size: int, generator: torch.Generator, window
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def alike(samples: Tensor, length: Tensor, ratio: float = 1.5) -> list[Tensor]:
+    """Samples in groups of like length, shortest first: a group's longest is less than `ratio` times its shortest.
+
+    A batch of random samples is read group by group, so that little is padded though its lengths differ.
+    """
+    edges = [1]
+    while edges[-1] <= int(length.max()):
+        edges.append(max(edges[-1] + 1, math.ceil(ratio * edges[-1])))
+    band = torch.bucketize(length[samples], torch.tensor(edges), right=True)
+    groups = samples[torch.argsort(band, stable=True)].split(torch.bincount(band).tolist())
+    return [group for group in groups if len(group)]
+
+
 def _node_tables(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, steps = items.shape
     position = torch.arange(steps).expand(rows, steps)
@@ -172,6 +186,15 @@ def _node_tables(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nodes = torch.zeros(rows, steps, dtype=torch.int32)
     nodes[fresh.nonzero()[:, 0], (count - 1)[fresh]] = items[fresh]
     return alias.short(), nodes, count.short()
+
+
+def fitting(sessions: Sessions, items: int, path: str | Path) -> Sessions:
+    """The same sessions; UserError where they hold an item that is not in the catalogue of `items`."""
+    highest = max(int(sessions.items.max()), int(sessions.target.max()))
+    if highest > items:
+        raise UserError(f"{path} holds item {highest}, but data/core/items.parquet has {items} items: run `dvc repro` "
+                        "to split anew")
+    return sessions
 
 
 def catalogue_size(path: str | Path) -> int:

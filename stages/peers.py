@@ -1,0 +1,116 @@
+"""The encoders beside RecBole 1.2.1's models on the same split: quality, speed and memory (no stage of the DAG).
+
+RecBole's pins clash with the project's, so it has an environment of its own:
+
+    python3.11 -m venv peer
+    peer/bin/pip install torch==2.13.0 recbole==1.2.1 'numpy<2' 'pandas<2.3' scipy kmeans-pytorch lightgbm pyyaml
+    python stages/peers.py --do write                                  # after the stages download, filter and split
+    peer/bin/python stages/peers.py --do 'fit SRGNN 30 25 learning_rate=0.003'   # epochs and CPU minutes at most
+    python stages/pretrain.py --encoder srgnn
+    python stages/peers.py --do table
+
+Of several fits of a model the table shows the best on validation. Dimension, longest session, batch and patience are
+those of params.yaml, everything else of RecBole's models its default. Run one at a time, both sides with the same
+threads (`taskset -c 1 env OMP_NUM_THREADS=1`), so that the seconds compare.
+
+Reads:  data/sessions/, data/core/items.parquet, models/encoders/, reports/metrics/, data/peers/
+Writes: data/peers/DATASET/ (RecBole's input, a JSON file a fit), reports/results/DATASET/recbole.md
+Params: seed, data, encoder, evaluate.batch_size
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmgr import stage
+from llmgr.errors import UserError
+
+READS = ("seed", "data", "encoder", "evaluate.batch_size")
+OPTIONS = {"do": "write | 'fit MODEL EPOCHS MINUTES [lean=true] [key=value ...]' | 'speed ENCODER' | table"}
+
+
+def main(params: Any, do: str) -> None:
+    what, *words = do.split()
+    jobs = {"write": write, "fit": fit, "speed": speed, "table": table}
+    if what not in jobs:
+        raise UserError(f"--do {what} is no job of this script: it is write, fit, speed or table")
+    jobs[what](params, Path("data/peers"), params.data.dataset.replace(":", "-"), *words)
+
+
+def write(params: Any, folder: Path, dataset: str) -> None:
+    import polars as pl
+
+    from llmgr.artifacts import require, write_text
+    from llmgr.peers import interactions
+
+    splits = [pl.read_parquet(require(f"data/sessions/{split}.parquet")) for split in ("train", "valid", "test")]
+    rows = interactions(*splits)
+    write_text(folder / dataset / f"{dataset}.inter", rows.write_csv(separator="\t"))
+    stage.say(f"{len(rows)} interactions in {folder / dataset / dataset}.inter")
+
+
+def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minutes: str, *settings: str) -> None:
+    import yaml
+
+    from llmgr import peers
+    from llmgr.artifacts import write_json
+
+    training = params.encoder.training
+    changed = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in settings)}
+    lean = changed.pop("lean", False)
+    found = peers.fit(folder, dataset, model, int(epochs), float(minutes), changed, dim=params.encoder.dim,
+                      max_session=params.data.max_session, batch_size=training.batch_size, patience=training.patience,
+                      seed=params.seed, lean=lean)
+    name = "-".join([model, *settings]).replace("/", "_")
+    write_json(folder / dataset / "fits" / f"{name}.json", found)
+    stage.say(f"{name}: {found}")
+
+
+def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
+    from llmgr import peers
+    from llmgr.artifacts import write_json
+    from llmgr.encoders import family
+    from llmgr.graph import catalogue_size, read_sessions
+
+    base, _ = family(encoder)
+    train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+    found = peers.speed(params, base, train, catalogue_size("data/core/items.parquet"))
+    write_json(folder / dataset / "speed" / f"{base}.json", found)
+    stage.say(f"{base}: {found}")
+
+
+def table(params: Any, folder: Path, dataset: str) -> None:
+    import torch
+
+    from llmgr import peers
+    from llmgr.artifacts import read_json, write_text
+    from llmgr.encoders import REGISTRY
+    from llmgr.evaluation import encoder
+    from llmgr.graph import catalogue_size, read_sessions
+    from llmgr.pretraining import rank_sessions
+    from llmgr.ranking import metrics
+
+    items = catalogue_size("data/core/items.parquet")
+    train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+    test, _ = read_sessions("data/sessions/test.parquet", params.data.max_session)
+    fits = [read_json(path) for path in sorted((folder / dataset / "fits").glob("*.json"))]
+    found = []
+    for name in REGISTRY:
+        trained, timed = Path(f"reports/metrics/encoders/{name}.json"), folder / dataset / "speed" / f"{name}.json"
+        if not (trained.exists() and timed.exists() and Path("models/encoders", name).exists()):
+            continue
+        ranks = rank_sessions(encoder(name, items, torch.device("cpu"))(test), test, params.evaluate.batch_size)
+        settings = read_json(Path("models/encoders", name, "config.json"))["settings"]
+        settings = {key: settings[key] for key in ("lr", "gnn_layers") if key in settings}
+        found.append(peers.Ours(name, read_json(trained)["valid"], metrics(ranks), peers.standard_errors(ranks),
+                                settings, read_json(trained)["epochs"], read_json(timed)))
+    if not found:
+        raise UserError("no encoder was both trained and timed: run `python stages/pretrain.py --encoder NAME` and "
+                        "`python stages/peers.py --do 'speed NAME'`")
+    path = f"reports/results/{dataset}/recbole.md"
+    write_text(path, peers.markdown(found, fits, len(train), len(test)))
+    stage.say(f"{len(found)} encoders beside {len(fits)} fits of RecBole's in {path}")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, READS, OPTIONS)

@@ -1,0 +1,95 @@
+"""Wrong input to the training of encoders and to what reads them, through the command line: one sentence, status 2."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from llmgr import search
+
+ROOT = Path(__file__).resolve().parent.parent
+ITEMS, USERS = 9, 40
+
+
+def write_data(folder: Path) -> None:
+    """A small split under `folder`: users walk through the items in order, one step at a time."""
+    (folder / "data/sessions").mkdir(parents=True)
+    (folder / "data/core").mkdir()
+    walks = {f"u{n:02}": [(n + step) % ITEMS + 1 for step in range(5)] for n in range(USERS)}
+    rows = [(user, walk[:n], walk[n]) for user, walk in walks.items() for n in (1, 2)]
+    splits = {"train": rows, "valid": [(user, walk[:3], walk[3]) for user, walk in walks.items()],
+              "test": [(user, walk[:4], walk[4]) for user, walk in walks.items()]}
+    schema = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}
+    for name, found in splits.items():
+        frame = pl.DataFrame(found, schema, orient="row")
+        if name != "train":
+            frame = frame.with_columns(earlier=pl.lit([], pl.List(pl.Int32)))
+        frame.write_parquet(folder / f"data/sessions/{name}.parquet")
+    pl.DataFrame({"item_id": range(1, ITEMS + 1), "count": [20] * ITEMS}, {"item_id": pl.Int32, "count": pl.Int32}
+                 ).write_parquet(folder / "data/core/items.parquet")
+
+
+def set_up(folder: Path, **changes: object) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    short = {"encoder.dim": 8, "encoder.training.epochs": 2, "encoder.training.batch_size": 16,
+             "encoder.training.precision": "fp32", "encoder.training.checkpoint_seconds": 0.001}
+    (folder / "params.yaml").write_text(search.rewritten(
+        text, short | {key.replace("__", "."): value for key, value in changes.items()}))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    set_up(tmp_path)
+    return tmp_path
+
+
+def run(folder: Path, *command: str, status: int = 0) -> str:
+    """What a stage says to standard error."""
+    environment = {**os.environ, "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "stages" / command[0]), *command[1:]], cwd=folder, text=True,
+                          capture_output=True, env=environment)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_a_name_that_does_not_exist_is_told_the_nearest(place: Path) -> None:
+    said = run(place, "pretrain.py", "--encoder", "grurec", status=2)
+    assert said == "error: params.yaml has no section encoder.grurec; the nearest is encoder.gru4rec\n"
+
+
+def test_an_encoder_that_was_not_trained_is_named_by_the_stage_that_reads_it(place: Path) -> None:
+    run(place, "pretrain.py", "--encoder", "stamp")
+    said = run(place, "export.py", status=2)
+    assert "error: models/encoders/gcsan is missing: run `dvc repro`" in said
+
+
+def test_a_loss_that_is_no_number_stops_names_the_step_and_keeps_the_last_good_checkpoint(place: Path) -> None:
+    set_up(place, encoder__stamp__lr=1e38, encoder__training__clip=1e30)
+    said = run(place, "pretrain.py", "--encoder", "stamp", status=2)
+    assert "error: stamp: the loss or its gradient is not finite at step " in said and "lower encoder.stamp.lr" in said
+    assert not (place / "models/encoders/stamp").exists()
+    step = int(said.split(" at step ")[1].split(";")[0])
+    (kept,) = (place / ".resume").rglob("state.pt")
+    state = torch.load(kept, weights_only=True)
+    assert state["progress"]["step"] == step - 1
+    assert all(bool(weight.isfinite().all()) for weight in state["weights"].values())
+
+
+def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation(place: Path) -> None:
+    items = place / "data/core/items.parquet"
+    run(place, "pretrain.py", "--encoder", "stamp")
+    whole = pl.read_parquet(items)
+    whole.head(ITEMS - 1).write_parquet(items)
+    said = run(place, "pretrain.py", "--encoder", "gcsan", status=2)
+    assert f"data/sessions/train.parquet holds item {ITEMS}, but data/core/items.parquet has {ITEMS - 1} items" in said
+    set_up(place, encoder__names=["stamp"], encoder__controls=[], model__base="stamp")
+    pl.concat([whole, whole.head(1).with_columns(item_id=pl.lit(ITEMS + 1, pl.Int32))]).write_parquet(items)
+    run(place, "peers.py", "--do", "speed stamp")
+    said = run(place, "peers.py", "--do", "table", status=2)
+    assert f"models/encoders/stamp was trained for {ITEMS} items, the sessions have {ITEMS + 1}" in said
