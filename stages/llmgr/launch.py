@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def processes(settings: Any) -> Iterator[bool]:
 
     Gives whether this process works. A process that torchrun started is a worker, whatever launch.processes says.
     """
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whoever asks whether there is a GPU is told the same
     chosen = device(settings)
     if "WORLD_SIZE" not in os.environ and settings.processes > 1:
         _supervise(settings.processes)
@@ -123,9 +126,10 @@ def _reason(found: list[int | None], folder: Path) -> WorkersFailed:
                 return WorkersFailed(path.read_text(), status)
     for n, status in enumerate(found):
         if status and status < 0:
-            return WorkersFailed(f"process {n + 1} of {len(found)} was killed ({signal.Signals(-status).name}) and the others "
-                          "were stopped; if memory had run out, lower tune.batch_size (align.batch_size in stage 1) or "
-                          "set launch.strategy=zero3; the same command goes on from the last checkpoint", 2)
+            return WorkersFailed(
+                f"process {n + 1} of {len(found)} was killed ({signal.Signals(-status).name}) and the others were "
+                "stopped; if memory had run out, lower tune.batch_size (align.batch_size in stage 1) or set "
+                "launch.strategy=zero3; the same command goes on from the last checkpoint", 2)
     if said:
         return WorkersFailed(min(said.values(), key=lambda path: path.stat().st_mtime_ns).read_text(), 1)
     return WorkersFailed(f"a process ended with status {max(found, key=bool)} and the others were stopped", 1)
@@ -243,10 +247,11 @@ class Zero:
         self.job, self.trained, self.optimizer = job, trained, optimizer
         self.stage, self.form = stage, optimizer.state_dict()
         self.order = [p for group in optimizer.param_groups for p in group["params"]]
-        self.engine = deepspeed.initialize(model=Within(job.model), optimizer=optimizer, dist_init_required=False, config={
-            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": clip, "zero_allow_untested_optimizer": True,
-            "managed_gradient_accumulation": False,  # step() ends a run of micro-batches, however many
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": WHOLE}})[0]
+        config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": clip, "zero_allow_untested_optimizer": True,
+                  "managed_gradient_accumulation": False,  # step() ends a run of micro-batches, however many
+                  "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": WHOLE}}
+        self.engine, *_ = deepspeed.initialize(model=Within(job.model), optimizer=optimizer, config=config,
+                                               dist_init_required=False)
 
     def loss(self, micro: Tensor, targets: int) -> tuple[float, int]:
         """As in Replicas."""
@@ -270,20 +275,20 @@ class Zero:
 
         self._link()
         step = self.optimizer.state[self._parts()[0]]["step"]
-        moments = {n: {"step": step, **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
+        moments = {n: {"step": step.clone(), **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}}
                    for n, p in enumerate(self.order)}
         return {"weights": {k: safe_get_full_fp32_param(p) for k, p in self.trained.items()},
                 "optimizer": {**self.form, "state": moments}}
 
     def load(self, state: dict[str, Any]) -> None:
         """As in Replicas."""
+        steps = max(moments["step"] for moments in state["state"].values())
         for part in self._parts():
-            self.optimizer.state[part] = {"step": state["state"][0]["step"].clone(),
-                                          **{key: torch.zeros_like(part) for key in MOMENTS}}
+            self.optimizer.state[part] = {"step": steps.clone(), **{key: torch.zeros_like(part) for key in MOMENTS}}
         self._link()
-        for n, parameter in enumerate(self.order):
+        for n, moments in state["state"].items():
             for key in MOMENTS:
-                self._set(parameter, state["state"][n][key], key)
+                self._set(self.order[n], moments[key], key)
 
     def _set(self, parameter: nn.Parameter, whole: Tensor, key: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -307,21 +312,22 @@ class Zero:
         return inner.single_partition_of_fp32_groups if self.stage == 2 else inner.fp32_partitioned_groups_flat
 
     def close(self) -> None:
-        """Put all weights back where they were before, frozen ones, too, and take the hooks off."""
+        """As in Replicas; ZeRO-3's weights end on the CPU, for a GPU need not hold all of them."""
         import deepspeed
 
-        whole = []
-        for parameter in self.job.model.parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                whole.append(parameter.detach().clone())
+        whole, divided = [], self.stage == 3
+        for parameter in self.job.model.parameters() if divided else self.order:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=divided):
+                whole.append((parameter, parameter.detach().to("cpu" if divided else parameter.device, copy=True)))
         self.engine.destroy()
-        for parameter, value in zip(self.job.model.parameters(), whole):
+        for parameter, value in whole:
             parameter.data = value
 
 
 def _deepspeed(kind: str) -> Any:
     """DeepSpeed, imported here alone: it takes seconds, and builds operators unless told that it needs none."""
     os.environ.setdefault("DS_ACCELERATOR", kind)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")

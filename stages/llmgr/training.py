@@ -87,9 +87,9 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
     """Train `job.model` in place and return how it went; the best epoch's weights where `job.selects` is set.
 
     `settings` is a training section of params.yaml (epochs, lr, weight_decay, warmup_share, clip, precision,
-    checkpoint_seconds, optionally patience); `strategy` is launch.strategy. A checkpoint is whole, so any number of
-    processes goes on from it; the one that wrote it ends with the bytes of an undisturbed run. Raises UserError where the loss stops being finite: the step is named and
-    the last good checkpoint stays.
+    checkpoint_seconds, optionally patience); `strategy` is launch.strategy. A checkpoint is whole, so that any number
+    of processes goes on from it; the number that wrote it ends with the bytes of an undisturbed run. Raises UserError
+    where the loss stops being finite: the step is named and the last good checkpoint stays.
     """
     device = next(job.model.parameters()).device
     torch.manual_seed(seed + rank())  # dropout differs between processes
