@@ -32,7 +32,7 @@ def main(params) -> None:
     dtype = arithmetic(settings.precision)
     torch.manual_seed(params.seed)
     model = build_llmgr(params.model, dtype, params.seed).to(device(params.launch))
-    progress = Progress()
+    progress, cut = Progress(), 0
     if settings.enabled:
         if settings.gradient_checkpointing:
             model.checkpoint_activations()
@@ -40,6 +40,7 @@ def main(params) -> None:
         texts = item_texts(INPUTS[2], params.llm.item_text, shuffle)
         prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)
         job = AlignJob(model, prompts, settings, params.seed, dtype)
+        cut = job.cut
         progress = fit(job, settings, seed=params.seed, resume=resume, name="align", strategy=params.launch.strategy)
     if rank():
         return
@@ -47,7 +48,8 @@ def main(params) -> None:
         save_llmgr(folder, model, params.model, encoder=False)
     last = progress.epoch_rows[-1] if progress.epoch_rows else {}
     write_json("reports/metrics/align.json", {
-        "enabled": settings.enabled, "items": len(model.vectors) - 1, "chance_candidates": 1 / settings.candidates,
+        "enabled": settings.enabled, "items": len(model.vectors) - 1, "prompts_cut": cut,
+        "chance_candidates": 1 / settings.candidates,
         **{k: last[k] for k in ("train_loss", "accuracy_candidates", "accuracy_items") if k in last}})
     finish(progress, model, name="align", resume=resume, reports=Path("reports"))
 

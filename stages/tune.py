@@ -46,8 +46,8 @@ def main(params) -> None:
         save_llmgr(folder, model, params.model, encoder=True)
     last = progress.epoch_rows[-1]
     write_json("reports/metrics/tune.json", {
-        "epochs": progress.epoch, "prompts": len(job.first), "targets": len(train), "train_loss": last["train_loss"],
-        "valid_loss": last["valid_loss"],
+        "epochs": progress.epoch, "prompts": len(job.first), "targets": len(train), "prompts_cut": job.cut,
+        "train_loss": last["train_loss"], "valid_loss": last["valid_loss"],
         "valid": {k.removeprefix("valid_"): last[k] for k in last if k.startswith("valid_") and k != "valid_loss"}})
     finish(progress, model, name="tune", resume=resume, reports=Path("reports"))
 
