@@ -123,7 +123,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every case in two processes, by each strategy; one run of workers for all, since starting them takes longest."""
     folder = tmp_path_factory.mktemp("together")
     done = run(folder, """
-        import sys
+        import shutil, sys
         from pathlib import Path
         import torch
         from llmgr import launch
@@ -135,6 +135,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             for case in CASES:
                 found[case, strategy] = trained(case, Path(f"{case}-{strategy}"), strategy)
             found["resumed", strategy] = resumed(strategy)
+            shutil.copytree("half-ddp-0.0", f"other-{strategy}")
+            found["other", strategy] = trained("positions", Path(f"other-{strategy}"), strategy)
             found["imported", strategy] = "deepspeed" in sys.modules
         torch.save(found, f"found.{launch.rank()}")
         """)
@@ -177,9 +179,11 @@ def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone,
     assert state["weights"] and not frozen and state["progress"]["step"] == 5
     (tmp_path / "state.pt").write_bytes((together["folder"] / f"half-{strategy}-0.0/state.pt").read_bytes())
     torch.set_num_threads(1)
-    found = trained("positions", tmp_path)
-    assert "resuming at step 5" in (said := capsys.readouterr().err) and "2 processes of 1 threads before" in said
+    found, other = trained("positions", tmp_path), together["other", strategy]  # and ddp's one under each strategy
+    said = capsys.readouterr().err
+    assert "resuming at step 5" in said and f"2 {strategy} processes of 1 threads before" in said
     assert found["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
+    assert other["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
 
 
 def test_deepspeed_is_imported_where_it_is_asked_for_alone_and_only_the_first_speaks(together) -> None:

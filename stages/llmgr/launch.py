@@ -183,6 +183,8 @@ def partners(job: Any, trained: dict[str, nn.Parameter], optimizer: Optimizer, c
 class Replicas:
     """The whole model in every process, or in the only one; gradients are added up once a step."""
 
+    name = "ddp"
+
     def __init__(self, job: Any, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float) -> None:
         self.job, self.trained, self.optimizer, self.clip = job, trained, optimizer, clip
 
@@ -245,7 +247,7 @@ class Zero:
                  ) -> None:
         deepspeed = _deepspeed(next(job.model.parameters()).device.type)
         self.job, self.trained, self.optimizer = job, trained, optimizer
-        self.stage, self.form = stage, optimizer.state_dict()
+        self.stage, self.name, self.form = stage, f"zero{stage}", optimizer.state_dict()
         self.order = [p for group in optimizer.param_groups for p in group["params"]]
         config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": clip, "zero_allow_untested_optimizer": True,
                   "managed_gradient_accumulation": False,  # step() ends a run of micro-batches, however many

@@ -310,7 +310,7 @@ def _whole_steps(optimizer: torch.optim.Optimizer) -> None:
 def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor]) -> None:
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     state = {"progress": vars(progress), **workers.state(), "best": best, "random": gathered(random),
-             "machine": _machine()}
+             "machine": _machine(workers)}
     if rank() == 0:
         buffer = io.BytesIO()  # written by Python, whose errors say when a disk is full; those of torch.save do not
         torch.save(state, buffer)
@@ -334,8 +334,8 @@ def _resumed(state: dict[str, Any], workers: Any) -> tuple[Progress, dict[str, T
     workers.load(state["optimizer"])
     progress = Progress(**state["progress"])
     other = ""
-    if state["machine"] != _machine():
-        other = f" ({state['machine']} before, {_machine()} now: not the bytes of an undisturbed run)"
+    if state["machine"] != _machine(workers):
+        other = f" ({state['machine']} before, {_machine(workers)} now: not the bytes of an undisturbed run)"
     if len(state["random"]) == size():
         cpu, *cuda = state["random"][rank()]
         torch.set_rng_state(cpu)
@@ -345,9 +345,9 @@ def _resumed(state: dict[str, Any], workers: Any) -> tuple[Progress, dict[str, T
     return progress, state["best"]
 
 
-def _machine() -> str:
+def _machine(workers: Any) -> str:
     """What decides the order of sums, hence rounding."""
-    return f"{size()} processes of {torch.get_num_threads()} threads"
+    return f"{size()} {workers.name} processes of {torch.get_num_threads()} threads"
 
 
 def _table(rows: list[dict[str, float]]) -> str:
