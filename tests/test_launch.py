@@ -135,8 +135,10 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             for case in CASES:
                 found[case, strategy] = trained(case, Path(f"{case}-{strategy}"), strategy)
             found["resumed", strategy] = resumed(strategy)
-            shutil.copytree("half-ddp-0.0", f"other-{strategy}")
-            found["other", strategy] = trained("positions", Path(f"other-{strategy}"), strategy)
+            other = Path(f"other-{strategy}")
+            if launch.rank() == 0:
+                shutil.copytree("half-ddp-0.0", other)
+            found["other", strategy] = trained("positions", other, strategy)
             found["imported", strategy] = "deepspeed" in sys.modules
         torch.save(found, f"found.{launch.rank()}")
         """)

@@ -165,6 +165,14 @@ def added(numbers: list[float]) -> list[float]:
     return total.tolist()
 
 
+def from_first(thing: Any) -> Any:
+    """What the first process has."""
+    things = [thing]
+    if size() > 1:
+        distributed.broadcast_object_list(things, 0)
+    return things[0]
+
+
 def gathered(thing: Any) -> list[Any]:
     """What each process has, by rank."""
     things = [thing]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from llmgr.artifacts import write_bytes, write_json, write_text
 from llmgr.errors import UserError
-from llmgr.launch import added, gathered, partners, rank, size
+from llmgr.launch import added, from_first, gathered, partners, rank, size
 from llmgr.stage import say
 
 CURVE_POINTS = 200
@@ -95,7 +95,11 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
     torch.manual_seed(seed + rank())  # dropout differs between processes
     trained = {k: p for k, p in job.model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(trained, settings)
-    state = _load(resume / "state.pt", trained)
+    state = from_first(_load(resume / "state.pt") if rank() == 0 else None)
+    if state:
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                parameter.copy_(state["weights"][key])
     workers = partners(job, trained, optimizer, settings.clip, strategy)
     progress, best = _resumed(state, workers) if state else (Progress(), {})
     generator = torch.Generator()
@@ -317,17 +321,11 @@ def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor])
         write_bytes(path, buffer.getbuffer())
 
 
-def _load(path: Path, trained: dict[str, nn.Parameter]) -> dict[str, Any] | None:
-    """A checkpoint, if there is one, its weights put in place."""
+def _load(path: Path) -> dict[str, Any] | None:
+    """A checkpoint, if there is one."""
     for leftover in path.parent.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for key, parameter in trained.items():
-            parameter.copy_(state["weights"][key])
-    return state
+        leftover.unlink()
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 def _resumed(state: dict[str, Any], workers: Any) -> tuple[Progress, dict[str, Tensor]]:
