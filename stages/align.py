@@ -4,11 +4,11 @@ Reads:  models/embeddings/, models/backbone/, data/core/items.parquet
 Writes: models/aligned/ (bridge, output layer and LoRA adapters; no frozen weight), reports/metrics/align.json,
         reports/curves/align_{steps,epochs}.csv, reports/metrics/cost/align.json
 With align.enabled=false the untrained bridge is written (the paper's RQ3).
-Params: seed, model, align, llm.item_text
+Params: seed, model, align, llm.item_text, launch
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "align", "llm.item_text")
+READS = ("seed", "model", "align", "llm.item_text", "launch")
 INPUTS = ("models/embeddings", "models/backbone", "data/core/items.parquet")
 
 
@@ -19,19 +19,20 @@ def main(params) -> None:
 
     from llmgr.artifacts import replacing_folder, resume_folder, write_json
     from llmgr.backbone import load_tokenizer
+    from llmgr.launch import device, rank
     from llmgr.llmgr import build_llmgr, save_llmgr
     from llmgr.params import flat
     from llmgr.prompts import AlignmentPrompts
     from llmgr.text_vectors import item_texts
-    from llmgr.training import Progress, arithmetic, device_of, finish, fit
+    from llmgr.training import Progress, arithmetic, finish, fit
     from llmgr.tuning import AlignJob
 
     settings = params.align
     resume = resume_folder("align", flat(params), INPUTS)
     dtype = arithmetic(settings.precision)
     torch.manual_seed(params.seed)
-    model = build_llmgr(params.model, dtype, params.seed).to(device_of())
-    progress = Progress()
+    model = build_llmgr(params.model, dtype, params.seed).to(device(params.launch))
+    progress, cut = Progress(), 0
     if settings.enabled:
         if settings.gradient_checkpointing:
             model.checkpoint_activations()
@@ -39,12 +40,16 @@ def main(params) -> None:
         texts = item_texts(INPUTS[2], params.llm.item_text, shuffle)
         prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)
         job = AlignJob(model, prompts, settings, params.seed, dtype)
-        progress = fit(job, settings, seed=params.seed, resume=resume, name="align")
+        cut = job.cut
+        progress = fit(job, settings, seed=params.seed, resume=resume, name="align", strategy=params.launch.strategy)
+    if rank():
+        return
     with replacing_folder("models/aligned") as folder:
         save_llmgr(folder, model, params.model, encoder=False)
     last = progress.epoch_rows[-1] if progress.epoch_rows else {}
     write_json("reports/metrics/align.json", {
-        "enabled": settings.enabled, "items": len(model.vectors) - 1, "chance_candidates": 1 / settings.candidates,
+        "enabled": settings.enabled, "items": len(model.vectors) - 1, "prompts_cut": cut,
+        "chance_candidates": 1 / settings.candidates,
         **{k: last[k] for k in ("train_loss", "accuracy_candidates", "accuracy_items") if k in last}})
     finish(progress, model, name="align", resume=resume, reports=Path("reports"))
 

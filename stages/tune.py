@@ -4,11 +4,11 @@ Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{tr
         data/core/items.parquet
 Writes: models/tuned/ (bridge, output layer, adapters, graph encoder; no frozen weight), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
-Params: seed, model, tune, data.max_session
+Params: seed, model, tune, data.max_session, launch
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "data.max_session")
+READS = ("seed", "model", "tune", "data.max_session", "launch")
 INPUTS = ("models/aligned", "models/embeddings", "models/backbone", "data/sessions/train.parquet",
           "data/sessions/valid.parquet", "data/core/items.parquet")
 
@@ -20,31 +20,34 @@ def main(params) -> None:
 
     from llmgr.artifacts import replacing_folder, resume_folder, write_json
     from llmgr.graph import read_sessions
+    from llmgr.launch import device, rank
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
     from llmgr.params import flat
-    from llmgr.training import arithmetic, device_of, finish, fit
+    from llmgr.training import arithmetic, finish, fit
     from llmgr.tuning import BehaviourJob, behaviour_prompts
 
     settings = params.tune
     resume = resume_folder("tune", flat(params), INPUTS)
     train, _ = read_sessions(INPUTS[3], params.data.max_session)
     valid, _ = read_sessions(INPUTS[4], params.data.max_session)
-    dtype, device = arithmetic(settings.precision), device_of()
+    dtype, place = arithmetic(settings.precision), device(params.launch)
     torch.manual_seed(params.seed)
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path(INPUTS[0]), model)
     model.unfreeze_encoder(settings.train_encoder)
     if settings.gradient_checkpointing:
         model.checkpoint_activations()
-    job = BehaviourJob(model.to(device), behaviour_prompts(params, settings), train.to(device), valid.to(device),
+    job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train.to(place), valid.to(place),
                        settings, params.seed, dtype)
-    progress = fit(job, settings, seed=params.seed, resume=resume, name="tune")
+    progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)
+    if rank():
+        return
     with replacing_folder("models/tuned") as folder:
         save_llmgr(folder, model, params.model, encoder=True)
     last = progress.epoch_rows[-1]
     write_json("reports/metrics/tune.json", {
-        "epochs": progress.epoch, "prompts": len(job.first), "targets": len(train), "train_loss": last["train_loss"],
-        "valid_loss": last["valid_loss"],
+        "epochs": progress.epoch, "prompts": len(job.first), "targets": len(train), "prompts_cut": job.cut,
+        "train_loss": last["train_loss"], "valid_loss": last["valid_loss"],
         "valid": {k.removeprefix("valid_"): last[k] for k in last if k.startswith("valid_") and k != "valid_loss"}})
     finish(progress, model, name="tune", resume=resume, reports=Path("reports"))
 

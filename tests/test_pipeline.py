@@ -315,6 +315,19 @@ def test_the_papers_literal_form_runs_to_the_report(copy: Path, tmp_path: Path) 
     assert f"{read_json(copy / 'reports/metrics/evaluate.json')['llmgr']['test']['all']['hr_at_20']:.4f}" in page
 
 
+def test_launch_parameters_alone_put_a_stage_into_two_processes(copy: Path) -> None:
+    change(copy, model__dropout=0.0, tune__train_encoder="none", tune__precision="fp32")  # dropout strikes elsewhere
+    curves = {}
+    for processes, strategy in ((1, "ddp"), (2, "zero2")):
+        change(copy, launch__processes=processes, launch__strategy=strategy, launch__device="cpu")
+        said = run(copy, "dvc", "repro", "--single-item", "tune")
+        assert said.count("tune: epoch 1 ") == 1, said
+        curves[processes] = pl.read_csv(copy / "reports/curves/tune_steps.csv")["loss"].to_list()
+        assert ("2 processes" in read_json(copy / "reports/metrics/cost/tune.json")["hardware"]) == (processes == 2)
+    assert curves[2] == pytest.approx(curves[1], rel=1e-4) and len(curves[1]) > 5
+    assert not list((copy / ".resume").glob("*/*/*"))
+
+
 # --------------------------------------------------------------------------------------- determinism and interruptions
 
 @pytest.mark.parametrize(("name", "model"), [("pretrain@gcsan", "models/encoders/gcsan"), ("tune", "models/tuned")],

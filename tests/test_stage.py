@@ -49,6 +49,7 @@ def test_help_is_the_docstring(tmp_path):
     ("from llmgr.artifacts import read_json\nread_json('gone.json')", ["gone.json", "dvc repro"]),
     ("raise MemoryError", ["out of memory", "tune.batch_size", "encoder.training.batch_size"]),
     ("import torch\ntorch.empty(2**60, dtype=torch.uint8)", ["out of memory", "tune.gradient_checkpointing"]),
+    ("import torch\nraise torch.OutOfMemoryError('CUDA out of memory')", ["out of memory", "launch.strategy=zero3"]),
     ("import os, errno\nraise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", ["disk is full"]),
     ("raise RuntimeError('I/O error: No space left on device (os error 28)')", ["disk is full"]),
     ("raise RuntimeError('(sqlite3.OperationalError) database or disk is full\\n[SQL: ...]')", ["disk is full"]),

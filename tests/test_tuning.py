@@ -13,7 +13,7 @@ from llmgr.graph import Sessions
 from llmgr.llmgr import Llmgr, logits
 from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.training import fit
-from llmgr.tuning import AlignJob, BehaviourJob, Scorer, all_sessions, draw_candidates, grouped, spans
+from llmgr.tuning import AlignJob, BehaviourJob, Scorer, all_sessions, draw_candidates, grouped, shortened, spans
 
 COUNT = sum(map(len, LISTS))
 
@@ -104,17 +104,72 @@ def test_more_candidates_than_items_are_refused():
         align(llmgr(), candidates=13)
 
 
-def test_prompts_longer_than_the_backbone_are_refused():
+def test_texts_longer_than_the_backbone_are_cut_and_counted(capsys):
     model = llmgr()
-    model.positions = 60
-    with pytest.raises(UserError, match=r"spans \d+ tokens, .* has 60 positions: lower align.max_text_tokens"):
+    whole = align(model)
+    assert whole.cut == 0 and capsys.readouterr().err == ""
+    room = int(whole.prompts.count.max()) - 2
+    model.positions = whole.prompts.longest(4) - whole.prompts.table.shape[1] + room
+    job = align(model)
+    assert job.cut == int((whole.prompts.count > room).sum()) > 0
+    assert f"{job.cut} of {ITEMS} texts are cut" in capsys.readouterr().err
+    job.steps(0, torch.Generator().manual_seed(0))
+    every = torch.arange(1, ITEMS + 1)
+    prompts = job.prompts(every, job.candidates[every])
+    assert int(prompts.position_BL.max()) + 1 == model.positions
+    job.loss(every)
+    short = every[whole.prompts.count[1:] <= room]
+    assert torch.equal(job.prompts(short, job.candidates[short]).token_BL,
+                       whole.prompts(short, job.candidates[short]).token_BL), "what fits stays"
+    model.positions -= room
+    with pytest.raises(UserError, match=r"not one token of text fits .* lower align.candidates"):
         align(model)
-    longest = BehaviourPrompts(tokenizer(), "short", None, 4, False).longest
-    train = prefixes([[1, 2], [3]])
-    model.positions = longest(4)
-    behave(model, train, prefixes([[1, 2, 3]]))
-    with pytest.raises(UserError, match=f"spans {longest(5)} tokens, .* lower data.max_session"):
-        behave(model, train, prefixes([[1, 2, 3, 4]]))  # a test session has one click more
+
+
+@pytest.mark.parametrize(("family", "titles", "edges"), [("short", True, False), ("slot", False, False),
+                                                         ("paper", True, True)])
+def test_sessions_longer_than_the_backbone_keep_as_many_recent_clicks_as_fit(family, titles, edges):
+    build = BehaviourPrompts(tokenizer(), family, TITLES if titles else None, 4, edges)
+    sessions = prefixes()
+    clicks = [[c for c in row if c] for row in (sessions.graphs(torch.tensor([n])).items_BS[0].tolist()
+                                                for n in range(COUNT))]
+
+    def span(items: list[int]) -> int:
+        graphs = Sessions(torch.tensor([items]).int(), torch.tensor([0]), torch.tensor([len(items)]), torch.tensor([1])
+                          ).graphs(torch.tensor([0]))
+        return int(build(graphs, graphs.length_B).position_BL.max()) + 1
+
+    least = max(span(c[-1:]) for c in clicks)
+    for positions in range(least, build.longest(7) + 1, 3):
+        expected = [next(c[-k:] for k in range(len(c), 0, -1) if span(c[-k:]) <= positions) for c in clicks]
+        found, cut = shortened(sessions, build, positions, "training")
+        assert cut == sum(len(a) < len(b) for a, b in zip(expected, clicks))
+        assert [[c for c in row if c] for n in range(COUNT)
+                for row in found.graphs(torch.tensor([n])).items_BS.tolist()] == expected
+        assert torch.equal(found.target, sessions.target) and (cut or found is sessions)
+    with pytest.raises(UserError, match="not even one click fits"):
+        shortened(sessions, build, least - 1, "training")
+
+
+def test_both_forms_agree_on_cut_prompts_and_what_fits_is_as_before(capsys):
+    model = llmgr()
+    losses = {}
+    for positions in (model.positions, 60):
+        model.positions = positions
+        for targets in ("prefix", "positions"):
+            job = behave(model, titles=True, targets=targets, batch_size=1)
+            micros = [m for step in job.steps(0, torch.Generator().manual_seed(0)) for m in step]
+            with torch.no_grad():
+                losses[positions, targets] = {int(job.sample[m]): job.loss(m).total.item() for m in micros}
+            assert sum(map(job.targets, micros)) == COUNT
+    prefix = losses[60, "prefix"]
+    assert 0 < job.cut < COUNT and f"{job.cut} of {COUNT} training prompts are cut" in capsys.readouterr().err
+    assert sum(losses[60, "positions"].values()) == pytest.approx(sum(prefix.values()), rel=1e-5)
+    whole = job.train.length == prefixes().length
+    assert int((~whole).sum()) == job.cut
+    before = losses[700, "prefix"]
+    assert [before[n] for n in range(COUNT) if whole[n]] == [prefix[n] for n in range(COUNT) if whole[n]]
+    assert all(before[n] != prefix[n] for n in range(COUNT) if not whole[n])
 
 
 @pytest.mark.parametrize("positions", [False, True])

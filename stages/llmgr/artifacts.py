@@ -127,22 +127,22 @@ def home() -> Path:
     return Path(os.environ.get("DVC_ROOT", "."))
 
 
-def resume_folder(stage: str, params: Any, inputs: Iterable[str | Path]) -> Path:
+def resume_folder(stage: str, params: dict[str, Any], inputs: Iterable[str | Path]) -> Path:
     """Where a stage keeps what it needs to go on after an interruption.
 
     The folder's name is a fingerprint of everything that decides the outcome: the parameters read, the inputs'
-    contents, the code, the thread and process counts (they decide rounding). It lies outside DVC's outs. What waits
-    there for parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT` newer ones.
+    contents, the code. Thread and process counts (`launch`) decide rounding alone: they stand in the checkpoint, any
+    number goes on from it, and one that differs says so. The folder lies outside DVC's outs. What waits there for
+    parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT` newer ones.
     """
     source = Path(__file__).resolve().parent.parent
     print_of = hashlib.sha256()
-    print_of.update(json.dumps(params, sort_keys=True, default=str).encode())
+    deciding = {key: value for key, value in params.items() if not key.startswith("launch.")}
+    print_of.update(json.dumps(deciding, sort_keys=True, default=str).encode())
     for path in inputs:
         print_of.update(f"{path}\0{digest(require(path))}\n".encode())
     for file in sorted(source.rglob("*.py")):
         print_of.update(f"{file.relative_to(source).as_posix()}\0{digest(file)}\n".encode())
-    print_of.update(f"threads {os.environ.get('OMP_NUM_THREADS', os.cpu_count())}".encode())
-    print_of.update(f"world {os.environ.get('WORLD_SIZE', 1)}".encode())
     return waiting(stage, print_of.hexdigest()[:16])
 
 

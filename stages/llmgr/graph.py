@@ -78,6 +78,17 @@ class Sessions:
                                         "target": self.target[samples]}
         return chosen
 
+    def recent(self, kept: Tensor) -> Sessions:
+        """The same samples with their last `kept` clicks; one that loses some gets a row of its own. All on the CPU."""
+        cut = kept < self.length
+        apart = cut | (self.row != self.row.roll(1)) | cut.roll(1)
+        apart[0] = True
+        first = apart.nonzero()[:, 0]
+        place = (self.length - kept)[first][:, None] + torch.arange(self.items.shape[1])
+        real = (place < self.length[first][:, None]) | ~cut[first][:, None]
+        items = self.items[self.row[first]].gather(1, place.clamp(max=self.items.shape[1] - 1)) * real
+        return Sessions(items.int(), apart.long().cumsum(0) - 1, kept, self.target, self.user[self.row[first]])
+
     def graphs(self, samples: Tensor) -> GraphBatch:
         """The graphs of samples [B], by indexing, without a loop over them."""
         return self.prefix_graphs(self.row[samples], self.length[samples])

@@ -527,6 +527,20 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Launch:
+    processes: int
+    """Processes that align and tune run in, each on a GPU of its own or on the CPU; torchrun's number goes first."""
+    strategy: Literal["ddp", "zero2", "zero3"]
+    """How several divide the work: `ddp`, the whole model in each; DeepSpeed ZeRO-2 divides gradients and the
+    optimiser's state, too, ZeRO-3 all weights. Results differ by rounding alone (and by where dropout strikes)."""
+    device: Literal["auto", "cpu", "cuda"]
+    """Where align and tune compute; `auto` takes the GPU where there is one."""
+
+    def check(self) -> None:
+        positive(self, "launch", "processes")
+
+
+@dataclass(frozen=True)
 class Gate:
     fuse: dict[str, list[str]]
     """Gates by name, each the scorers that it fuses: models of the report, or `repeat`, which marks clicked items."""
@@ -598,6 +612,7 @@ class Params:
     model: Model
     align: Align
     tune: Tune
+    launch: Launch
     gate: Gate
     evaluate: Evaluate
     bucket: Bucket

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from llmgr.graph import GraphBatch
+from llmgr.errors import UserError
+from llmgr.graph import GraphBatch, Sessions
 
 ALIGNMENT = "Each node stands for a product. Nodes: {nodes}. Description: {text}. The described node is:"
 
@@ -149,6 +151,16 @@ class AlignmentPrompts:
         """Tokens of the longest possible prompt."""
         return sum(len(p) for p in self.pieces if isinstance(p, list)) + candidates + self.table.shape[1]
 
+    def shorten(self, candidates: int, positions: int) -> int:
+        """Cut the ends of texts whose prompts would pass `positions` and say how many; UserError where none fits."""
+        room = positions - self.longest(candidates) + self.table.shape[1]
+        if room < 1:
+            raise UserError(f"not one token of text fits beside align.candidates={candidates} nodes in the backbone's "
+                            f"{positions} positions: lower align.candidates")
+        cut = int((self.count > room).sum())
+        self.table, self.count = self.table[:, :room], self.count.clamp(max=room)
+        return cut
+
     def __call__(self, item_B: Tensor, candidates_BC: Tensor) -> PromptBatch:
         """Prompts for described items, given the nodes to list (the described one among them)."""
         layout = Assembly(len(item_B), candidates_BC.device)
@@ -177,9 +189,27 @@ class BehaviourPrompts:
 
     def longest(self, max_session: int) -> int:
         """Tokens that the longest possible prompt spans."""
-        click = 1 + (self.titles[0].shape[1] if self.titles else 0)
-        slots = {"nodes": max_session * click, "edges": (max_session - 1) * (2 + len(self.arrow))}
+        slots = {"nodes": max_session * self._widest(), "edges": (max_session - 1) * (2 + len(self.arrow))}
         return sum(slots.get(p, 1) if isinstance(p, str) else len(p) for p in self.trunk + self.branch)
+
+    def fitting(self, sessions: Sessions, positions: int) -> Tensor:
+        """How many clicks of each sample, the most recent ones, make a prompt of at most `positions`; on the CPU.
+
+        Whether its prompt is one of its own or a branch is the same: a branch has the positions of the former.
+        """
+        items, row, length = sessions.items.cpu().long(), sessions.row.cpu(), sessions.length.cpu()
+        edge = 2 + len(self.arrow) if "edges" in self.branch else 0  # for all clicks but the first
+        click_RS = (items > 0).long() * (1 + edge)
+        if self.titles is not None:
+            click_RS += self.titles[1][items]
+        before_RS = F.pad(click_RS.cumsum(1), (1, 0))
+        room = positions + edge - self.longest(1) + self._widest()
+        spans_MS = before_RS[row].gather(1, length[:, None]) - before_RS[row][:, :-1]  # from each click to the last
+        real_MS = torch.arange(spans_MS.shape[1]) < length[:, None]
+        return ((spans_MS <= room) & real_MS).sum(1)
+
+    def _widest(self) -> int:
+        return 1 + (self.titles[0].shape[1] if self.titles else 0)
 
     def __call__(self, graphs: GraphBatch, first_B: Tensor) -> PromptBatch:
         """Prompts for sessions, with a branch for every prefix of `first_B` to all clicks.

@@ -5,12 +5,15 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from llmgr.errors import UserError
+from llmgr.errors import UserError, WorkersFailed
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_DISK_WORDS = (*map(os.strerror, FULL_DISK), "database or disk is full")  # the last is SQLite's
+WORKERS = "LLMGR_WORKERS"  # environment: the folder where workers of llmgr.launch meet and leave what they died of
 
 
 def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None) -> None:
@@ -19,7 +22,7 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
     `doc` is the script's docstring and becomes `--help`; `reads` are the parameter keys that `main` may use
     (`tune`, `data.max_session`), the same ones that dvc.yaml declares; `options` maps further required options to
     their help. A key may hold an option in braces: `encoder.{encoder}` is the section of the encoder given, whatever
-    follows its hyphen.
+    follows its hyphen. A stage that reads `launch` runs in as many processes as it says.
     Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,9 +33,19 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
         from llmgr.params import load
 
         filled = {name: value.partition("-")[0] for name, value in arguments.items()}
-        main(load("params.yaml").view([key.format(**filled) for key in reads]), **arguments)
+        params = load("params.yaml").view([key.format(**filled) for key in reads])
+        if "launch" in reads:
+            from llmgr.launch import processes
+
+            with processes(params.launch) as works:
+                if works:
+                    main(params, **arguments)
+        else:
+            main(params, **arguments)
     except UserError as error:
         _fail(str(error))
+    except WorkersFailed as failed:
+        _fail(str(failed), failed.status)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on from the last checkpoint", status=130)
     except Exception as error:
@@ -42,14 +55,17 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
                   "finished files are whole and training goes on from its last checkpoint")
         if _out_of_memory(error):
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
-                  "tune.gradient_checkpointing=true, or lower encoder.training.batch_size (align.* likewise for stage "
-                  "1)")
+                  "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
+                  "encoder.training.batch_size (align.* likewise for stage 1)")
+        if WORKERS in os.environ:
+            _fail(traceback.format_exc(), status=1)
         raise
 
 
 def say(text: str) -> None:
-    """One line of progress to standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """One line of progress to standard error, at once; the first of several processes speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -59,10 +75,14 @@ def disk_is_full(error: BaseException) -> bool:
     return any(words in str(error) for words in FULL_DISK_WORDS)
 
 
-def _fail(sentence: str, status: int = 2) -> None:
-    say(f"error: {sentence}")
+def _fail(said: str, status: int = 2) -> None:
+    """End with `status`; a worker leaves what it says to the process that started it, which says it once."""
     sys.stdout.flush()
-    os._exit(status) if status == 130 else sys.exit(status)
+    if folder := os.environ.get(WORKERS):
+        Path(folder, f"{os.environ['RANK']}.error").write_text(said)
+    else:
+        print(said if status == 1 else f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(status) if status == 130 or "RANK" in os.environ else sys.exit(status)  # others may wait for this one
 
 
 def _out_of_memory(error: BaseException) -> bool:

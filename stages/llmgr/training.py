@@ -1,7 +1,8 @@
 """The one training engine: AdamW, cosine with warm-up, accumulation, clipping, precision, resume, early stopping, cost.
 
 A job says what a step holds and what its loss is; the engine owns the loop. State is checkpointed outside DVC's outs,
-so that a run killed at any moment goes on and ends with the same bytes (on a CPU).
+so that a run killed at any moment goes on and ends with the same bytes (on a CPU). llmgr.launch does a step among
+several processes; here there is one loop.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from llmgr.artifacts import write_bytes, write_json, write_text
 from llmgr.errors import UserError
+from llmgr.launch import added, from_first, gathered, partners, rank, size
 from llmgr.stage import say
 
 CURVE_POINTS = 200
@@ -44,7 +46,10 @@ class Job(Protocol):
     selects: str | None
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Any]]:
-        """The epoch's optimiser steps, each a list of micro-batches; the same for the same generator state."""
+        """The epoch's optimiser steps, each a list of micro-batches; the same for the same generator state.
+
+        Where several processes train, a micro-batch is a tensor whose rows can be divided among them.
+        """
 
     def targets(self, micro: Any) -> int:
         """Targets of a micro-batch, known before it is built."""
@@ -79,18 +84,25 @@ class Progress:
         return self.epoch - self.best_epoch >= patience
 
 
-def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progress:
+def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy: str = "ddp") -> Progress:
     """Train `job.model` in place and return how it went; the best epoch's weights where `job.selects` is set.
 
     `settings` is a training section of params.yaml (epochs, lr, weight_decay, warmup_share, clip, precision,
-    checkpoint_seconds, optionally patience). Raises UserError where the loss stops being finite: the step is named and
-    the last good checkpoint stays.
+    checkpoint_seconds, optionally patience); `strategy` is launch.strategy. A checkpoint is whole, so that any number
+    of processes goes on from it; the number that wrote it ends with the bytes of an undisturbed run. Raises UserError
+    where the loss stops being finite: the step is named and the last good checkpoint stays.
     """
     device = next(job.model.parameters()).device
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + rank())  # dropout differs between processes
     trained = {k: p for k, p in job.model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(trained, settings)
-    progress, best = _load(resume / "state.pt", trained, optimizer)
+    state = from_first(_load(resume / "state.pt") if rank() == 0 else None)
+    if state:
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                parameter.copy_(state["weights"][key])
+    workers = partners(job, trained, optimizer, settings.clip, strategy)
+    progress, best = _resumed(state, workers) if state else (Progress(), {})
     generator = torch.Generator()
     per_epoch = len(job.steps(0, generator.manual_seed(seed)))
     total = per_epoch * settings.epochs
@@ -107,7 +119,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
 
     if not progress.epoch_rows and progress.step == 0:
         job.model.eval()
-        if first := job.validate():
+        if first := workers.validate():
             progress.epoch_rows.append({"epoch": 0, "step": 0, **first})
         clock(training=False)
     while progress.epoch < settings.epochs and not (job.selects and progress.stale(settings.patience)):
@@ -117,19 +129,18 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * cosine(progress.step, total, settings.warmup_share)
             targets = sum(map(job.targets, micros))
-            for micro in micros:
-                loss = job.loss(micro)
-                (loss.total / targets).backward()
-                progress.tokens += loss.tokens
-                progress.window[0] += loss.total.item()
+            losses, read = zip(*(workers.loss(micro, targets) for micro in micros))
+            due = rank() == 0 and time.monotonic() - saved >= settings.checkpoint_seconds  # one clock decides
+            *losses, tokens, due = added([*losses, sum(read), due])
+            for loss in losses:
+                progress.window[0] += loss
+            progress.tokens += int(tokens)
             progress.samples += targets
             progress.window[1] += targets
-            norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip)
-            if not math.isfinite(progress.window[0] + norm.item()):
+            norm = workers.step()
+            if not math.isfinite(progress.window[0] + norm):
                 raise UserError(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
                                 f"{name_of(name)}.lr; the last good checkpoint is kept")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             progress.step += 1
             progress.done += 1
             if progress.step % every == 0 or progress.done == len(steps):
@@ -140,11 +151,11 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
                 progress.window = [0.0, 0.0]
                 bar.show(progress.step, f"loss {mean:.4f}")
             clock(training=True)
-            if tick - saved >= settings.checkpoint_seconds:
-                _save(resume / "state.pt", progress, trained, optimizer, best)
+            if due:
+                _save(resume / "state.pt", progress, workers, best)
                 saved = time.monotonic()
         job.model.eval()
-        metrics = job.validate()
+        metrics = workers.validate()
         progress.epoch += 1
         progress.done = 0
         row = {"epoch": progress.epoch, "step": progress.step,
@@ -156,9 +167,10 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Progr
             progress.best, progress.best_epoch = metrics[job.selects], progress.epoch
             best = {k: p.detach().clone() for k, p in trained.items()}
         clock(training=False)
-        _save(resume / "state.pt", progress, trained, optimizer, best)
+        _save(resume / "state.pt", progress, workers, best)
         saved = time.monotonic()
     bar.close()
+    workers.close()
     with torch.no_grad():
         for key, value in best.items():
             trained[key].copy_(value.to(device))
@@ -194,14 +206,15 @@ def peak_memory_mb() -> float:
 
 def hardware() -> str:
     """The machine in words, without its name."""
+    several = f"{size()} processes, " if size() > 1 else ""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return several + torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = lines[0] if lines else model
-    return f"{torch.get_num_threads()} CPU threads, {model}"
+    return f"{several}{torch.get_num_threads()} CPU threads, {model}"
 
 
 def device_of() -> torch.device:
@@ -252,7 +265,8 @@ class Bar:
         self.total, self.name, self.every = total, name, every
         self.begun = self.shown = time.monotonic()
         self.start = start
-        self.bar = tqdm(total=total, initial=start, desc=name, leave=False) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, initial=start, desc=name, leave=False) if (
+            sys.stderr.isatty() and rank() == 0) else None
 
     def show(self, step: int, text: str) -> None:
         """Bring the display to `step`."""
@@ -301,33 +315,41 @@ def _whole_steps(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = int(state["step"])
 
 
-def _save(path: Path, progress: Progress, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-          best: dict[str, Tensor]) -> None:
-    state = {"progress": vars(progress), "weights": {k: p.detach() for k, p in trained.items()},
-             "optimizer": optimizer.state_dict(), "best": best, "random": torch.get_rng_state(),
-             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    buffer = io.BytesIO()  # written by Python, whose errors say when a disk is full; those of torch.save do not
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getbuffer())
+def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor]) -> None:
+    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    state = {"progress": vars(progress), **workers.state(), "best": best, "random": gathered(random),
+             "machine": _machine(workers)}
+    if rank() == 0:
+        buffer = io.BytesIO()  # written by Python, whose errors say when a disk is full; those of torch.save do not
+        torch.save(state, buffer)
+        write_bytes(path, buffer.getbuffer())
 
 
-def _load(path: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-          ) -> tuple[Progress, dict[str, Tensor]]:
+def _load(path: Path) -> dict[str, Any] | None:
+    """A checkpoint, if there is one."""
     for leftover in path.parent.glob(".*.tmp"):
         leftover.unlink()
-    if not path.exists():
-        return Progress(), {}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for key, parameter in trained.items():
-            parameter.copy_(state["weights"][key])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def _resumed(state: dict[str, Any], workers: Any) -> tuple[Progress, dict[str, Tensor]]:
+    workers.load(state["optimizer"])
     progress = Progress(**state["progress"])
-    say(f"resuming at step {progress.step}, epoch {progress.epoch}")
+    other = ""
+    if state["machine"] != _machine(workers):
+        other = f" ({state['machine']} before, {_machine(workers)} now: not the bytes of an undisturbed run)"
+    if len(state["random"]) == size():
+        cpu, *cuda = state["random"][rank()]
+        torch.set_rng_state(cpu)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda[0])
+    say(f"resuming at step {progress.step}, epoch {progress.epoch}{other}")
     return progress, state["best"]
+
+
+def _machine(workers: Any) -> str:
+    """What decides the order of sums, hence rounding."""
+    return f"{size()} {workers.name} processes of {torch.get_num_threads()} threads"
 
 
 def _table(rows: list[dict[str, float]]) -> str:

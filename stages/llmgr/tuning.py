@@ -10,20 +10,34 @@ from torch.nn import functional as F
 from llmgr.encoders.layers import item_cross_entropy
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, bucketed
+from llmgr.launch import spread
 from llmgr.llmgr import Llmgr, logits
 from llmgr.pretraining import rank_sessions
 from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.ranking import metrics
+from llmgr.stage import say
 from llmgr.training import Loss
 
 ACCURACY_ITEMS = 1024
 
 
-def check_length(longest: int, model: Llmgr, mend: str) -> None:
-    """UserError where a prompt of `longest` tokens would pass the backbone's positions."""
-    if longest > model.positions:
-        raise UserError(f"the longest prompt spans {longest} tokens, the backbone has {model.positions} positions: "
-                        f"{mend}")
+def shortened(sessions: Sessions, prompts: BehaviourPrompts, positions: int, kind: str) -> tuple[Sessions, int]:
+    """Sessions whose prompts fit the backbone's positions, by their most recent clicks, and how many lost some.
+
+    What the prompt lost the graph encoder does not see either. UserError where not even one click fits.
+    """
+    if prompts.longest(sessions.items.shape[1]) <= positions:
+        return sessions, 0
+    kept = prompts.fitting(sessions, positions)
+    if not kept.all():
+        raise UserError(f"not even one click fits the backbone's {positions} positions: lower tune.title_tokens, or "
+                        "set tune.titles=false or tune.prompt=slot")
+    cut = int((kept < sessions.length.cpu()).sum())
+    if cut:
+        say(f"{cut} of {len(sessions)} {kind} prompts are cut to their most recent clicks: the backbone has "
+            f"{positions} positions")
+        sessions = sessions.to("cpu").recent(kept).to(sessions.row.device)
+    return sessions, cut
 
 
 class AlignJob:
@@ -36,8 +50,9 @@ class AlignJob:
     selects = None
 
     def __init__(self, model: Llmgr, prompts: AlignmentPrompts, settings: Any, seed: int, dtype: torch.dtype) -> None:
-        check_length(prompts.longest(settings.candidates), model,
-                     "lower align.max_text_tokens or align.candidates")
+        self.cut = prompts.shorten(settings.candidates, model.positions)
+        if self.cut:
+            say(f"{self.cut} of {len(prompts.count) - 1} texts are cut: the backbone has {model.positions} positions")
         self.model, self.prompts, self.settings, self.dtype = model, prompts, settings, dtype
         self.device = model.vectors.device
         self.items = len(model.vectors) - 1
@@ -70,12 +85,17 @@ class AlignJob:
     def validate(self) -> dict[str, float]:
         among = overall = 0
         for micro in self.checked.split(64):
-            query, table, bias, _ = self._forward(micro, self.checked_candidates)
-            shown, target = self.checked_candidates[micro].to(self.device), micro.to(self.device)
-            best = self._among(query, table, bias, shown).argmax(1)
-            among += int((shown.gather(1, best[:, None])[:, 0] == target).sum())
-            overall += int((logits(query, table, bias)[:, 1:].argmax(1) + 1 == target).sum())
+            right = spread(self._right, micro).sum(0)
+            among, overall = among + int(right[0]), overall + int(right[1])
         return {"accuracy_candidates": among / len(self.checked), "accuracy_items": overall / len(self.checked)}
+
+    def _right(self, micro: Tensor) -> Tensor:
+        """Whether each item is told from its candidates, and from all items [B, 2]."""
+        query, table, bias, _ = self._forward(micro, self.checked_candidates)
+        shown, target = self.checked_candidates[micro].to(self.device), micro.to(self.device)
+        best = self._among(query, table, bias, shown).argmax(1)
+        return torch.stack((shown.gather(1, best[:, None])[:, 0] == target,
+                            logits(query, table, bias)[:, 1:].argmax(1) + 1 == target), 1)
 
     def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
         prompts = self.prompts(micro.to(self.device), candidates[micro].to(self.device))
@@ -108,9 +128,7 @@ class BehaviourJob:
 
     def __init__(self, model: Llmgr, prompts: BehaviourPrompts, train: Sessions, valid: Sessions, settings: Any,
                  seed: int, dtype: torch.dtype) -> None:
-        clicks = max(train.items.shape[1], valid.items.shape[1] + 1)  # a test session holds the validation target, too
-        check_length(prompts.longest(clicks), model,
-                     "lower data.max_session or tune.title_tokens, or set tune.titles=false")
+        train, self.cut = shortened(train, prompts, model.positions, "training")
         if settings.targets == "positions" and not model.causal:
             raise UserError("tune.targets=positions needs causal attention and the backbone is bidirectional: set "
                             "model.attention=causal or tune.targets=prefix")
@@ -164,7 +182,8 @@ class Scorer:
     """Scores of all items for sessions, from a prompt a session; what validation and test both use."""
 
     def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype) -> None:
-        self.model, self.prompts, self.sessions, self.dtype = model, prompts, sessions, dtype
+        self.model, self.prompts, self.dtype = model, prompts, dtype
+        self.sessions, _ = shortened(sessions, prompts, model.positions, "validation or test")
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Tensor:
@@ -182,7 +201,7 @@ class Scorer:
 
         def score(samples: Tensor) -> Tensor:
             nonlocal total
-            scores = self(samples)
+            scores = spread(self, samples)
             total += F.cross_entropy(scores[:, 1:], self.sessions.target[samples] - 1, reduction="sum").item()
             return scores
 

@@ -1,0 +1,312 @@
+"""Several processes: the single-process result, files of one of them, interruptions, and how they fail."""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from llmgr import launch, params
+from llmgr.errors import UserError
+from llmgr.training import fit
+
+ROOT = Path(__file__).resolve().parent.parent
+STRATEGIES = ["ddp", "zero2", "zero3"]
+CASES: dict[str, dict[str, Any]] = {  # an epoch's last micro-batch is one prompt: none is left for the second process
+    "align": {"batch_size": 11, "output": "linear", "accumulate": 2},
+    "prefix": {"batch_size": 16, "targets": "prefix", "accumulate": 2, "train_encoder": "none"},
+    "positions": {"batch_size": 4, "recompute": True},
+    "positions-bf16": {"batch_size": 4, "recompute": True, "dtype": torch.bfloat16},
+}
+
+
+def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divided: bool = False, **changes: Any
+            ) -> dict[str, Any]:
+    """A tiny model through one of the stages: curve and weights.
+
+    It is left before loss number `stop`, if that is given; `divided` micro-batches are what two processes make of them.
+    """
+    from test_tuning import align, behave, settings
+    from tiny import llmgr, prefixes
+
+    chosen = {"epochs": 3, "weight_decay": 0.01, "clip": 0.5, **CASES[case], **changes}
+    dtype = chosen.pop("dtype", torch.float32)
+    model = llmgr("llama", dropout=chosen.pop("dropout", 0.0), output=chosen.pop("output", "items"))
+    for parameter in model.language_model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    if chosen.pop("recompute", False):
+        model.checkpoint_activations()
+    if case.startswith("align"):
+        job = align(model, **chosen)
+    else:
+        model.unfreeze_encoder(chosen.pop("train_encoder", "all"))
+        job = behave(model, prefixes(), titles=True, **chosen)
+        job.scorer.dtype = dtype
+    job.dtype = dtype
+    if divided:
+        steps = job.steps
+        job.steps = lambda *given: [[m[n::2] for m in micros for n in (0, 1) if len(m) > n] for micros in steps(*given)]
+    if stop:
+        loss, calls = job.loss, iter(range(stop))
+        job.loss = lambda micro: loss(micro) if next(calls, None) is not None else interrupt()
+    try:
+        progress = fit(job, settings(**chosen), seed=5, resume=resume, name="tune", strategy=strategy)
+    except InterruptedError:
+        return {}
+    return {"steps": [row["loss"] for row in progress.step_rows], "epochs": progress.epoch_rows,
+            "samples": progress.samples, "tokens": progress.tokens,
+            "weights": {k: p.detach().clone() for k, p in model.named_parameters()}}
+
+
+def interrupt() -> None:
+    raise InterruptedError
+
+
+def resumed(strategy: str) -> list[dict[str, Any]]:
+    """With dropout: undisturbed, and cut in two; the folder `half-STRATEGY-0.0` keeps a checkpoint without."""
+    for dropout in (0.2, 0.0):
+        half = Path(f"half-{strategy}-{dropout}")
+        trained("positions", half, strategy, dropout=dropout, stop=5, checkpoint_seconds=0)
+        if dropout:
+            found = [trained("positions", folder, strategy, dropout=dropout)
+                     for folder in (Path(f"whole-{strategy}"), half)]
+    return found
+
+
+def probe(folder: Path, body: str, processes: int = 2, **settings: Any) -> list[str]:
+    """The command of a stage that runs `body` in so many processes."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = params.changed(content, {"launch.processes": processes, "launch.device": "cpu"} | settings)
+    folder.mkdir(exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    (folder / "probe.py").write_text('"""Probe."""\nfrom llmgr.stage import run\n\n\ndef main(params):\n'
+                                     + textwrap.indent(textwrap.dedent(body), "    ")
+                                     + '\n\nrun(main, __doc__, ("launch",))\n')
+    return [sys.executable, "probe.py"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, body: str, processes: int = 2, **settings: Any) -> subprocess.CompletedProcess:
+    return subprocess.run(probe(folder, body, processes, **settings), cwd=folder, env=environment(), text=True,
+                          capture_output=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every case in one process.
+
+    In bf16 a hidden state depends on the shape of the batch that it is in: there one process goes through the shares of
+    two, one after the other, and what remains is the order in which float32 gradients are added up.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {case: trained(case, tmp_path_factory.mktemp(case), divided=case.endswith("bf16")) for case in CASES}
+    torch.set_num_threads(threads)
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every case in two processes, by each strategy; one run of workers for all, since starting them takes longest."""
+    folder = tmp_path_factory.mktemp("together")
+    done = run(folder, """
+        import shutil, sys
+        from pathlib import Path
+        import torch
+        from llmgr import launch
+        from test_launch import CASES, STRATEGIES, resumed, trained
+
+        launch.WHOLE = 0  # ZeRO-3 divides the smallest weight, too
+        found = {}
+        for strategy in STRATEGIES:
+            for case in CASES:
+                found[case, strategy] = trained(case, Path(f"{case}-{strategy}"), strategy)
+            found["resumed", strategy] = resumed(strategy)
+            other = Path(f"other-{strategy}")
+            if launch.rank() == 0:
+                shutil.copytree("half-ddp-0.0", other)
+            found["other", strategy] = trained("positions", other, strategy)
+            found["imported", strategy] = "deepspeed" in sys.modules
+        torch.save(found, f"found.{launch.rank()}")
+        """)
+    assert done.returncode == 0, done.stderr
+    found, other = (torch.load(folder / f"found.{n}") for n in range(2))
+    for case in CASES:
+        assert all(found[case, s]["epochs"] == other[case, s]["epochs"] for s in STRATEGIES), "both know the same"
+    return {**found, "folder": folder, "said": done.stderr}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_make_the_steps_of_one(alone, together, case: str, strategy: str) -> None:
+    one, two = alone[case], together[case, strategy]
+    assert (one["samples"], one["tokens"]) == (two["samples"], two["tokens"])
+    assert len(one["steps"]) == len(two["steps"]) >= 3
+    assert one["epochs"][-1]["train_loss"] < 0.95 * one["epochs"][1]["train_loss"], "it learns"
+    bf16 = case.endswith("bf16")
+    # In bf16 ddp and zero2 agree to 1e-6. Under zero3 0.3% was seen, where bf16 and float32 are 0.9% apart; why is not
+    # known (its hooks may reorder sums of the backward pass). One unit of bf16's last place is allowed.
+    allowed = 1e-5 if not bf16 else 2**-8 if strategy == "zero3" else 1e-4
+    assert two["steps"] == pytest.approx(one["steps"], rel=allowed)
+    for ours, theirs in zip(two["epochs"], one["epochs"]):
+        assert bf16 or ours == pytest.approx(theirs, rel=1e-5)
+    for name, weight in one["weights"].items():
+        assert bf16 or torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-5) is None, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_interrupted_run_ends_with_the_bytes_of_an_undisturbed_one(together, strategy: str) -> None:
+    whole, cut = together["resumed", strategy]
+    assert cut["steps"] == whole["steps"] and cut["epochs"] == whole["epochs"]
+    assert all(torch.equal(cut["weights"][k], w) for k, w in whole["weights"].items())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone, together, strategy, tmp_path, capsys):
+    state = torch.load(together["folder"] / f"half-{strategy}-0.0/state.pt", weights_only=True)
+    frozen = {k for k in state["weights"] if "base_layer" in k or "embed" in k}
+    assert state["weights"] and not frozen and state["progress"]["step"] == 5
+    (tmp_path / "state.pt").write_bytes((together["folder"] / f"half-{strategy}-0.0/state.pt").read_bytes())
+    torch.set_num_threads(1)
+    found, other = trained("positions", tmp_path), together["other", strategy]  # and ddp's one under each strategy
+    said = capsys.readouterr().err
+    assert "resuming at step 5" in said and f"2 {strategy} processes of 1 threads before" in said
+    assert found["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
+    assert other["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
+
+
+def test_deepspeed_is_imported_where_it_is_asked_for_alone_and_only_the_first_speaks(together) -> None:
+    assert [together["imported", s] for s in STRATEGIES] == [False, True, True]
+    assert together["said"].count("tune: epoch 1 ") == len(STRATEGIES) * (len(CASES) + 3)
+    assert not [line for line in together["said"].splitlines() if "c10d" in line or "DeepSpeed" in line]
+
+
+TOY = """
+    import os, signal, time
+    from pathlib import Path
+    import torch
+    from llmgr import launch
+    from llmgr.training import fit
+    from test_training import Toy, bytes_of, settings
+
+    job, own = Toy(), int(os.environ.get("RANK", 0))
+    job.broken = {8: WHAT} if own == 1 else {}
+    fit(job, settings(checkpoint_seconds=0), seed=7, resume=Path("resume"), name="tune", strategy="ddp")
+    Path(f"bytes.{launch.rank()}").write_bytes(bytes_of(job))
+"""
+
+
+def toy(what: str) -> str:
+    """A small training whose second process does `what` at its eighth loss."""
+    return TOY.replace("WHAT", what)
+
+
+def sentence(done: subprocess.CompletedProcess) -> str:
+    """The one line that it says of its failure, which the user can mend."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr.splitlines()[-1] == said
+    return said
+
+
+def test_a_worker_that_dies_takes_the_others_along_and_the_run_goes_on_to_the_same_bytes(undisturbed, tmp_path) -> None:
+    done = run(tmp_path, toy("lambda total: os.kill(os.getpid(), signal.SIGKILL)"))
+    assert re.search(r"error: process 2 of 2 was killed \(SIGKILL\) and the others were stopped; .*tune.batch_size",
+                     sentence(done))
+    assert not list(tmp_path.glob("bytes.*")) and torch.load(tmp_path / "resume/state.pt")["progress"]["step"] == 7
+    again = run(tmp_path, toy("lambda total: total"))
+    assert again.returncode == 0 and "resuming at step 7, epoch 1\n" in again.stderr, again.stderr
+    assert {(tmp_path / f"bytes.{n}").read_bytes() for n in range(2)} == {undisturbed}
+
+
+@pytest.mark.parametrize(("what", "words"), [
+    ("lambda total: total * float('nan')", ["tune: the loss", "not finite at step 8", "lower tune.lr"]),
+    ("lambda total: torch.empty(2**60, dtype=torch.uint8)",
+     ["out of memory", "tune.batch_size", "tune.gradient_checkpointing", "launch.strategy=zero3"]),
+], ids=["nan", "memory"])
+def test_what_one_worker_meets_stops_all_with_one_sentence(tmp_path: Path, what: str, words: list[str]) -> None:
+    said = sentence(run(tmp_path, toy(what)))
+    assert all(word in said for word in words)
+    state = torch.load(tmp_path / "resume/state.pt", weights_only=True)
+    assert state["progress"]["step"] == 7 and all(w.isfinite().all() for w in state["weights"].values())
+
+
+def test_a_defect_of_one_worker_keeps_its_traceback(tmp_path: Path) -> None:
+    done = run(tmp_path, toy("lambda total: {}['defect']"))
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1 and "KeyError: 'defect'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Weights of the small training in two processes, which torchrun starts, whatever launch.processes says."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    probe(folder, toy("lambda total: total"), processes=7)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "probe.py"], cwd=folder, env=environment(), text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tune: epoch 1 ") == 1
+    return (folder / "bytes.0").read_bytes()
+
+
+def test_workers_leave_with_the_process_that_started_them(tmp_path: Path) -> None:
+    command = probe(tmp_path, """
+        import os, time
+        from pathlib import Path
+        Path(f"{os.getpid()}.pid").touch()
+        time.sleep(300)
+        """)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment())
+    deadline = time.monotonic() + 100
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{path.stem}").exists() for path in tmp_path.glob("*.pid")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("settings", "gpus", "words"), [
+    ({"device": "cuda", "processes": 1}, 0, "launch.device=cuda, but there is no GPU"),
+    ({"device": "cuda", "processes": 3}, 2, "3 processes want a GPU each and there are 2: lower launch.processes"),
+    ({"device": "auto", "processes": 2}, 1, "2 processes want a GPU each and there is 1: lower launch.processes"),
+])
+def test_devices_that_are_not_there_are_refused(monkeypatch, settings, gpus, words) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=words), launch.processes(SimpleNamespace(**settings)):
+        pass
+
+
+def test_a_missing_gpu_is_a_sentence_of_the_stage(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run(tmp_path, "print('worked')", 1, **{"launch.device": "cuda"})
+    assert "launch.device=auto" in sentence(done) and done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+def test_rows_are_divided_and_come_back_in_order(monkeypatch) -> None:
+    rows = torch.arange(10, 15)
+    monkeypatch.setattr(launch, "size", lambda: 3)
+    shares = []
+    for number in range(3):
+        monkeypatch.setattr(launch, "rank", lambda number=number: number)
+        shares.append(launch.share(rows))
+        assert launch.share(rows[:1])[1] == (number == 0), "a row too few counts for nothing"
+    assert sorted(torch.cat([own for own, counts in shares if counts]).tolist()) == rows.tolist()
