@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders.layers import item_cross_entropy
 from llmgr.errors import UserError
-from llmgr.graph import Sessions, bucketed
+from llmgr.graph import Sessions, alike, bucketed
 from llmgr.launch import spread
 from llmgr.llmgr import Llmgr, logits
 from llmgr.pretraining import rank_sessions
@@ -144,11 +144,11 @@ class BehaviourJob:
             self.frozen = all_sessions(model, train)
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
-        chosen = torch.arange(len(self.first))
-        if self.settings.samples:
-            chosen = torch.randperm(len(self.first), generator=generator)[:self.settings.samples]
-        batches = bucketed(self.last[chosen], self.settings.batch_size, generator)
-        return grouped([chosen[batch] for batch in batches], self.settings.accumulate)
+        """Random sessions a step, read in micro-batches of like length: padding is small, and a step learns of all."""
+        chosen = torch.randperm(len(self.first), generator=generator)[:self.settings.samples or None]
+        size = self.settings.batch_size
+        return [[part for group in alike(step, self.last) for part in group.split(size)]
+                for step in chosen.split(size * self.settings.accumulate)]
 
     def targets(self, micro: Tensor) -> int:
         return int((self.last[micro] - self.first[micro] + 1).sum())
