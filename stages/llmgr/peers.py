@@ -32,6 +32,13 @@ GRAPHS = ("SRGNN", "GCSAN")
 MASKED = ("GRU4Rec", "NARM", "SASRec", *GRAPHS)
 """Models whose session vector does not depend on padding. STAMP's does: its first values overwrite the padding row."""
 SELECTS = "ndcg_at_20"
+NOTES = """Both sides were selected on validation NDCG@20 and ranked alike: all items, seen ones kept, ties against
+the model. `in s.e.`: the difference in standard errors of this project's figure. Seconds are CPU seconds of one
+thread, which other work on the machine does not lengthen. RecBole's rate and memory are those of an epoch as it
+ships; its quality may come from fits that are spared padding, loops and checks and compute the same. `limit`: ended
+by the limit of epochs or CPU time, not by patience. CPU s of training: epochs x samples / rate. Commands: `python
+stages/peers.py --help`.
+"""
 
 
 def interactions(train: pl.DataFrame, valid: pl.DataFrame, test: pl.DataFrame) -> pl.DataFrame:
@@ -217,7 +224,7 @@ def markdown(found: Sequence[Ours], fits: Sequence[Mapping[str, Any]], samples: 
     machines = sorted({source["hardware"] for source in (*fits, *(ours.speed for ours in found))})
     dates = sorted({source["date"] for source in (*fits, *(ours.speed for ours in found))})
     return (f"{sessions:,} test sessions, {samples:,} training samples; {'; '.join(machines)}; {', '.join(dates)}.\n\n"
-            f"{_table(quality)}\n{_table(cost)}")
+            f"{_table(quality)}\n{_table(cost)}\n{NOTES}")
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
