@@ -255,8 +255,17 @@ def test_samples_are_drawn_anew_and_reproducibly():
              for n in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 7
-    assert [len(s) for s in behave(llmgr(), targets="prefix", accumulate=3).steps(0, torch.Generator())] == [3, 2]
     assert grouped([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+
+
+def test_a_step_holds_random_sessions_in_micro_batches_of_like_length():
+    job = behave(llmgr(), targets="prefix", accumulate=3)
+    steps = job.steps(0, torch.Generator().manual_seed(1))
+    assert sorted(torch.cat([m for s in steps for m in s]).tolist()) == list(range(len(job.first)))
+    assert [sum(map(len, s)) for s in steps[:-1]] == [12] * (len(steps) - 1)
+    micros = [job.last[m] for s in steps for m in s]
+    assert all(len(m) <= 4 and m.max() < 1.5 * m.min() + 1 for m in micros)
+    assert any(len({*torch.cat([job.last[m] for m in s]).tolist()}) > 3 for s in steps), "a step mixes lengths"
 
 
 def test_positions_need_causal_attention():
