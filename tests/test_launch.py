@@ -76,7 +76,7 @@ def resumed(strategy: str) -> list[dict[str, Any]]:
     """With dropout: undisturbed, and cut in two; the folder `half-STRATEGY-0.0` keeps a checkpoint without."""
     for dropout in (0.2, 0.0):
         half = Path(f"half-{strategy}-{dropout}")
-        trained("positions", half, strategy, dropout=dropout, stop=5, checkpoint_seconds=0)
+        trained("positions", half, strategy, dropout=dropout, stop=9, checkpoint_seconds=0)  # micro-batches
         if dropout:
             found = [trained("positions", folder, strategy, dropout=dropout)
                      for folder in (Path(f"whole-{strategy}"), half)]
@@ -178,12 +178,13 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_undisturbed_one(together, 
 def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone, together, strategy, tmp_path, capsys):
     state = torch.load(together["folder"] / f"half-{strategy}-0.0/state.pt", weights_only=True)
     frozen = {k for k in state["weights"] if "base_layer" in k or "embed" in k}
-    assert state["weights"] and not frozen and state["progress"]["step"] == 5
+    step = state["progress"]["step"]
+    assert state["weights"] and not frozen and 0 < step < len(alone["positions"]["steps"])
     (tmp_path / "state.pt").write_bytes((together["folder"] / f"half-{strategy}-0.0/state.pt").read_bytes())
     torch.set_num_threads(1)
     found, other = trained("positions", tmp_path), together["other", strategy]  # and ddp's one under each strategy
     said = capsys.readouterr().err
-    assert "resuming at step 5" in said and f"2 {strategy} processes of 1 threads before" in said
+    assert f"resuming at step {step}" in said and f"2 {strategy} processes of 1 threads before" in said
     assert found["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
     assert other["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
 
