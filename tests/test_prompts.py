@@ -167,6 +167,28 @@ def test_one_pass_over_a_session_equals_a_prompt_a_prefix(kind, family, titles):
     assert torch.cdist(one, one).add(10 * torch.eye(len(one))).min() > 1e-3, "prefixes differ"
 
 
+@pytest.mark.parametrize("width", [8, 24, 64, 1000])
+@pytest.mark.parametrize("titles", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
+    model, build, sessions = llmgr(kind, attention="causal"), behaviour("short", titles, kind=kind), prefixes()
+    graphs = whole(sessions, LISTS)
+    session_RD = model.sessions(sessions.graphs(torch.arange(len(sessions))))
+    prompts = build(graphs, torch.ones(len(LISTS), dtype=torch.long))
+    packed = prompts.packed(width)
+    sizes = prompts.real_BL.sum(1)
+    assert packed.tokens == prompts.tokens and packed.real_BL.shape[1] <= max(width, int(sizes.max()))
+    torch.testing.assert_close(model.hidden(packed, session_RD), model.hidden(prompts, session_RD), atol=1e-5, rtol=1e-5)
+    if width == 1000:
+        assert packed.real_BL.shape == (1, int(sizes.sum())) and packed.real_BL.all()
+    for causal in (True, False):
+        mask = packed.mask(causal)[:, 0]
+        other = packed.segment_BL[:, None, :] != packed.segment_BL[:, :, None]
+        assert not (mask & other).any() and mask.any(2).all()
+        assert not (mask & ~packed.real_BL[:, None, :]).any()
+
+
 @pytest.mark.parametrize("titles", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "bert", "stories260K"])
 @torch.no_grad()

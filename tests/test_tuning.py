@@ -259,13 +259,26 @@ def test_samples_are_drawn_anew_and_reproducibly():
 
 
 def test_a_step_holds_random_sessions_in_micro_batches_of_like_length():
-    job = behave(llmgr(), targets="prefix", accumulate=3)
+    job = behave(llmgr("bert"), targets="prefix", accumulate=3)
     steps = job.steps(0, torch.Generator().manual_seed(1))
     assert sorted(torch.cat([m for s in steps for m in s]).tolist()) == list(range(len(job.first)))
     assert [sum(map(len, s)) for s in steps[:-1]] == [12] * (len(steps) - 1)
     micros = [job.last[m] for s in steps for m in s]
     assert all(len(m) <= 4 and m.max() < 1.5 * m.min() + 1 for m in micros)
     assert any(len({*torch.cat([job.last[m] for m in s]).tolist()}) > 3 for s in steps), "a step mixes lengths"
+
+
+def test_where_prompts_are_packed_a_step_is_read_in_whole_micro_batches():
+    job = behave(llmgr(), accumulate=2)
+    steps = job.steps(0, torch.Generator().manual_seed(1))
+    assert sorted(torch.cat([m for s in steps for m in s]).tolist()) == list(range(len(job.first)))
+    assert [[len(m) for m in s] for s in steps] == [[4, 1]]
+
+
+def test_the_graph_encoders_readouts_keep_their_order():
+    model = llmgr()
+    job = behave(model)
+    torch.testing.assert_close(job._sessions(torch.arange(COUNT)), model.sessions(job.train.graphs(torch.arange(COUNT))))
 
 
 def test_positions_need_causal_attention():

@@ -40,7 +40,8 @@ class PromptBatch:
 
     token_BL: text token ids. kind_BL: TEXT, NODE or GRAPH. ref_BL: the item of a node slot, the readout of a graph
     slot. position_BL: position ids. branch_BL: 0 in the trunk, else the branch's number. limit_BL: trunk positions
-    below it are visible. real_BL: False at padding. row_R, column_R: where hidden states are read.
+    below it are visible. real_BL: False at padding. segment_BL: which of a row's prompts a token belongs to (one a row
+    unless packed). row_R, column_R: where hidden states are read.
     """
 
     token_BL: Tensor
@@ -50,6 +51,7 @@ class PromptBatch:
     branch_BL: Tensor
     limit_BL: Tensor
     real_BL: Tensor
+    segment_BL: Tensor
     row_R: Tensor
     column_R: Tensor
 
@@ -60,12 +62,47 @@ class PromptBatch:
 
     def mask(self, causal: bool) -> Tensor:
         """Which key (last axis) a query sees, bool [B, 1, L, L]; padding sees the first token, so no row is empty."""
+        own_BLL = self.segment_BL[:, None, :] == self.segment_BL[:, :, None]
         if not causal:
-            return self.real_BL[:, None, None, :].expand(-1, 1, self.real_BL.shape[1], -1)
+            return (self.real_BL[:, None, :] & own_BLL)[:, None]
         trunk = (self.branch_BL == 0)[:, None, :] & (self.position_BL[:, None, :] < self.limit_BL[:, :, None])
         own = (self.branch_BL[:, None, :] == self.branch_BL[:, :, None]) & (self.branch_BL > 0)[:, None, :] & (
             self.position_BL[:, None, :] <= self.position_BL[:, :, None])
-        return ((trunk | own) & self.real_BL[:, None, :])[:, None]
+        return ((trunk | own) & self.real_BL[:, None, :] & own_BLL)[:, None]
+
+    def packed(self, width: int) -> PromptBatch:
+        """The same prompts end to end in rows of `width` tokens, or of the longest prompt, by first fit, longest first.
+
+        Each sees itself alone, at its own positions, so hidden states are the same; a few long rows make better matrix
+        products than many short ones or padded ones.
+        """
+        size_B = self.real_BL.sum(1).cpu()
+        width = max(width, int(size_B.max()))
+        row_B, start_B, segment_B = torch.zeros(3, len(size_B), dtype=torch.long)
+        filled: list[int] = []
+        held: list[int] = []
+        for prompt in torch.argsort(size_B, descending=True, stable=True).tolist():
+            size = int(size_B[prompt])
+            row = next((r for r, used in enumerate(filled) if used + size <= width), len(filled))
+            if row == len(filled):
+                filled.append(0)
+                held.append(0)
+            row_B[prompt], start_B[prompt], segment_B[prompt] = row, filled[row], held[row]
+            filled[row] += size
+            held[row] += 1
+        device = self.real_BL.device
+        row_B, start_B, segment_B = row_B.to(device), start_B.to(device), segment_B.to(device)
+        prompt_N, column_N = self.real_BL.nonzero(as_tuple=True)
+        at = (row_B[prompt_N], start_B[prompt_N] + column_N)
+
+        def moved(value_N: Tensor, padding: int = 0) -> Tensor:
+            return value_N.new_full((len(filled), max(filled)), padding).index_put(at, value_N)
+
+        fields_BL = [moved(t[self.real_BL], padding) for t, padding in (
+            (self.token_BL, 0), (self.kind_BL, TEXT), (self.ref_BL, 0), (self.position_BL, 0), (self.branch_BL, 0),
+            (self.limit_BL, 1), (self.real_BL, 0))]
+        return PromptBatch(*fields_BL, moved(segment_B[prompt_N]), row_B[self.row_R],
+                           start_B[self.row_R] + self.column_R)
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """The same batch on another device."""
@@ -116,7 +153,7 @@ class Assembly:
         real_BL = torch.arange(width, device=self.device) < self.end_B[:, None]
         out["limit"][~real_BL] = 1
         return PromptBatch(out["token"], out["kind"], out["ref"], out["position"], out["branch"], out["limit"], real_BL,
-                           row_R, column_R)
+                           torch.zeros_like(real_BL, dtype=torch.long), row_R, column_R)
 
 
 def pieces(template: str, tokenizer: Any, start: bool) -> list[str | list[int]]:

@@ -19,6 +19,7 @@ from llmgr.stage import say
 from llmgr.training import Loss
 
 ACCURACY_ITEMS = 1024
+PACKED = 64
 
 
 def shortened(sessions: Sessions, prompts: BehaviourPrompts, positions: int, kind: str) -> tuple[Sessions, int]:
@@ -144,10 +145,11 @@ class BehaviourJob:
             self.frozen = all_sessions(model, train)
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
-        """Random sessions a step, read in micro-batches of like length: padding is small, and a step learns of all."""
+        """Random sessions a step, packed, or else read in micro-batches of like length: little is padding."""
         chosen = torch.randperm(len(self.first), generator=generator)[:self.settings.samples or None]
         size = self.settings.batch_size
-        return [[part for group in alike(step, self.last) for part in group.split(size)]
+        return [list(step.split(size)) if self.model.packs else
+                [part for group in alike(step, self.last) for part in group.split(size)]
                 for step in chosen.split(size * self.settings.accumulate)]
 
     def targets(self, micro: Tensor) -> int:
@@ -160,8 +162,9 @@ class BehaviourJob:
         row_B = self.train.row[self.sample[micro].to(self.device)]
         graphs = self.train.prefix_graphs(row_B, self.last[micro].to(self.device))
         prompts = self.prompts(graphs, self.first[micro].to(self.device))
-        session_RD = self.frozen[sample_R] if self.frozen is not None else self.model.sessions(
-            self.train.graphs(sample_R))
+        if self.model.packs:
+            prompts = prompts.packed(PACKED)
+        session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts, session_RD)
         target_R = self.train.target[sample_R]
@@ -173,6 +176,12 @@ class BehaviourJob:
         else:
             total = item_cross_entropy(query.float(), table, target_R, bias)
         return Loss(total, len(sample_R), prompts.tokens)
+
+    def _sessions(self, sample_R: Tensor) -> Tensor:
+        """The graph encoder's readouts [R, D], read in groups of like length."""
+        groups = alike(torch.arange(len(sample_R)), self.train.length[sample_R].cpu())
+        read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)])) for group in groups])
+        return read[torch.argsort(torch.cat(groups)).to(self.device)]
 
     def validate(self) -> dict[str, float]:
         return self.scorer.validate()
