@@ -22,7 +22,7 @@ def settings(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{
         "epochs": 25, "batch_size": 4, "accumulate": 1, "lr": 0.02, "weight_decay": 0.0, "warmup_share": 0.1,
         "clip": 1.0, "checkpoint_seconds": 1e9, "candidates": 4, "softmax": "items", "targets": "positions",
-        "samples": 0, "valid_sessions": 0, "mask_seen": False} | changes)
+        "samples": 0, "valid_sessions": 0, "mask_seen": False, "adjustment": 0.0} | changes)
 
 
 def align(model: Llmgr, **changes) -> AlignJob:
@@ -249,6 +249,31 @@ def test_behaviour_learns_a_tiny_batch(tmp_path, targets, output):
     assert progress.samples == 10 * epochs
 
 
+@pytest.mark.parametrize("mask_seen", [False, True])
+@pytest.mark.parametrize("output", ["linear", "items"])
+@torch.no_grad()
+def test_logit_adjustment_acts_in_training_and_validation_loss_alone(output, mask_seen):
+    train = prefixes([[1, 2, 3, 4], [5, 6, 7]])
+    train.target = torch.tensor([2, 3, 2, 5, 2, 7, 8])
+    share = (torch.tensor([0, 0, 3, 1, 0, 1, 0, 1, 1] + [0] * (ITEMS - 8)) + 1) / (len(train) + ITEMS + 1)
+    model = llmgr(output=output)
+    model.eval()
+    job = behave(model, train, adjustment=0.7, mask_seen=mask_seen)
+    scores = torch.cat([job.scorer(torch.tensor([n])) for n in range(len(train))])
+    adjusted = scores + 0.7 * share.log()
+    unmasked = F.cross_entropy(adjusted[:, 1:], train.target - 1, reduction="sum").item()
+    if mask_seen:
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        for n in range(len(train)):
+            seen[n, train.graphs(torch.tensor([n])).items_BS[0]] = True
+        adjusted = adjusted.masked_fill(seen.scatter(1, train.target[:, None], False), float("-inf"))
+    expected = F.cross_entropy(adjusted[:, 1:], train.target - 1, reduction="sum").item()
+    assert job.loss(torch.arange(len(job.first))).total.item() == pytest.approx(expected, rel=1e-4)
+    found, plain = job.validate(), behave(model, train).validate()
+    assert found["valid_loss"] * len(train) == pytest.approx(unmasked, rel=1e-4)
+    assert found | {"valid_loss": 0} == plain | {"valid_loss": 0}, "ranks are those without it"
+
+
 def test_samples_are_drawn_anew_and_reproducibly():
     job = behave(llmgr(), targets="prefix", samples=7)
     drawn = [sorted(torch.cat([m for s in job.steps(0, torch.Generator().manual_seed(n)) for m in s]).tolist())
@@ -278,7 +303,8 @@ def test_where_prompts_are_packed_a_step_is_read_in_whole_micro_batches():
 def test_the_graph_encoders_readouts_keep_their_order():
     model = llmgr()
     job = behave(model)
-    torch.testing.assert_close(job._sessions(torch.arange(COUNT)), model.sessions(job.train.graphs(torch.arange(COUNT))))
+    everything = torch.arange(COUNT)
+    torch.testing.assert_close(job._sessions(everything), model.sessions(job.train.graphs(everything)))
 
 
 def test_positions_need_causal_attention():

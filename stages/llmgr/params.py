@@ -489,12 +489,16 @@ class Tune(Training):
     """Validation sessions scored after each epoch, drawn by seed; 0 takes all."""
     mask_seen: bool
     """Items already in the session leave the softmax of training."""
+    adjustment: float
+    """Logit adjustment (Menon et al., ICLR 2021): in training alone every logit gains this times the logarithm of the
+    item's share of the targets. Above 0 cold items rank higher; 1 would rank as if all items were as popular."""
 
     section = "tune"
 
     def check(self) -> None:
         super().check()
         at_least(self, "tune", "samples", 0)
+        at_least(self, "tune", "adjustment", 0)
         at_least(self, "tune", "valid_sessions", 0)
         positive(self, "tune", "title_tokens")
         if self.edges and self.prompt != "paper":

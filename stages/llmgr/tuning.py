@@ -65,7 +65,11 @@ class AlignJob:
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
         self.candidates = draw_candidates(self.items, self.settings.candidates, generator)
-        batches = bucketed(self.prompts.count[1:], self.settings.batch_size, generator)
+        size = self.settings.batch_size
+        if self.model.packs:
+            batches = list(torch.randperm(self.items, generator=generator).split(size))
+        else:
+            batches = bucketed(self.prompts.count[1:], size, generator)
         return grouped([batch + 1 for batch in batches], self.settings.accumulate)
 
     def targets(self, micro: Tensor) -> int:
@@ -100,6 +104,8 @@ class AlignJob:
 
     def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
         prompts = self.prompts(micro.to(self.device), candidates[micro].to(self.device))
+        if self.model.packs:
+            prompts = prompts.packed(2 * PACKED)  # texts are long: one would not leave room for another
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts, None)
         return query.float(), table, bias, prompts.tokens
@@ -138,8 +144,9 @@ class BehaviourJob:
         self.first, self.last, self.sample = spans(train, settings.targets == "positions")
         draw = torch.Generator().manual_seed(seed + 2)
         count = settings.valid_sessions or len(valid)
+        self.prior = log_shares(train.target, len(model.vectors)) * settings.adjustment if settings.adjustment else None
         self.scorer = Scorer(model, prompts, valid.subset(torch.randperm(len(valid), generator=draw)[:count].sort()[0]),
-                             dtype)
+                             dtype, self.prior)
         self.frozen = None
         if not any(p.requires_grad for p in model.encoder.parameters()):
             self.frozen = all_sessions(model, train)
@@ -167,6 +174,8 @@ class BehaviourJob:
         session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts, session_RD)
+        if self.prior is not None:
+            bias = self.prior if bias is None else bias + self.prior
         target_R = self.train.target[sample_R]
         if self.settings.mask_seen:
             scores = logits(query.float(), table, bias)
@@ -190,8 +199,9 @@ class BehaviourJob:
 class Scorer:
     """Scores of all items for sessions, from a prompt a session; what validation and test both use."""
 
-    def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype) -> None:
-        self.model, self.prompts, self.dtype = model, prompts, dtype
+    def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype,
+                 prior_V: Tensor | None = None) -> None:
+        self.model, self.prompts, self.dtype, self.prior = model, prompts, dtype, prior_V
         self.sessions, _ = shortened(sessions, prompts, model.positions, "validation or test")
 
     @torch.no_grad()
@@ -205,18 +215,25 @@ class Scorer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss and full-ranking metrics at 20 of all its sessions."""
+        """Loss (that of training, `prior_V` included) and full-ranking metrics at 20 (without it) of its sessions."""
         total = 0.0
 
         def score(samples: Tensor) -> Tensor:
             nonlocal total
             scores = spread(self, samples)
-            total += F.cross_entropy(scores[:, 1:], self.sessions.target[samples] - 1, reduction="sum").item()
+            adjusted = scores if self.prior is None else scores + self.prior
+            total += F.cross_entropy(adjusted[:, 1:], self.sessions.target[samples] - 1, reduction="sum").item()
             return scores
 
         found = metrics(rank_sessions(score, self.sessions, 128))
         return {"valid_loss": total / len(self.sessions),
                 **{f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}}
+
+
+def log_shares(target_N: Tensor, size: int) -> Tensor:
+    """Logarithm of every item's share of the targets, one added to each count, [V+1]."""
+    count_V = torch.bincount(target_N, minlength=size).float() + 1
+    return (count_V / count_V.sum()).log()
 
 
 def spans(train: Sessions, positions: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,8 +264,6 @@ def all_sessions(model: Llmgr, sessions: Sessions) -> Tensor:
 def grouped(batches: list[Tensor], size: int) -> list[list[Tensor]]:
     """Micro-batches in runs of `size`, one run an optimiser step."""
     return [batches[i:i + size] for i in range(0, len(batches), size)]
-
-
 
 
 def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:
