@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro test lint bench twins results grid pick mlflow clean
+.PHONY: repro test lint bench twins seeds results grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the b
 
 twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/twins.py
 	for twin in stages/presets/twins/*.txt; do $(BIN)/dvc exp run --queue bucket $$(cat $$twin) $(SET) || exit 1; done
+	$(BIN)/dvc queue start -j 1
+
+seeds: $(VENV)/.installed  # the same at other seeds, in the background: make seeds SEEDS="1 2"; then python stages/seeds.py
+	for seed in $(SEEDS); do $(BIN)/dvc exp run --queue bucket -S seed=$$seed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 
 bench: $(VENV)/.installed  # the tuning step's speed against the machine's

@@ -1,6 +1,7 @@
 """Write the report: one page that opens from the file system, without a network.
 
-Reads:  reports/metrics/, reports/curves/, reports/twins.json (what stages/twins.py collected)
+Reads:  reports/metrics/, reports/curves/, reports/{twins,seeds}.json (what
+        stages/{twins,seeds}.py collected)
 Writes: reports/index.html, and its figures as reports/figures/{buckets,differences,curves,cost}.svg
 Params: all that decides a result (shown on the page)
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmgr import report, twins
+from llmgr import report, seeds, twins
 from llmgr.artifacts import write_json
 from llmgr.errors import UserError
 from llmgr.params import changed, load
@@ -53,6 +53,42 @@ def test_every_preset_changes_parameters_that_exist():
     for path in sorted(twins.PRESETS.glob("*.txt")):
         assert any(twins.decisive(changed(base, twins.changes(path))) != twins.decisive(base)
                    for base in (BASE, minilm)), path
+
+
+def test_seeds_are_told_from_other_changes():
+    second = changed(BASE, {"seed": 7, "encoder.names": ["gcsan", "sasrec"], "track.experiment": "seeds"})
+    gate = changed(BASE, {"seed": 8, "gate.fuse": {"gated-llmgr": ["llmgr", "text-knn"]}})
+    other, stale = changed(BASE, {"seed": 9, "tune.lr": 0.1}), changed(BASE, {"seed": 10})
+    states = [state("workspace", BASE, 0.9), state("abc", BASE, 0.3), state("exp-7", second, 0.4),
+              state("exp-8", gate, 0.5), state("exp-9", other, 0.6), state("exp-10", stale, 0.7)]
+    for s in states:
+        buckets = s["data"]["metrics"]["reports/metrics/buckets.json"]["data"]
+        buckets["gated-llmgr"] = figures(0.8)
+    locks = {"abc": lock(BASE), "exp-7": lock(second), "exp-8": lock(gate), "exp-9": lock(other), "exp-10": lock(BASE)}
+    found = twins.at_seeds(states, BASE, locks.get)
+    assert list(found) == ["7", "8", "2026"]
+    assert [found[seed]["llmgr"]["test"]["all"]["hr_at_20"] for seed in found] == [0.4, 0.5, 0.3]
+    assert seeds.models(found) == ["llmgr", "pop"], "one gate fused something else"
+    assert "count_lt10" not in found["7"]["llmgr"]["test"]
+    column = ("test", "all", "hr_at_20")
+    assert seeds.spread(found, "llmgr", column) == pytest.approx((0.4, 0.1, 0.3, 0.5))
+    assert seeds.spread(found, "pop", column, minus="llmgr") == pytest.approx((-0.4, 0.1, -0.5, -0.3))
+    assert seeds.spread(found, "gated-llmgr", column) is None and seeds.spread({}, "pop", column) is None
+
+
+def test_the_report_shows_seeds_of_these_results_alone(tmp_path):
+    found = {str(n): {"llmgr": {"test": {"all": figures(0.25 * n)["test"]["all"]}},
+                      "pop": {"test": {"all": figures(0.125)["test"]["all"]}}} for n in (1, 3)}
+    buckets = {"llmgr": figures(0.75), "pop": figures(0.125)}
+    write_json(tmp_path / "seeds.json", found)
+    assert report.own_seeds(tmp_path / "seeds.json", buckets) == found
+    assert report.own_seeds(tmp_path / "seeds.json", {**buckets, "llmgr": figures(0.2)}) == {}
+    assert report.own_seeds(tmp_path / "none.json", buckets) == {}
+    write_json(tmp_path / "seeds.json", {"3": found["3"]})
+    assert report.own_seeds(tmp_path / "seeds.json", buckets) == {}, "one seed is no spread"
+    (first, means), (_, gaps) = report.seed_tables(found, load(ROOT / "params.yaml"))
+    assert "2 seeds (1, 3)" in first and means["llmgr"][0] == "0.5000 ± 0.3536" and means["llmgr"][-1] == "–"
+    assert list(gaps) == ["pop"] and gaps["pop"][0] == "+0.3750 [+0.1250, +0.6250]"
 
 
 def test_a_preset_that_is_no_list_of_options_is_refused(tmp_path):

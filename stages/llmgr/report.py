@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from llmgr import figures
+from llmgr import figures, seeds
 from llmgr.artifacts import left_behind, read_json
 from llmgr.buckets import FLOORS, LEVEL, order
 from llmgr.figures import count, duration, pretty, signed
@@ -48,6 +48,7 @@ def evidence(reports: Path) -> dict[str, Any]:
     required = {name: read_json(metrics / f"{name}.json") for name in REQUIRED}
     return required | {
         "twins": _own_twins(reports / "twins.json", required["buckets"].get(MAIN)),
+        "seeds": own_seeds(reports / "seeds.json", required["buckets"]),
         "facts": facts,
         "cost": costs,
         "steps": _curves({*curves.glob("*_steps.csv")} - ignored, costs),
@@ -62,6 +63,16 @@ def _own_twins(path: Path, main: Mapping | None) -> dict[str, Any]:
         main[convention][bucket] == figures for convention, by in found[MAIN]["figures"].items()
         for bucket, figures in by.items())
     return found if same else {}
+
+
+def own_seeds(path: Path, buckets: Mapping) -> dict[str, seeds.Figures]:
+    """The seeds that stages/seeds.py collected, several of them, if these results are one of them."""
+    found = read_json(path) if path.exists() else {}
+    same = any(by.keys() and all(
+        buckets.get(model, {}).get(convention, {}).get(bucket) == figures
+        for model, conventions in by.items() for convention, inner in conventions.items()
+        for bucket, figures in inner.items()) for by in found.values())
+    return found if same and len(found) > 1 else {}
 
 
 def _curves(paths: set[Path], order: Mapping) -> dict[str, pl.DataFrame]:
@@ -271,7 +282,8 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
         ranking_seconds=ranking_seconds(found, params), parameters=parameters(found),
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
-        twin_columns=TWIN_COLUMNS, changes=_changes,
+        twin_columns=TWIN_COLUMNS, changes=_changes, seed_columns=seed_columns(params),
+        seed_tables=seed_tables(found["seeds"], params) if found["seeds"] else [],
         facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=flat(params))
 
 
@@ -287,6 +299,9 @@ def markdown(found: Mapping[str, Any], params: Any) -> str:
         sections += [_differences(found, params, convention, bucket) for convention, bucket in compared]
     if found["twins"]:
         sections.append(_twins(found, params))
+    if found["seeds"]:
+        for title, table in seed_tables(found["seeds"], params):
+            sections.append(_table(title, ["model", *seed_columns(params)], [[m, *row] for m, row in table.items()]))
     rows = [[name, duration(cost["seconds"]), _number(cost["samples_per_second"]), _number(cost["tokens_per_second"]),
              _number(cost["peak_memory_mb"]) + " MB", _number(cost["trainable_parameters"]),
              _number(cost["total_parameters"]), cost["hardware"]] for name, cost in found["cost"].items()]
@@ -318,6 +333,29 @@ def _twins(found: Mapping, params: Any) -> str:
                                      if b in twin["figures"][c])] for name, twin in found["twins"].items()]
     head = [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}" for c, b, m in TWIN_COLUMNS]
     return _table("LLMGR's twins: the same with one thing taken away", ["twin", "changed", *head], rows)
+
+
+def seed_columns(params: Any) -> list[str]:
+    """Heads of the seeds' tables."""
+    return [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}"
+            for c, b, m in seeds.COLUMNS]
+
+
+def seed_tables(found: Mapping[str, seeds.Figures], params: Any) -> list[tuple[str, dict[str, list[str]]]]:
+    """Mean and deviation over the seeds by model, then by how much `bucket.ours` exceeds each: mean [least, most]."""
+    models, ours = seeds.models(found), params.bucket.ours
+    number = f"{len(found)} seeds ({', '.join(found)})"
+
+    def cells(model: str, minus: str | None) -> list[str]:
+        every = [seeds.spread(found, model, column, minus) for column in seeds.COLUMNS]
+        return ["–" if x is None else f"{x[0]:.4f} ± {x[1]:.4f}" if minus is None else
+                f"{x[0]:+.4f} [{x[2]:+.4f}, {x[3]:+.4f}]" for x in every]
+
+    tables = [(f"Mean and standard deviation over {number}", {model: cells(model, None) for model in models})]
+    if ours in models:
+        tables.append((f"{title_of(ours)} minus the other model at the same seed, mean [least, greatest] of {number}",
+                       {model: cells(ours, model) for model in models if model != ours}))
+    return tables
 
 
 def _changes(twin: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""LLMGR's twins: the same experiment with one thing taken away, which tells what that thing is worth."""
+"""LLMGR's twins, the same experiment with one thing taken away, and the same experiment at other seeds."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,8 @@ import yaml
 
 from llmgr.errors import UserError
 from llmgr.params import Params, build, changed, flat
-from llmgr.search import TUNED, finished, trained
+from llmgr.search import LISTS, TUNED, finished, trained
+from llmgr.seeds import Figures
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
 IGNORED = ("gate", "evaluate", "bucket", "track")  # sections that do not decide LLMGR's own figures
@@ -55,3 +56,30 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
                     convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
                     for convention, by in figures.items()}}
     return {name: found[name] for name in wanted if name in found}
+
+
+def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
+              lock: Callable[[str], Mapping[str, Any]]) -> dict[str, Figures]:
+    """The figures of every model by seed, of the experiments that differ from `content` in the seed alone.
+
+    Which encoders an experiment trained does not matter; `states` and `lock` as in `collected`. A gate
+    counts only where it fuses what it fuses here.
+    """
+    expected, found = _fixed(content), {}
+    for state in finished(states):
+        own = state["data"]["params"].get("params.yaml", {}).get("data")
+        figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data")
+        if not own or not figures or _fixed(own) != expected or not trained(lock(state["rev"]), "evaluate", own):
+            continue
+        here, there = content["gate"], own["gate"]
+        other = {name for name in there["fuse"] if there["fuse"][name] != here["fuse"].get(name) or any(
+            there[key] != here[key] for key in ("edges", "sessions"))}
+        found.setdefault(str(own["seed"]), {
+            model: {convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
+                    for convention, by in conventions.items() if convention in ("test", "test_unseen")}
+            for model, conventions in figures.items() if model not in other})
+    return {seed: found[seed] for seed in sorted(found, key=int)}
+
+
+def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in decisive(content).items() if key not in ("seed", *LISTS)}
