@@ -43,12 +43,14 @@ def main(params) -> None:
 
     ours, plain = job(), job(targets="prefix")
     generator = torch.Generator().manual_seed(params.seed)
-    batches = [micros[0] for micros in ours.steps(0, generator)[:STEPS + 1]]
+    batches = [micro for micros in ours.steps(0, generator)[:STEPS + 1] for micro in micros][:STEPS + 1]
     before = product_rate(device, dtype)
     found = steps(ours, batches, optimizer)
     order = torch.randperm(len(plain.first), generator=generator)
+    model.packs = False
     loop = steps(plain, list(order[:params.tune.batch_size * (PLAIN_STEPS + 1)].split(params.tune.batch_size)),
                  optimizer)
+    model.packs = ours.model.causal
     peak = max(before, product_rate(device, dtype))
     rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]
     each = len(sessions[0]) / len(ours.first)

@@ -3,7 +3,7 @@
 Reads:  data/core/
 Writes: data/sessions/{train,valid,test}.parquet (user, items oldest first, target; valid and test also the `earlier`
         items beyond the window); reports/metrics/split.json
-Params: seed, data.max_session, split
+Params: data.max_session, split
 
 A user's last item is the test target, the second-last the validation target, the rest is training, where every
 position from the second on is a target. A user with fewer than three interactions stays in training whole.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from llmgr import stage
 
-READS = ("seed", "data.max_session", "split")
+READS = ("data.max_session", "split")
 
 
 def main(params) -> None:
@@ -24,7 +24,7 @@ def main(params) -> None:
 
     items = pl.read_parquet(require("data/core/items.parquet"), columns=["item", "item_id"])
     interactions = pl.read_parquet(require("data/core/interactions.parquet"))
-    rows = sessions.ordered(interactions, params.split.ties, params.seed).join(
+    rows = sessions.ordered(interactions, params.split.ties, params.split.seed).join(
         items, on="item", how="left", maintain_order="left"
     )
     parts = sessions.leave_one_out(rows, params.data.max_session)

@@ -53,4 +53,4 @@ def main(params) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, READS)
+    run(main, __doc__, READS, workers=True)

@@ -13,7 +13,6 @@ import torch
 from llmgr import evaluation
 from llmgr.artifacts import save_tensors
 from llmgr.encoders import build_recommender, save_recommender
-from llmgr.errors import UserError
 from llmgr.gate import Gate, bands
 from llmgr.graph import read_sessions
 
@@ -112,13 +111,6 @@ def gate_params(**fuse: list[str]) -> types.SimpleNamespace:
         gate=types.SimpleNamespace(fuse=fuse, edges=[1, 3]))
 
 
-def test_a_gate_of_what_scores_nothing_names_the_nearest(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path, 5)
-    with pytest.raises(UserError, match=r"gate.fuse names item-kn, which scores nothing here; the nearest .* item-knn"):
-        evaluation.part("item-kn", gate_params(), CPU)
-
-
 def test_gates_stand_beside_their_scorers_which_score_a_batch_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, 5)
@@ -147,6 +139,3 @@ def test_gates_stand_beside_their_scorers_which_score_a_batch_once(tmp_path, mon
     weight = torch.arange(1.0, 10.0).view(3, 3)[:, band]
     expected = weight[0] * scores["item-knn"] + weight[1] * scores["pop"] + weight[2] * repeat
     torch.testing.assert_close(scores["other"][:, 1:], expected[:, 1:], atol=1e-4, rtol=1e-4)
-    params.gate.fuse = {"pop": ["item-knn"]}
-    with pytest.raises(UserError, match=r"gate\.fuse names a gate pop, which is a model already"):
-        evaluation.loaded(params, CPU)

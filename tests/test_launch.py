@@ -184,7 +184,7 @@ def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone,
     torch.set_num_threads(1)
     found, other = trained("positions", tmp_path), together["other", strategy]  # and ddp's one under each strategy
     said = capsys.readouterr().err
-    assert f"resuming at step {step}" in said and f"2 {strategy} processes of 1 threads before" in said
+    assert f"resuming at step {step}" in said and f"2 {strategy} processes of 1 threads, float32 on cpu before" in said
     assert found["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
     assert other["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
 

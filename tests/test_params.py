@@ -97,6 +97,10 @@ def test_every_committed_key_arrives_with_its_value():
     ({"align__lr": -1}, ("align.lr=-1",)),
     ({"llm__scratch__heads": 3}, ("llm.scratch.heads=3", "llm.scratch.width=128")),
     ({"track__experiment": ""}, ("track.experiment",)),
+    ({"gate__fuse": {"mine": ["item-kn"]}}, ("gate.fuse.mine names item-kn, which scores nothing here", "is item-knn")),
+    ({"gate__fuse": {"pop": ["item-knn"]}}, ("gate.fuse names a gate pop, which is a model already",)),
+    ({"encoder__controls": ["sasrec"]}, ("gate.fuse.gated-gcsan-text names gcsan-text", "~gate.fuse.gated-gcsan-text")),
+    ({"bucket__ours": "gated-lmgr"}, ("bucket.ours names gated-lmgr", "the nearest is gated-llmgr")),
 ])
 def test_what_is_refused_and_how(settings, words):
     message = refused(**settings)
@@ -173,7 +177,7 @@ def test_a_view_holds_the_declared_keys_and_no_others():
 def test_the_models_to_train_and_the_encoders_there_are():
     section = loaded(encoder__control_texts=["shuffled", "text"]).encoder
     assert params.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text"]
-    assert params.trained(loaded(encoder__controls=[]).encoder) == ["gcsan"]
+    assert params.trained(loaded(encoder__controls=[], gate__fuse={}).encoder) == ["gcsan"]
     assert set(params.encoders()) == set(REGISTRY)
     settings = params.with_rate(section.training, section.gcsan)
     assert settings.lr == section.gcsan.lr and settings.epochs == section.training.epochs
@@ -205,13 +209,19 @@ def test_every_preset_names_known_keys_and_loads(preset):
             option, assignment = line.split(" ", 1)
             assert option == "-S"
             key, value = assignment.split("=", 1)
-            new = key.startswith("+gate.fuse.")  # DVC asks for the plus where a key is not there yet
+            new = key.startswith("++gate.fuse.")  # adds a key, or sets it where an earlier run has
             assert (key in params.flat(loaded())) != new, f"{preset.name}: {key}"
-            settings[key.removeprefix("+").replace(".", "__")] = yaml.safe_load(value)
+            settings[key.lstrip("+").replace(".", "__")] = yaml.safe_load(value)
     flat = params.flat(loaded(**settings))
     for key, value in settings.items():
         section, _, gate = key.replace("__", ".").rpartition("gate.fuse.")
         assert str(flat["gate.fuse"][gate] if gate in flat["gate.fuse"] else flat[section + gate]) == str(value)
+
+
+def test_a_preset_leaves_nothing_of_the_one_before():
+    keys = [{line.removeprefix("-S ").split("=")[0] for line in p.read_text().splitlines()} for p in PRESETS]
+    one, *others = [{key for key in found if not key.startswith("++gate.fuse.")} for found in keys]
+    assert others and all(other == one for other in others)
 
 
 def test_the_paper_preset_is_the_papers_configuration():

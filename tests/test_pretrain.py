@@ -88,7 +88,8 @@ def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation
     whole.head(ITEMS - 1).write_parquet(items)
     said = run(place, "pretrain.py", "--encoder", "gcsan", status=2)
     assert f"data/sessions/train.parquet holds item {ITEMS}, but data/core/items.parquet has {ITEMS - 1} items" in said
-    set_up(place, encoder__names=["stamp"], encoder__controls=[], model__base="stamp")
+    set_up(place, encoder__names=["stamp"], encoder__controls=[], model__base="stamp",
+           **{"gate__fuse__gated-gcsan-text": ["stamp"], "gate__fuse__gated-both": ["llmgr"]})
     pl.concat([whole, whole.head(1).with_columns(item_id=pl.lit(ITEMS + 1, pl.Int32))]).write_parquet(items)
     run(place, "peers.py", "--do", "speed stamp")
     said = run(place, "peers.py", "--do", "table", status=2)

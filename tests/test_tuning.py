@@ -13,7 +13,7 @@ from llmgr.graph import Sessions
 from llmgr.llmgr import Llmgr, logits
 from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.training import fit
-from llmgr.tuning import AlignJob, BehaviourJob, Scorer, all_sessions, draw_candidates, grouped, shortened, spans
+from llmgr.tuning import AlignJob, BehaviourJob, Scorer, all_sessions, draw_candidates, shortened, spans
 
 COUNT = sum(map(len, LISTS))
 
@@ -280,7 +280,6 @@ def test_samples_are_drawn_anew_and_reproducibly():
              for n in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 7
-    assert grouped([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
 
 
 def test_a_step_holds_random_sessions_in_micro_batches_of_like_length():

@@ -57,7 +57,7 @@ def test_every_preset_changes_parameters_that_exist():
 
 def test_seeds_are_told_from_other_changes():
     second = changed(BASE, {"seed": 7, "encoder.names": ["gcsan", "sasrec"], "track.experiment": "seeds"})
-    gate = changed(BASE, {"seed": 8, "gate.fuse": {"gated-llmgr": ["llmgr", "text-knn"]}})
+    gate = changed(BASE, {"seed": 8, "gate.fuse": {"gated-llmgr": ["llmgr", "item-knn"]}})
     other, stale = changed(BASE, {"seed": 9, "tune.lr": 0.1}), changed(BASE, {"seed": 10})
     states = [state("workspace", BASE, 0.9), state("abc", BASE, 0.3), state("exp-7", second, 0.4),
               state("exp-8", gate, 0.5), state("exp-9", other, 0.6), state("exp-10", stale, 0.7)]

@@ -14,8 +14,11 @@ from llmgr.llmgr import Llmgr
 from llmgr.tuning import BehaviourJob
 
 SHAPES = ((2048, 2048, 2048), (2048, 384, 384), (2048, 384, 1536), (2048, 1536, 384))
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "linear_cross_entropy")
-WORDS = {"scaled_dot_product": "attention", "gelu": "activations", "silu": "activations", "norm": "layer norms",
+GPU_SHAPES = ((8192, 8192, 8192), (8192, 4096, 11008))
+AT_A_TIME = 10  # products between two looks at a GPU's clock
+PRODUCTS = ("mm", "addmm", "linear", "linear_cross_entropy")
+WORDS = {"softmax": "attention", "bmm": "attention", "scaled_dot_product": "attention",
+         "gelu": "activations", "silu": "activations", "norm": "layer norms",
          "index": "gathering slots and items", "scatter": "gathering slots and items", "sort": "making prompts",
          "cumsum": "making prompts", "nonzero": "making prompts", "adam": "optimiser", "copy": "copies",
          "cat": "copies",
@@ -24,10 +27,12 @@ WORDS = {"scaled_dot_product": "attention", "gelu": "activations", "silu": "acti
 
 def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """The machine's best rate of matrix products over some shapes, in operations a second."""
-    best = 0.0
-    for m, k, n in SHAPES:
+    best, times = 0.0, AT_A_TIME if device.type == "cuda" else 1
+    shapes = SHAPES + GPU_SHAPES if device.type == "cuda" else SHAPES
+    for m, k, n in shapes:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
-        best = max(best, 2 * m * k * n / fastest(lambda a=a, b=b: a @ b, device, seconds / len(SHAPES)))
+        taken = fastest(lambda a=a, b=b: [a @ b for _ in range(times)], device, seconds / len(shapes))
+        best = max(best, times * 2 * m * k * n / taken)
     return best
 
 
@@ -35,6 +40,8 @@ def fastest(call: Callable[[], Any], device: torch.device, seconds: float) -> fl
     """Seconds of the fastest of as many calls as fit, at least one, after one to warm up."""
     best, end = float("inf"), time.monotonic() + seconds
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     while best == float("inf") or time.monotonic() < end:
         start = time.perf_counter()
         call()

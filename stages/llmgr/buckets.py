@@ -10,8 +10,8 @@ import polars as pl
 
 from llmgr import ranking
 from llmgr.errors import UserError
+from llmgr.params import FLOORS
 
-FLOORS = ("pop", "item-knn", "session-knn", "text-knn")  # in the order of every table
 LEVEL = 0.05  # a difference is called one where its corrected p is below
 COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
 COLUMNS = {"test": "rank", "test_unseen": "rank_unseen"}  # convention -> column of reports/ranks/<model>.parquet

@@ -1,7 +1,6 @@
 """What is compared: the untrained floor, every encoder, LLMGR and their gates, as scores of all items for a session."""
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -151,13 +150,8 @@ def llmgr(params: Any, device: torch.device) -> Over:
 
 
 def part(name: str, params: Any, device: torch.device) -> Callable[[], Over]:
-    """What loads a scorer that a gate may fuse; UserError where there is none of that name."""
-    found = scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))}
-    if name not in found:
-        near = difflib.get_close_matches(name, found, 1, 0.0)[0]
-        raise UserError(f"gate.fuse names {name}, which scores nothing here; the nearest that does is {near} (encoders "
-                        "must stand in encoder.names or encoder.controls)")
-    return found[name]
+    """What loads a scorer that a gate may fuse."""
+    return (scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))})[name]
 
 
 def repeat(items: int) -> Over:
@@ -187,9 +181,6 @@ def gated(name: str, params: Any, device: torch.device, shared: dict[str, Over])
 def loaded(params: Any, device: torch.device) -> dict[str, Over]:
     """Every model, loaded, then the gates of gate.fuse by name; what a gate fuses scores a batch once for all."""
     models = {name: make() for name, make in scorers(params, device).items()}
-    clash = sorted(models.keys() & params.gate.fuse.keys())
-    if clash:
-        raise UserError(f"gate.fuse names a gate {clash[0]}, which is a model already: choose another name")
     fused = {name for parts in params.gate.fuse.values() for name in parts}
     shared: dict[str, Over] = {}
     for name in fused:

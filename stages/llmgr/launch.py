@@ -98,7 +98,7 @@ def _supervise(count: int) -> None:
 
     Not torchrun: its workers lead sessions of their own, which a killed `dvc repro` would leave training.
     """
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cpus() // count)))
     with tempfile.TemporaryDirectory() as folder:
         shared = {**os.environ, WORKERS: folder, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
                   "OMP_NUM_THREADS": threads,
@@ -115,6 +115,11 @@ def _supervise(count: int) -> None:
                 worker.wait()
         if any(found):
             raise _reason(found, Path(folder))
+
+
+def _cpus() -> int:
+    """CPUs that this process may use, which a container or `taskset` may have bounded."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reason(found: list[int | None], folder: Path) -> WorkersFailed:

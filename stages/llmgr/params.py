@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from llmgr.errors import UserError
 
+FLOORS = ("pop", "item-knn", "session-knn", "text-knn")  # untrained models, in the order of every table
+
 
 @dataclass(frozen=True)
 class Data:
@@ -72,6 +74,8 @@ class Filter:
 class Split:
     ties: Literal["hash", "file"]
     """Order among equal timestamps: a seeded hash of (user, item), or the order of the file (common, leaks)."""
+    seed: int
+    """Key of that hash; apart from `seed`, so that another seed trains and tests on the same sessions."""
 
     def check(self) -> None:
         pass
@@ -627,6 +631,14 @@ class Params:
             known = ", ".join(trained(self.encoder))
             raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
                             "encoder.names or encoder.controls")
+        models = [*FLOORS, *trained(self.encoder), "llmgr"]
+        for name, parts in self.gate.fuse.items():
+            if name in models:
+                raise UserError(f"gate.fuse names a gate {name}, which is a model already: choose another name")
+            for part in parts:
+                _one_of([*models, "repeat"], part, f"gate.fuse.{name}", "which scores nothing here",
+                        f", or leave the gate out with -S '~gate.fuse.{name}'")
+        _one_of([*models, *self.gate.fuse], self.bucket.ours, "bucket.ours", "which is not among the models compared")
 
     def view(self, keys: Sequence[str]) -> Any:
         """The parameters under `keys` (`seed`, `tune`, `data.max_session`) and no others, by attribute."""
@@ -642,6 +654,13 @@ class Params:
                 raise UserError(f"params.yaml has no section {key}; the nearest is {'.'.join([*parents, near])}")
             setattr(branch, leaf, getattr(source, leaf))
         return result
+
+
+def _one_of(known: Sequence[str], name: str, key: str, wrong: str, other: str = "") -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise UserError(f"{key} names {name}, {wrong}; the nearest is {near}: encoders must stand in encoder.names or "
+                        f"encoder.controls{other}")
 
 
 def load(path: str | Path) -> Params:

@@ -16,13 +16,14 @@ FULL_DISK_WORDS = (*map(os.strerror, FULL_DISK), "database or disk is full")  # 
 WORKERS = "LLMGR_WORKERS"  # environment: the folder where workers of llmgr.launch meet and leave what they died of
 
 
-def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None) -> None:
+def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None, *,
+        workers: bool = False) -> None:
     """Parse the command line, load the declared keys of params.yaml, run `main(params, **options)`.
 
     `doc` is the script's docstring and becomes `--help`; `reads` are the parameter keys that `main` may use
     (`tune`, `data.max_session`), the same ones that dvc.yaml declares; `options` maps further required options to
     their help. A key may hold an option in braces: `encoder.{encoder}` is the section of the encoder given, whatever
-    follows its hyphen. A stage that reads `launch` runs in as many processes as it says.
+    follows its hyphen. With `workers` the stage runs in as many processes as `launch` says.
     Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +35,7 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
 
         filled = {name: value.partition("-")[0] for name, value in arguments.items()}
         params = load("params.yaml").view([key.format(**filled) for key in reads])
-        if "launch" in reads:
+        if workers:
             from llmgr.launch import processes
 
             with processes(params.launch) as works:
@@ -56,7 +57,8 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
         if _out_of_memory(error):
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
                   "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
-                  "encoder.training.batch_size (align.* likewise for stage 1)")
+                  "encoder.training.batch_size (align.* likewise for stage 1; evaluate.batch_size in gate and "
+                  "evaluate)")
         if WORKERS in os.environ:
             _fail(traceback.format_exc(), status=1)
         raise

@@ -102,7 +102,8 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             for key, parameter in trained.items():
                 parameter.copy_(state["weights"][key])
     workers = partners(job, trained, optimizer, settings.clip, strategy)
-    progress, best = _resumed(state, workers) if state else (Progress(), {})
+    machine = _machine(workers, job)
+    progress, best = _resumed(state, workers, machine) if state else (Progress(), {})
     generator = torch.Generator()
     per_epoch = len(job.steps(0, generator.manual_seed(seed)))
     total = per_epoch * settings.epochs
@@ -152,7 +153,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
                 bar.show(progress.step, f"loss {mean:.4f}")
             clock(training=True)
             if due:
-                _save(resume / "state.pt", progress, workers, best)
+                _save(resume / "state.pt", progress, workers, best, machine)
                 saved = time.monotonic()
         job.model.eval()
         metrics = workers.validate()
@@ -167,7 +168,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             progress.best, progress.best_epoch = metrics[job.selects], progress.epoch
             best = {k: p.detach().clone() for k, p in trained.items()}
         clock(training=False)
-        _save(resume / "state.pt", progress, workers, best)
+        _save(resume / "state.pt", progress, workers, best, machine)
         saved = time.monotonic()
     bar.close()
     workers.close()
@@ -315,10 +316,10 @@ def _whole_steps(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = int(state["step"])
 
 
-def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor]) -> None:
+def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor], machine: str) -> None:
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     state = {"progress": vars(progress), **workers.state(), "best": best, "random": gathered(random),
-             "machine": _machine(workers)}
+             "machine": machine}
     if rank() == 0:
         buffer = io.BytesIO()  # written by Python, whose errors say when a disk is full; those of torch.save do not
         torch.save(state, buffer)
@@ -332,12 +333,12 @@ def _load(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def _resumed(state: dict[str, Any], workers: Any) -> tuple[Progress, dict[str, Tensor]]:
+def _resumed(state: dict[str, Any], workers: Any, machine: str) -> tuple[Progress, dict[str, Tensor]]:
     workers.load(state["optimizer"])
     progress = Progress(**state["progress"])
     other = ""
-    if state["machine"] != _machine(workers):
-        other = f" ({state['machine']} before, {_machine(workers)} now: not the bytes of an undisturbed run)"
+    if state["machine"] != machine:
+        other = f" ({state['machine']} before, {machine} now: not the bytes of an undisturbed run)"
     if len(state["random"]) == size():
         cpu, *cuda = state["random"][rank()]
         torch.set_rng_state(cpu)
@@ -347,9 +348,11 @@ def _resumed(state: dict[str, Any], workers: Any) -> tuple[Progress, dict[str, T
     return progress, state["best"]
 
 
-def _machine(workers: Any) -> str:
-    """What decides the order of sums, hence rounding."""
-    return f"{size()} {workers.name} processes of {torch.get_num_threads()} threads"
+def _machine(workers: Any, job: Job) -> str:
+    """What decides the order of sums and the arithmetic, hence rounding."""
+    place = next(job.model.parameters()).device.type
+    dtype = str(getattr(job, "dtype", torch.float32)).removeprefix("torch.")
+    return f"{size()} {workers.name} processes of {torch.get_num_threads()} threads, {dtype} on {place}"
 
 
 def _table(rows: list[dict[str, float]]) -> str:

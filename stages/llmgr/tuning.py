@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders.layers import item_cross_entropy
 from llmgr.errors import UserError
-from llmgr.graph import Sessions, alike, bucketed
+from llmgr.graph import Sessions, alike
 from llmgr.launch import spread
 from llmgr.llmgr import Llmgr, logits
 from llmgr.pretraining import rank_sessions
@@ -65,12 +65,8 @@ class AlignJob:
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
         self.candidates = draw_candidates(self.items, self.settings.candidates, generator)
-        size = self.settings.batch_size
-        if self.model.packs:
-            batches = list(torch.randperm(self.items, generator=generator).split(size))
-        else:
-            batches = bucketed(self.prompts.count[1:], size, generator)
-        return grouped([batch + 1 for batch in batches], self.settings.accumulate)
+        order = torch.randperm(self.items, generator=generator) + 1
+        return drawn_steps(order, self.prompts.count, self.settings, self.model.packs)
 
     def targets(self, micro: Tensor) -> int:
         return len(micro)
@@ -152,12 +148,8 @@ class BehaviourJob:
             self.frozen = all_sessions(model, train)
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
-        """Random sessions a step, packed, or else read in micro-batches of like length: little is padding."""
         chosen = torch.randperm(len(self.first), generator=generator)[:self.settings.samples or None]
-        size = self.settings.batch_size
-        return [list(step.split(size)) if self.model.packs else
-                [part for group in alike(step, self.last) for part in group.split(size)]
-                for step in chosen.split(size * self.settings.accumulate)]
+        return drawn_steps(chosen, self.last, self.settings, self.model.packs)
 
     def targets(self, micro: Tensor) -> int:
         return int((self.last[micro] - self.first[micro] + 1).sum())
@@ -261,9 +253,14 @@ def all_sessions(model: Llmgr, sessions: Sessions) -> Tensor:
     return result
 
 
-def grouped(batches: list[Tensor], size: int) -> list[list[Tensor]]:
-    """Micro-batches in runs of `size`, one run an optimiser step."""
-    return [batches[i:i + size] for i in range(0, len(batches), size)]
+def drawn_steps(order: Tensor, length: Tensor, settings: Any, packs: bool) -> list[list[Tensor]]:
+    """Steps of accumulate x batch_size samples in `order`, each in micro-batches.
+
+    Where prompts are packed any will do; else a micro-batch holds samples of like `length`, so that little is padding.
+    """
+    size = settings.batch_size
+    return [list(step.split(size)) if packs else [part for group in alike(step, length) for part in group.split(size)]
+            for step in order.split(size * settings.accumulate)]
 
 
 def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:

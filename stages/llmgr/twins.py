@@ -22,7 +22,7 @@ def changes(path: Path) -> dict[str, Any]:
     options = path.read_text().split()
     if options[::2] != ["-S"] * (len(options) // 2) or not options or len(options) % 2:
         raise UserError(f"{path} must hold -S key=value options and nothing else")
-    pairs = (option.removeprefix("+").partition("=") for option in options[1::2])
+    pairs = (option.lstrip("+").partition("=") for option in options[1::2])
     return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
