@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,11 @@ def add_adapters(model: nn.Module, params: Any) -> nn.Module:
     if missing or not targets:
         raise UserError(f"model.lora_targets={','.join(params.lora_targets)}: the backbone has no linear layer "
                         f"{', '.join(missing) or 'of a known attention'}; it has {', '.join(present)}")
-    return get_peft_model(model, LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, target_modules=targets,
-                                            lora_dropout=params.lora_dropout, bias="none"))
+    config = LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, target_modules=targets,
+                        lora_dropout=params.lora_dropout, bias="none")
+    with warnings.catch_warnings():  # peft asks transformers for something by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 class TextJob:
