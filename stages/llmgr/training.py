@@ -109,7 +109,6 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
     total = per_epoch * settings.epochs
     every = max(1, total // CURVE_POINTS)
     saved = tick = time.monotonic()
-    bar = Bar(total, progress.step, name)
 
     def clock(training: bool) -> None:
         nonlocal tick
@@ -123,6 +122,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
         if first := workers.validate():
             progress.epoch_rows.append({"epoch": 0, "step": 0, **first})
         clock(training=False)
+    bar = Bar(total, progress.step, name)
     while progress.epoch < settings.epochs and not (job.selects and progress.stale(settings.patience)):
         steps = job.steps(progress.epoch, generator.manual_seed(seed + 1000 * progress.epoch))
         job.model.train()
