@@ -91,7 +91,7 @@ def probe(folder: Path, body: str, processes: int = 2, **settings: Any) -> list[
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
     (folder / "probe.py").write_text('"""Probe."""\nfrom llmgr.stage import run\n\n\ndef main(params):\n'
                                      + textwrap.indent(textwrap.dedent(body), "    ")
-                                     + '\n\nrun(main, __doc__, ("launch",))\n')
+                                     + '\n\nrun(main, __doc__, ("launch",), workers=True)\n')
     return [sys.executable, "probe.py"]
 
 
