@@ -76,7 +76,7 @@ def resumed(strategy: str) -> list[dict[str, Any]]:
     """With dropout: undisturbed, and cut in two; the folder `half-STRATEGY-0.0` keeps a checkpoint without."""
     for dropout in (0.2, 0.0):
         half = Path(f"half-{strategy}-{dropout}")
-        trained("positions", half, strategy, dropout=dropout, stop=9, checkpoint_seconds=0)  # micro-batches
+        trained("positions", half, strategy, dropout=dropout, stop=4, checkpoint_seconds=0)
         if dropout:
             found = [trained("positions", folder, strategy, dropout=dropout)
                      for folder in (Path(f"whole-{strategy}"), half)]
