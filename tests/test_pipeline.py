@@ -185,7 +185,7 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
     evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
                                  for name in ("evaluate", "buckets", "differences"))
     assert set(evaluated) == set(bucketed) == {*FLOORS, "gcsan", "gcsan-text", "gcsan-shuffled", "llmgr",
-                                               "gated-gcsan-text", "gated-llmgr"}
+                                               "gated-gcsan-text", "gated-llmgr", "gated-both"}
     for model in evaluated:
         table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")
         assert table["target"].to_list() == test["target"].to_list()
