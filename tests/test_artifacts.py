@@ -92,7 +92,8 @@ FULL = """
             model = torch.nn.Linear(200, 200)
             limit()
             weights = dict(model.named_parameters())
-            _save(Path("out"), Progress(), Replicas(None, weights, torch.optim.SGD(model.parameters()), 1.0), {}, "here")
+            workers = Replicas(None, weights, torch.optim.SGD(model.parameters()), 1.0)
+            _save(Path("out"), Progress(), workers, {}, "here")
 
     run(main, __doc__, ("seed",), {"kind": "what is written"})
 """
