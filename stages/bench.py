@@ -47,10 +47,10 @@ def main(params) -> None:
     before = product_rate(device, dtype)
     found = steps(ours, batches, optimizer)
     order = torch.randperm(len(plain.first), generator=generator)
-    model.packs = False
+    packs, model.packs = model.packs, False
     loop = steps(plain, list(order[:params.tune.batch_size * (PLAIN_STEPS + 1)].split(params.tune.batch_size)),
                  optimizer)
-    model.packs = ours.model.causal
+    model.packs = packs
     peak = max(before, product_rate(device, dtype))
     rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]
     each = len(sessions[0]) / len(ours.first)
