@@ -4,11 +4,13 @@ Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet (their numb
         models/backbone/item_text.safetensors for a control (an encoder whose name ends in -text or -shuffled)
 Writes: models/encoders/NAME/ (weights, item vectors, config), reports/metrics/encoders/NAME.json,
         reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json
-Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.training, encoder.ENCODER (its own section)
+Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training, encoder.ENCODER
+        (its own section)
 """
 from llmgr.stage import run
 
-READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.training", "encoder.{encoder}")
+READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.text_lr", "encoder.training",
+         "encoder.{encoder}")
 
 
 def main(params, encoder: str) -> None:
@@ -39,7 +41,8 @@ def main(params, encoder: str) -> None:
     torch.manual_seed(params.seed)
     model = build_recommender(encoder, items, params.encoder, features, users=int(train.user.max()),
                               max_session=params.data.max_session).to(device)
-    settings = with_rate(params.encoder.training, getattr(params.encoder, base))
+    settings = with_rate(params.encoder.training, getattr(params.encoder, base),
+                         params.encoder.text_lr if text != "none" else None)
     job = EncoderJob(model, train.to(device), valid.to(device), settings, arithmetic(settings.precision))
     progress = fit(job, settings, seed=params.seed, resume=resume, name=encoder)
     save_recommender(f"models/encoders/{encoder}", encoder, model)

@@ -118,6 +118,40 @@ def test_shrinkage_prefers_the_similarity_that_more_sessions_support() -> None:
     assert not exact.diagonal().any() and (exact == exact.T).all()
 
 
+def test_word_knn_is_a_decayed_sum_of_the_cosines_of_rare_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                  ) -> None:
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(1)
+    titles = [" ".join(draw.choices(["Red", "lip", "balm", "balm,", "nail", "OPI", "gel"], k=4)) + f" no{i}"
+              for i in range(ITEMS)]
+    brands = [draw.choice(["OPI", "Nivea", "", None]) for _ in range(ITEMS)]
+    items = pl.DataFrame({"item_id": range(1, ITEMS + 1), "title": titles, "brand": brands},
+                         schema_overrides={"brand": pl.String})
+    items.sample(fraction=1, shuffle=True, seed=3).write_parquet("data/core/items.parquet")
+    held = [set(f"{t} {b or ''}".lower().replace(",", " ").split()) for t, b in zip(titles, brands)]
+    weight = {w: math.log(ITEMS / n) for w in set().union(*held) if (n := sum(w in h for h in held)) > 1}
+
+    def dot(a: set[str], b: set[str]) -> float:
+        return sum(weight.get(w, 0) ** 2 for w in a & b)
+
+    sessions, frame = read_sessions("data/sessions/test.parquet", 50)
+    scores = evaluation.word_knn(0.7, CPU)(sessions)(torch.arange(len(sessions)))
+    assert scores.shape == (len(sessions), ITEMS + 1) and not scores[:, 0].any()
+    for row, clicks in zip(scores.tolist(), frame["items"].to_list()):
+        for candidate in range(1, ITEMS + 1):
+            expected = sum(w * dot(held[i - 1], held[candidate - 1]) / math.sqrt(
+                dot(held[i - 1], held[i - 1]) * dot(held[candidate - 1], held[candidate - 1]))
+                for i, w in weights(clicks, 0.7).items())
+            assert row[candidate] == pytest.approx(expected, abs=1e-5)
+
+
+def test_items_without_a_shared_word_are_like_none() -> None:
+    matrix = neighbours.word_matrix(["red lipstick", "", "red balm", "unique"])
+    assert matrix.shape[0] == 5 and (matrix @ matrix.T).toarray().tolist() == pytest.approx(
+        np.array([[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0] * 5, [0, 1, 0, 1, 0], [0] * 5]))
+
+
 def test_a_repeated_click_counts_by_its_last() -> None:
     from tiny import LISTS, prefixes
 

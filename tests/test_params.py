@@ -181,6 +181,7 @@ def test_the_models_to_train_and_the_encoders_there_are():
     assert set(params.encoders()) == set(REGISTRY)
     settings = params.with_rate(section.training, section.gcsan)
     assert settings.lr == section.gcsan.lr and settings.epochs == section.training.epochs
+    assert params.with_rate(section.training, section.gcsan, 0.07).lr == 0.07
 
 
 def test_every_key_is_documented_below_its_field():

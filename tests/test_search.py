@@ -107,7 +107,9 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
     result = search.search(grid.trials(), "gcsan")
     assert result.keys == [LR, LAYERS] and len(result.trials) == 3
     assert search._role("encoder.narm.lr", "gcsan") == search._role("llm.name", "gcsan") == "ignored"
-    assert search._role("encoder.narm.lr", "narm-text") == search._role("encoder.dim", "narm") == "searched"
+    assert search._role("encoder.text_lr", "narm") == "ignored"
+    for key, model in (("encoder.text_lr", "narm-text"), ("encoder.narm.lr", "narm-text"), ("encoder.dim", "narm")):
+        assert search._role(key, model) == "searched"
     assert search._role("llm.name", "narm-text") == search._role("encoder.dim", "llmgr") == "fixed"
 
 

@@ -15,7 +15,7 @@ from llmgr.encoders import load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded
-from llmgr.neighbours import item_similarity, last_clicks, neighbours, training_matrix
+from llmgr.neighbours import item_similarity, last_clicks, neighbours, training_matrix, word_matrix
 from llmgr.params import trained
 from llmgr.pretraining import Score
 from llmgr.sessions import training_counts
@@ -35,7 +35,8 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
         "pop": lambda: popularity(device),
         "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
         "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
-        "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device)}
+        "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device),
+        "word-knn": lambda: word_knn(params.evaluate.decay, device)}
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device)
     found["llmgr"] = lambda: llmgr(params, device)
@@ -115,6 +116,28 @@ def text_knn(text_dim: int, decay: float, device: torch.device) -> Over:
             back = (graphs.length_B[:, None] - 1 - torch.arange(graphs.items_BS.shape[1], device=device)).clamp(min=0)
             weight = torch.full_like(back, decay, dtype=torch.float).pow(back) * graphs.mask_BS()
             return (vectors[graphs.items_BS] * weight[..., None]).sum(1) @ vectors.T
+
+        return score
+
+    return over
+
+
+def word_knn(decay: float, device: torch.device) -> Over:
+    """Scores an item by the words that its title and brand share with those of the clicks (see `word_matrix`).
+
+    Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
+    """
+    import polars as pl
+
+    frame = pl.read_parquet(require("data/core/items.parquet")).sort("item_id")
+    texts = frame.select(pl.concat_str(pl.col("title", "brand").fill_null(""), separator=" "))["title"]
+    matrix = word_matrix(texts.to_list())
+    similarity = (matrix @ matrix.T).tocsr()
+
+    def over(sessions: Sessions) -> Score:
+        def score(samples: Tensor) -> Tensor:
+            clicks = last_clicks(sessions.graphs(samples), decay, len(texts))
+            return torch.from_numpy((clicks @ similarity).toarray()).float().to(device)
 
         return score
 

@@ -1,6 +1,8 @@
-"""Neighbourhood recommenders, untrained: item-kNN and session-kNN over sparse matrices of the training sessions."""
+"""Neighbourhood recommenders, untrained: item-kNN, session-kNN and word-kNN over sparse matrices."""
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     import polars as pl
 
     from llmgr.graph import GraphBatch
+
+WORD = re.compile(r"[^\W_]+")
 
 
 def training_matrix(train: pl.DataFrame, items: int) -> csr_array:
@@ -45,6 +49,23 @@ def item_similarity(sessions: csr_array, shrinkage: float) -> csr_array:
     together.data[row == column] = 0
     together.eliminate_zeros()
     return together
+
+
+def word_matrix(texts: Sequence[str]) -> csr_array:
+    """Items as unit vectors of the words of their texts [V+1, words], row 0 empty: TF-IDF with a word counted once.
+
+    A word's weight is ln(V / texts that hold it); one that a single text holds joins no two items and is left out.
+    """
+    words: dict[str, int] = {}
+    held = [{words.setdefault(word, len(words)) for word in WORD.findall(text.lower())} for text in texts]
+    row = np.repeat(np.arange(1, len(held) + 1), [len(item) for item in held])
+    column = np.fromiter((word for item in held for word in sorted(item)), dtype=np.int64, count=len(row))
+    count = np.bincount(column, minlength=len(words))
+    weight = np.where(count > 1, np.log(len(held) / np.maximum(count, 1)), 0)[column]
+    length = np.sqrt(np.bincount(row, weight**2, len(held) + 1))
+    matrix = csr_array((weight / np.maximum(length[row], 1e-12), (row, column)), shape=(len(held) + 1, len(words)))
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def last_clicks(graphs: GraphBatch, decay: float, items: int) -> csr_array:

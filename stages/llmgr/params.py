@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from llmgr.errors import UserError
 
-FLOORS = ("pop", "item-knn", "session-knn", "text-knn")  # untrained models, in the order of every table
+FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn")  # untrained models, in the order of every table
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,8 @@ class Encoder:
     """Width d of item and session vectors."""
     text_dim: int
     """Principal components of the text vectors that a control reads."""
+    text_lr: float | None
+    """Peak learning rate of controls; null: the encoder's own. A text map wants smaller steps than an ID table."""
     training: EncoderTraining
     fpmc: Fpmc
     caser: Caser
@@ -291,6 +293,8 @@ class Encoder:
 
     def check(self) -> None:
         positive(self, "encoder", "dim", "text_dim")
+        if self.text_lr is not None:
+            positive(self, "encoder", "text_lr")
         for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
             if self.dim % heads:
                 raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
@@ -321,9 +325,9 @@ def trained(section: Any) -> list[str]:
     return [*section.names, *(f"{name}-{text}" for name in section.controls for text in section.control_texts)]
 
 
-def with_rate(training: Any, own: Any) -> types.SimpleNamespace:
-    """`encoder.training` with the learning rate of an encoder's own section, as the training engine reads it."""
-    return types.SimpleNamespace(**vars(training), lr=own.lr)
+def with_rate(training: Any, own: Any, text_lr: float | None = None) -> types.SimpleNamespace:
+    """`encoder.training` with the learning rate of an encoder's own section, or `text_lr`, as the engine reads it."""
+    return types.SimpleNamespace(**vars(training), lr=own.lr if text_lr is None else text_lr)
 
 
 @dataclass(frozen=True)
@@ -518,7 +522,7 @@ class Evaluate:
     text_dim: int
     """text-kNN: whitened principal components of the text vectors."""
     decay: float
-    """text-kNN: weight of an item falls by this factor a step back in the session; 0 uses the last item only."""
+    """text-kNN and word-kNN: an item's weight falls by this factor a step back in the session; 0: the last alone."""
     item_shrinkage: float
     """item-kNN: added to the denominator of the cosine, so that items which few sessions share count for less."""
     item_decay: float

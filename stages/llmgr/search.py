@@ -128,6 +128,8 @@ def _role(key: str, model: str) -> str:
         return "ignored"
     if model == TUNED:
         return "searched" if section in ("model", "align", "tune") else "fixed"
+    if key in ("encoder.text_dim", "encoder.text_lr") and not text:
+        return "ignored"
     if section == "encoder":
         return "ignored" if len(rest) > 1 and rest[0] not in ("training", base) else "searched"
     return "ignored" if section in ("model", "align", "tune") or (section == "llm" and not text) else "fixed"
