@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmgr import search
+from llmgr.artifacts import save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS, USERS = 9, 40
@@ -56,6 +57,16 @@ def run(folder: Path, *command: str, status: int = 0) -> str:
                           capture_output=True, env=environment)
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     return done.stderr
+
+
+@pytest.mark.parametrize(("name", "text_lr", "peak"), [
+    ("stamp", 0.004, 0.02), ("stamp-text", 0.004, 0.004), ("stamp-text", None, 0.02)])
+def test_a_control_learns_at_its_own_rate(place: Path, name: str, text_lr: float | None, peak: float) -> None:
+    set_up(place, encoder__text_lr=text_lr, encoder__stamp__lr=0.02)
+    save_tensors(place / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
+    run(place, "pretrain.py", "--encoder", name)
+    rates = pl.read_csv(place / f"reports/curves/{name}_steps.csv")["lr"]
+    assert rates[0] == pytest.approx(peak, rel=0.2) and rates.max() <= peak
 
 
 def test_a_name_that_does_not_exist_is_told_the_nearest(place: Path) -> None:

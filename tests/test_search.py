@@ -139,6 +139,13 @@ def test_rewriting_changes_the_values_and_nothing_else() -> None:
         search.rewritten(text, {"encoder.dim.lr": 3})
 
 
+def test_a_block_is_replaced_whole_and_what_follows_stays() -> None:
+    text = "gate:\n  fuse:\n    one: [a, b]\n    two:\n      - c  # last\n  # of edges\n  edges: [1]\nseed: 1\n"
+    found = search.rewritten(text, {"gate.fuse": {"mine": ["x", "y"]}, "seed": 2})
+    assert found == "gate:\n  fuse:\n    {mine: [x, y]}  # last\n  # of edges\n  edges: [1]\nseed: 2\n"
+    assert yaml.safe_load(found) == {"gate": {"fuse": {"mine": ["x", "y"]}, "edges": [1]}, "seed": 2}
+
+
 def _flat(content: dict[str, Any], prefix: str = "") -> Any:
     for key, value in content.items():
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]

@@ -155,10 +155,17 @@ def rewritten(text: str, changes: Mapping[str, Any]) -> str:
                 node, yaml.MappingNode) else None
         if node is None:
             raise UserError(f"params.yaml: {key} is missing; add it (the committed file has every key)")
-        places.append((node.start_mark.index, node.end_mark.index, _text(value)))
+        places.append((node.start_mark.index, _end(node), _text(value)))
     for start, end, value in sorted(places, reverse=True):
         text = text[:start] + value + text[end:]
     return text
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a node's last value ends; a block's own mark stands before what follows it."""
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    return node.end_mark.index
 
 
 def _text(value: Any) -> str:
