@@ -62,17 +62,7 @@ def item_knn(shrinkage: float, decay: float, device: torch.device) -> Over:
 
     Untrained: similarity is the shrunk cosine of the items' training sessions.
     """
-    matrix = _training_sessions()
-    similarity = item_similarity(matrix, shrinkage)
-
-    def over(sessions: Sessions) -> Score:
-        def score(samples: Tensor) -> Tensor:
-            clicks = last_clicks(sessions.graphs(samples), decay, matrix.shape[1] - 1)
-            return torch.from_numpy((clicks @ similarity).toarray()).float().to(device)
-
-        return score
-
-    return over
+    return _similar(item_similarity(_training_sessions(), shrinkage), decay, device)
 
 
 def session_knn(most: int, decay: float, device: torch.device) -> Over:
@@ -132,11 +122,14 @@ def word_knn(decay: float, device: torch.device) -> Over:
     frame = pl.read_parquet(require("data/core/items.parquet")).sort("item_id")
     texts = frame.select(pl.concat_str(pl.col("title", "brand").fill_null(""), separator=" "))["title"]
     matrix = word_matrix(texts.to_list())
-    similarity = (matrix @ matrix.T).tocsr()
+    return _similar((matrix @ matrix.T).tocsr(), decay, device)
 
+
+def _similar(similarity: csr_array, decay: float, device: torch.device) -> Over:
+    """Scores an item by its similarity [V+1, V+1] to the clicks, weighted by `decay` a step back."""
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
-            clicks = last_clicks(sessions.graphs(samples), decay, len(texts))
+            clicks = last_clicks(sessions.graphs(samples), decay, similarity.shape[0] - 1)
             return torch.from_numpy((clicks @ similarity).toarray()).float().to(device)
 
         return score

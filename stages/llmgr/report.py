@@ -27,7 +27,7 @@ DRAWN = 11  # models of a figure that compares them side by side; the tables hav
 UNTRAINED = {"pop": "the most popular items", "item-knn": "items that the same sessions clicked, untrained",
              "session-knn": "what similar sessions clicked, untrained",
              "text-knn": "items with the most similar texts to the language model, untrained",
-             "word-knn": "items that share the rarest words of title and brand, untrained"}
+             "word-knn": "items that share rare words of title and brand, untrained"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
 
 

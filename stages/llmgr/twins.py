@@ -33,7 +33,7 @@ def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
-             lock: Callable[[str], Mapping[str, Any]], presets: Path = PRESETS) -> dict[str, dict[str, Any]]:
+              lock: Callable[[str], Mapping[str, Any]], presets: Path = PRESETS) -> dict[str, dict[str, Any]]:
     """The twins of the experiment `content` that have been run, and itself first (as `llmgr`), with LLMGR's figures.
 
     `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
@@ -59,7 +59,7 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
 
 
 def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
-              lock: Callable[[str], Mapping[str, Any]]) -> dict[str, Figures]:
+             lock: Callable[[str], Mapping[str, Any]]) -> dict[str, Figures]:
     """The figures of every model by seed, of the experiments that differ from `content` in the seed alone.
 
     Which encoders an experiment trained does not matter; `states` and `lock` as in `collected`. A gate
