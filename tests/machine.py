@@ -1,4 +1,4 @@
-"""A stage run in this process, what processes may cost, and a disk that is small enough to fill."""
+"""Parameters, a stage run in this process, what processes may cost, and a disk that is small enough to fill."""
 from __future__ import annotations
 
 import contextlib
@@ -14,6 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = Path(__file__).with_name("params.yaml")
+"""Parameters of the embedded sample, whatever experiment the project's own file is at."""
 
 
 def stage(name: str, *arguments: str, root: Path) -> int:

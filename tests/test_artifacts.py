@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from machine import DEFAULTS
 
 from llmgr import artifacts
 from llmgr.errors import UserError
@@ -101,7 +102,7 @@ FULL = """
 
 @pytest.mark.parametrize("kind", ["table", "checkpoint"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_output(tmp_path, kind):
-    (tmp_path / "params.yaml").write_text((STAGES.parent / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(DEFAULTS.read_text())
     (tmp_path / "out").write_text("old")
     (tmp_path / "full.py").write_text(textwrap.dedent(FULL))
     done = subprocess.run([sys.executable, "full.py", "--kind", kind], cwd=tmp_path, capture_output=True, text=True,

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
+from machine import DEFAULTS
 
 import bucket as stage
 from llmgr import buckets, ranking
@@ -157,7 +158,7 @@ def test_the_script_explains_itself_and_names_a_missing_input(tmp_path: Path) ->
     script = [sys.executable, str(ROOT / "stages/bucket.py")]
     shown = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
     assert "intervals.json" in shown
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(DEFAULTS.read_text())
     failed = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert "data/sessions/test.parquet is missing" in failed.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from machine import within
+from machine import DEFAULTS, within
 
 from llmgr import artifacts
 
@@ -26,7 +26,7 @@ OUTPUTS = ("data/core/interactions.parquet", "data/core/items.parquet", "data/se
 
 def run(folder: Path, *stages: str, threads: int = 1, **sections) -> subprocess.CompletedProcess:
     """Run stages one after the other, as far as they succeed, with changes to the committed parameters."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml.safe_load(DEFAULTS.read_text())
     for section, changes in sections.items():
         params[section] |= changes
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

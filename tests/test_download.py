@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from machine import DEFAULTS
 
 from llmgr import artifacts, fetch
 from llmgr.errors import UserError
@@ -231,7 +232,7 @@ def test_origins_hide_credentials_and_machine_paths():
 
 
 def run_stage(folder: Path, **data) -> subprocess.Popen:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml.safe_load(DEFAULTS.read_text())
     params["data"] |= data
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return subprocess.Popen([sys.executable, ROOT / "stages/download.py"], cwd=folder, stderr=subprocess.PIPE,

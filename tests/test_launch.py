@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from machine import DEFAULTS
 
 from llmgr import launch, params
 from llmgr.errors import UserError
@@ -85,7 +86,7 @@ def resumed(strategy: str) -> list[dict[str, Any]]:
 
 def probe(folder: Path, body: str, processes: int = 2, **settings: Any) -> list[str]:
     """The command of a stage that runs `body` in so many processes."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = yaml.safe_load(DEFAULTS.read_text())
     content = params.changed(content, {"launch.processes": processes, "launch.device": "cpu"} | settings)
     folder.mkdir(exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(content))

@@ -278,3 +278,28 @@ def test_a_node_slot_may_read_the_items_text():
     features = model.output.table[prompts.ref_BL[node], dim:] * scale
     torch.testing.assert_close(text, features @ weight[:, dim:].T, atol=1e-4, rtol=1e-4)
     assert text.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("output", "node_text"), [("items", True), ("items", False), ("linear", False)])
+@torch.no_grad()
+def test_noise_moves_item_vectors_on_both_sides_alike_and_in_training_alone(output, node_text):
+    """What a disturbed model computes is what an undisturbed one does over item vectors that hold the noise."""
+    count_V = torch.arange(ITEMS + 1.0) ** 3
+    plain, model = (llmgr(output=output, node_text=node_text) for _ in range(2))
+    (prompts, session_RD), dim = prompted(), model.vectors.shape[1]
+    before = scores(plain, prompts, session_RD)
+    model.disturb_items(0.5, count_V)
+    assert torch.equal(scores(model, prompts, session_RD), before), "no noise out of training"
+    torch.manual_seed(8)
+    scale = 0.5 * plain.vectors[1:].square().mean().sqrt()
+    noise = torch.randn_like(plain.vectors) * scale / (1 + count_V[:, None]).sqrt()
+    noise[0] = 0
+    plain.hybrid.nodes[:, :dim] += noise
+    if output == "items":
+        plain.output.table[:, :dim] += noise
+    torch.manual_seed(8)
+    model.train()
+    found = scores(model, prompts, session_RD)
+    torch.testing.assert_close(found, scores(plain, prompts, session_RD), atol=1e-5, rtol=1e-5)
+    assert (found - before).abs().max() > 1e-3 and not torch.equal(scores(model, prompts, session_RD), found)
+    assert torch.equal(scores(model.eval(), prompts, session_RD), before), "the vectors themselves stay"

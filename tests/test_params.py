@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from machine import DEFAULTS
 
 from llmgr import params
 from llmgr.encoders import REGISTRY
 from llmgr.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTENT = yaml.safe_load((ROOT / "params.yaml").read_text())
+CONTENT = yaml.safe_load(DEFAULTS.read_text())
 PRESETS = sorted((ROOT / "stages/presets").glob("*.txt"))
 
 
@@ -32,6 +33,12 @@ def refused(**settings: object) -> str:
 
 def loaded(**settings: object) -> params.Params:
     return params.build(params.Params, changed(**settings), "")
+
+
+def test_the_projects_own_parameters_are_valid_and_the_tests_have_the_same():
+    own, tests = (params.flat(params.load(path)) for path in (ROOT / "params.yaml", DEFAULTS))
+    gates = ("data.sha256", "gate.fuse")  # theirs are anyone's names
+    assert {k for k in own if not k.startswith(gates)} == {k for k in tests if not k.startswith(gates)}
 
 
 def test_every_committed_key_arrives_with_its_value():
@@ -132,7 +139,7 @@ def test_values_are_coerced_to_the_declared_type(settings, key, value):
 
 def test_what_dvc_writes_for_a_small_rate_is_a_string_to_yaml_and_a_number_here(tmp_path):
     file = tmp_path / "params.yaml"
-    file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", (ROOT / "params.yaml").read_text(), count=1))
+    file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", DEFAULTS.read_text(), count=1))
     assert isinstance(yaml.safe_load(file.read_text())["encoder"]["fpmc"]["lr"], str)
     assert params.load(file).encoder.fpmc.lr == 1e-5
 

@@ -22,7 +22,7 @@ import mlflow
 import polars as pl
 import pytest
 import yaml
-from machine import small_disk, stage, within
+from machine import DEFAULTS, small_disk, stage, within
 from tiny import CHECKPOINTS, language_model, tokenizer
 
 from llmgr.artifacts import digest, load_tensors, read_json, save_tensors
@@ -104,6 +104,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
+    shutil.copy(DEFAULTS, root / "params.yaml")
     change(root, **{name.replace(".", "__"): value for name, value in SMALL.items()})
     for command in (["init", "-q"], ["config", "user.name", "A User"], ["config", "user.email", "user@example.org"],
                     ["config", "commit.gpgsign", "false"], ["add", "-A"], ["commit", "-qm", "clone"]):

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from machine import DEFAULTS
 
 from llmgr import search
 from llmgr.artifacts import save_tensors
@@ -36,7 +37,7 @@ def write_data(folder: Path) -> None:
 
 
 def set_up(folder: Path, **changes: object) -> None:
-    text = (ROOT / "params.yaml").read_text()
+    text = DEFAULTS.read_text()
     short = {"encoder.dim": 8, "encoder.training.epochs": 2, "encoder.training.batch_size": 16,
              "encoder.training.precision": "fp32", "encoder.training.checkpoint_seconds": 0.001}
     (folder / "params.yaml").write_text(search.rewritten(

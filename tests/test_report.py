@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from machine import DEFAULTS
 
 import record
 import report as stage
@@ -20,9 +21,8 @@ from llmgr.artifacts import write_json, write_table
 from llmgr.errors import UserError
 from llmgr.params import load
 
-ROOT = Path(__file__).parents[1]
 MODELS = (*buckets.FLOORS, "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
-PARAMS = load(ROOT / "params.yaml")
+PARAMS = load(DEFAULTS)
 PARAMS = dataclasses.replace(PARAMS, bucket=dataclasses.replace(PARAMS.bucket, resamples=400))
 VIEW = PARAMS.view(stage.READS)
 
@@ -280,7 +280,7 @@ def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
 
 
 def test_recorded_results_are_the_reports_numbers(project: Path) -> None:
-    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    shutil.copy(DEFAULTS, "params.yaml")
     record.main(PARAMS.view(record.READS))
     folder = Path("reports/results/sample")
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "params.yaml", "results.md"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from machine import DEFAULTS
 
 import pick
 from llmgr import search
@@ -15,7 +16,7 @@ from llmgr.errors import UserError
 from llmgr.params import changed, flat, load
 
 ROOT = Path(__file__).parents[1]
-CONTENT = yaml.safe_load((ROOT / "params.yaml").read_text())
+CONTENT = yaml.safe_load(DEFAULTS.read_text())
 METRICS = "reports/metrics/encoders/{}.json"
 
 
@@ -124,7 +125,7 @@ def test_what_is_no_search_is_refused(grid: Repository) -> None:
 
 
 def test_rewriting_changes_the_values_and_nothing_else() -> None:
-    text = (ROOT / "params.yaml").read_text().replace("  omega: 0.6", "  omega: 0.6   # of attention, not GNN", 1)
+    text = DEFAULTS.read_text().replace("  omega: 0.6", "  omega: 0.6   # of attention, not GNN", 1)
     changes = {LR: 1e-05, LAYERS: 3, "encoder.gcsan.omega": 0.25, "bucket.practice": [5, 20],
                "data.mirror": "a: b", "tune.titles": True, "seed": 7}
     found = search.rewritten(text, changes)
@@ -154,7 +155,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> Any:
 def test_the_choice_is_printed_recorded_and_written_back(grid: Repository, tmp_path: Path, capsys: Any,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "params.yaml").read_text()
+    text = DEFAULTS.read_text()
     Path("params.yaml").write_text(text)
     monkeypatch.setattr(search, "shown", grid.shown)
     monkeypatch.setattr(search, "lock_of", lambda revision: grid.locks.get(revision, {}))
@@ -178,7 +179,7 @@ def test_every_grid_searches_known_keys_with_values_that_load(path: Path) -> Non
     for line in path.read_text().splitlines():
         option, assignment = line.split(" ", 1)
         key, values = assignment.split("=", 1)
-        assert option == "-S" and key in flat(load(ROOT / "params.yaml"))
+        assert option == "-S" and key in flat(load(DEFAULTS))
         if key not in search.LISTS:
             assert search._role(key, path.stem) == "searched" and "," in values
             for value in values.split(","):

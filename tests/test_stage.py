@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from machine import DEFAULTS
 
 from llmgr import params
 
@@ -18,7 +19,7 @@ STAGES = Path(__file__).resolve().parent.parent / "stages"
 
 def script(folder: Path, body: str) -> list[str]:
     """A stage whose `main(params, mark)` is `body`."""
-    (folder / "params.yaml").write_text((STAGES.parent / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(DEFAULTS.read_text())
     (folder / "probe.py").write_text(
         '"""Probe the frame.\n\nreads   nothing\n"""\nfrom llmgr.stage import run\n\n\ndef main(params, mark):\n'
         + textwrap.indent(textwrap.dedent(body), "    ")
@@ -63,7 +64,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_status_2(tmp_path, body, wor
 
 
 def test_keys_that_the_messages_name_exist():
-    known = set(params.flat(params.load(STAGES.parent / "params.yaml")))
+    known = set(params.flat(params.load(DEFAULTS)))
     sections = {k.split(".")[0] for k in known}
     text = (STAGES / "llmgr/stage.py").read_text()
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_.]*[a-z_])", text)) - {"params.yaml"}

@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
-from machine import small_disk
+from machine import DEFAULTS, small_disk
 from test_report import write_reports
 
 from llmgr import tracking
@@ -30,7 +30,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 def experiment(folder: Path, **changes: Any) -> Path:
     """A project folder with results, ready to be tracked; `changes` are dotted parameters."""
     write_reports(folder, sessions=400)
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = yaml.safe_load(DEFAULTS.read_text())
     content["track"] = {"experiment": "llmgr", "uri": None}
     for name, value in changes.items():
         section, key = name.split("__")

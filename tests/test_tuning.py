@@ -22,7 +22,7 @@ def settings(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{
         "epochs": 25, "batch_size": 4, "accumulate": 1, "lr": 0.02, "weight_decay": 0.0, "warmup_share": 0.1,
         "clip": 1.0, "checkpoint_seconds": 1e9, "candidates": 4, "softmax": "items", "targets": "positions",
-        "samples": 0, "valid_sessions": 0, "mask_seen": False, "adjustment": 0.0} | changes)
+        "samples": 0, "valid_sessions": 0, "mask_seen": False, "adjustment": 0.0, "item_noise": 0.0} | changes)
 
 
 def align(model: Llmgr, **changes) -> AlignJob:
@@ -272,6 +272,19 @@ def test_logit_adjustment_acts_in_training_and_validation_loss_alone(output, mas
     found, plain = job.validate(), behave(model, train).validate()
     assert found["valid_loss"] * len(train) == pytest.approx(unmasked, rel=1e-4)
     assert found | {"valid_loss": 0} == plain | {"valid_loss": 0}, "ranks are those without it"
+
+
+def test_rare_targets_get_the_most_noise_and_none_where_it_is_not_asked_for():
+    train = prefixes([[1, 2, 3, 4], [5, 6, 7]])
+    train.target = torch.tensor([2, 3, 2, 5, 2, 7, 8])
+    model = llmgr()
+    behave(model, train)
+    assert model.deviation_V is None
+    behave(model, train, item_noise=0.5)
+    scale = 0.5 * model.vectors[1:].square().mean().sqrt()
+    count = torch.tensor([0, 0, 3, 1, 0, 1, 0, 1, 1] + [0] * (ITEMS - 8))
+    torch.testing.assert_close(model.deviation_V[1:], (scale / (1 + count).sqrt())[1:])
+    assert model.deviation_V[0] == 0
 
 
 def test_samples_are_drawn_anew_and_reproducibly():

@@ -2,18 +2,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import yaml
+from machine import DEFAULTS
 
 from llmgr import report, seeds, twins
 from llmgr.artifacts import write_json
 from llmgr.errors import UserError
 from llmgr.params import changed, load
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = yaml.safe_load((ROOT / "params.yaml").read_text())
+BASE = yaml.safe_load(DEFAULTS.read_text())
 
 
 def figures(hit: float) -> dict:
@@ -86,7 +85,7 @@ def test_the_report_shows_seeds_of_these_results_alone(tmp_path):
     assert report.own_seeds(tmp_path / "none.json", buckets) == {}
     write_json(tmp_path / "seeds.json", {"3": found["3"]})
     assert report.own_seeds(tmp_path / "seeds.json", buckets) == {}, "one seed is no spread"
-    (first, means), (_, gaps) = report.seed_tables(found, load(ROOT / "params.yaml"))
+    (first, means), (_, gaps) = report.seed_tables(found, load(DEFAULTS))
     assert "2 seeds (1, 3)" in first and means["llmgr"][0] == "0.5000 ± 0.3536" and means["llmgr"][-1] == "–"
     assert list(gaps) == ["pop"] and gaps["pop"][0] == "+0.3750 [+0.1250, +0.6250]"
 
@@ -105,5 +104,5 @@ def test_the_report_shows_twins_of_these_results_alone(tmp_path):
     assert list(report._own_twins(tmp_path / "twins.json", main)) == ["llmgr", "without-lora"]
     assert report._own_twins(tmp_path / "twins.json", figures(0.4)) == {}
     assert report._own_twins(tmp_path / "none.json", main) == {}
-    text = report._twins({"twins": content}, load(ROOT / "params.yaml"))
+    text = report._twins({"twins": content}, load(DEFAULTS))
     assert "| without-lora | model.lora_r=0 | 0.2000 | 0.1000 |" in text and "| llmgr | – | 0.3000 |" in text

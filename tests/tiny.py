@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import DEFAULTS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,7 +66,7 @@ def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> 
 
 def encoder_section(dim: int, dropout: float, lr: float = 0.02) -> types.SimpleNamespace:
     """The encoder section of params.yaml at another width, with a short training."""
-    section = load(ROOT / "params.yaml").encoder
+    section = load(DEFAULTS).encoder
     training = types.SimpleNamespace(**vars(section.training) | {
         "dropout": dropout, "epochs": 20, "patience": 20, "batch_size": 64, "precision": "fp32", "lr": lr})
     return types.SimpleNamespace(**vars(section) | {"dim": dim, "training": training})

@@ -29,7 +29,6 @@ class HybridEncoding(nn.Module):
 
     def __init__(self, tokens: nn.Embedding, vectors_VD: Tensor, dropout: float, text_VT: Tensor | None = None) -> None:
         super().__init__()
-        self.own = vectors_VD.shape[1]
         if text_VT is not None:
             vectors_VD = torch.cat((vectors_VD, text_VT * vectors_VD[1:].square().mean().sqrt()), 1)
         self.register_buffer("nodes", vectors_VD, persistent=False)
@@ -40,17 +39,24 @@ class HybridEncoding(nn.Module):
         node_scale = vectors_VD[1:].square().mean().sqrt().clamp(min=1e-6)
         nn.init.normal_(self.project.weight, std=float(token_scale / node_scale) * dim ** -0.5)
 
-    def forward(self, tokens: nn.Embedding, prompts: PromptBatch, session_RD: Tensor | None) -> Tensor:
-        """`inputs_embeds` [B, L, H]; node slots read the item vectors, graph slots `session_RD`."""
+    def forward(self, tokens: nn.Embedding, prompts: PromptBatch, session_RD: Tensor | None,
+                noise_VD: Tensor | None = None) -> Tensor:
+        """`inputs_embeds` [B, L, H]; node slots read the item vectors (plus `noise_VD`), graph slots `session_RD`."""
         embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
-        if session_RD is not None:
-            session_RD = F.pad(session_RD, (0, self.nodes.shape[1] - self.own))
-        for kind, source in ((NODE, self.nodes), (GRAPH, session_RD)):
+        for kind, source, added in ((NODE, self.nodes, noise_VD), (GRAPH, session_RD, None)):
             if source is not None:
                 slot_BL = prompts.kind_BL == kind
-                filled = self.project(self.dropout(source[prompts.ref_BL[slot_BL]]))
+                ref_R = prompts.ref_BL[slot_BL]
+                read_RD = self._wide(source[ref_R])
+                if added is not None:
+                    read_RD = read_RD + self._wide(added[ref_R])
+                filled = self.project(self.dropout(read_RD))
                 embeds_BLH = embeds_BLH.masked_scatter(slot_BL[..., None], filled.to(embeds_BLH.dtype))
         return embeds_BLH
+
+    def _wide(self, read_RD: Tensor) -> Tensor:
+        """A node's columns; those of text are 0 where only a vector was read."""
+        return F.pad(read_RD, (0, self.nodes.shape[1] - read_RD.shape[1]))
 
 
 class LinearOutput(nn.Module):
@@ -63,8 +69,12 @@ class LinearOutput(nn.Module):
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.zeros_(self.items.bias)
 
-    def forward(self, h_RH: Tensor, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [R, K], item table [V+1, K] and item biases [V+1] whose product and sum are the logits."""
+    def forward(self, h_RH: Tensor, session_RD: Tensor | None, noise_VD: Tensor | None = None
+                ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [R, K], item table [V+1, K] and item biases [V+1] whose product and sum are the logits.
+
+        The weights are its own: noise on the item vectors does not concern it.
+        """
         return self.inner(h_RH), self.items.weight, self.items.bias
 
 
@@ -85,12 +95,16 @@ class ItemsOutput(nn.Module):
         nn.init.normal_(self.query.weight, std=0.0 if residual else 0.1 * width ** -0.5)
         nn.init.zeros_(self.query.bias)
 
-    def forward(self, h_RH: Tensor, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [R, K], item table [V+1, K] and no bias."""
+    def forward(self, h_RH: Tensor, session_RD: Tensor | None, noise_VD: Tensor | None = None
+                ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [R, K], item table [V+1, K] (its item vectors plus `noise_VD`) and no bias."""
         query = self.query(h_RH)
         if self.residual and session_RD is not None:
             query = query + F.pad(session_RD, (0, query.shape[1] - self.dim))
-        return query, self.table, None
+        table = self.table
+        if noise_VD is not None:
+            table = table + F.pad(noise_VD, (0, query.shape[1] - self.dim))
+        return query, table, None
 
 
 class Llmgr(nn.Module):
@@ -115,6 +129,7 @@ class Llmgr(nn.Module):
         self.positions = config.max_position_embeddings - position_offset(config)
         self.offset = position_offset(config)
         self.register_buffer("vectors", vectors_VD, persistent=False)
+        self.register_buffer("deviation_V", None, persistent=False)
         self.encoder = encoder.requires_grad_(False)
         width, items = config.hidden_size, len(vectors_VD) - 1
         self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD, params.dropout,
@@ -125,9 +140,20 @@ class Llmgr(nn.Module):
         self.language_model = add_adapters(language_model, params)
         self.recomputes = False
 
-    def hidden(self, prompts: PromptBatch, session_RD: Tensor | None) -> Tensor:
+    def disturb_items(self, share: float, count_V: Tensor) -> None:
+        """In training, add normal noise to the item vectors, drawn anew a forward pass, the same on both sides.
+
+        Its deviation is `share` of the vectors' root mean square over sqrt(1 + count): pretraining fitted a vector to
+        the very targets that it is to explain here, an item's that was met `count_V` [V+1] times the more the fewer
+        they were. Without noise the language model learns to trust rare items' vectors as nothing unseen deserves.
+        """
+        scale = share * self.vectors[1:].square().mean().sqrt()
+        self.deviation_V = (scale * (1 + count_V.to(self.vectors.device)).rsqrt()).index_fill(
+            0, torch.zeros(1, dtype=torch.long, device=self.vectors.device), 0.0)
+
+    def hidden(self, prompts: PromptBatch, session_RD: Tensor | None, noise_VD: Tensor | None = None) -> Tensor:
         """Hidden states at the readouts [R, H]."""
-        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD)
+        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD, noise_VD)
         mask = prompts.mask(self.causal)
         # with a mask torch's fused attention for CPUs goes backward at a third of the speed of the plain products
         plain = embeds.device.type == "cpu" and torch.is_grad_enabled() and not self.recomputes
@@ -142,7 +168,10 @@ class Llmgr(nn.Module):
 
     def forward(self, prompts: PromptBatch, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries [R, K], item table [V+1, K], biases [V+1] or None; see the output layers."""
-        return self.output(self.dropout(self.hidden(prompts, session_RD)), session_RD)
+        noise_VD = None
+        if self.training and self.deviation_V is not None:
+            noise_VD = torch.randn_like(self.vectors) * self.deviation_V[:, None]
+        return self.output(self.dropout(self.hidden(prompts, session_RD, noise_VD)), session_RD, noise_VD)
 
     def sessions(self, graphs: GraphBatch) -> Tensor:
         """The encoder's readouts [B, D] of session graphs over the frozen item vectors."""

@@ -501,12 +501,17 @@ class Tune(Training):
     """Logit adjustment (Menon et al., ICLR 2021): in training alone every logit gains this times the logarithm of the
     item's share of the targets. Above 0 cold items rank higher; 1 would rank as if all items were as popular."""
 
+    item_noise: float
+    """Normal noise on the frozen item vectors in training, at the node slots and in the output layer, in units of their
+    root mean square over sqrt(1 + how often the item is a target): pretraining fitted them to the same targets."""
+
     section = "tune"
 
     def check(self) -> None:
         super().check()
         at_least(self, "tune", "samples", 0)
         at_least(self, "tune", "adjustment", 0)
+        at_least(self, "tune", "item_noise", 0)
         at_least(self, "tune", "valid_sessions", 0)
         positive(self, "tune", "title_tokens")
         if self.edges and self.prompt != "paper":

@@ -143,6 +143,8 @@ class BehaviourJob:
         self.prior = log_shares(train.target, len(model.vectors)) * settings.adjustment if settings.adjustment else None
         self.scorer = Scorer(model, prompts, valid.subset(torch.randperm(len(valid), generator=draw)[:count].sort()[0]),
                              dtype, self.prior)
+        if settings.item_noise:
+            model.disturb_items(settings.item_noise, target_counts(train.target, len(model.vectors)))
         self.frozen = None
         if not any(p.requires_grad for p in model.encoder.parameters()):
             self.frozen = all_sessions(model, train)
@@ -224,8 +226,13 @@ class Scorer:
 
 def log_shares(target_N: Tensor, size: int) -> Tensor:
     """Logarithm of every item's share of the targets, one added to each count, [V+1]."""
-    count_V = torch.bincount(target_N, minlength=size).float() + 1
+    count_V = target_counts(target_N, size) + 1
     return (count_V / count_V.sum()).log()
+
+
+def target_counts(target_N: Tensor, size: int) -> Tensor:
+    """How often every item is a target, [V+1]."""
+    return torch.bincount(target_N, minlength=size).float()
 
 
 def spans(train: Sessions, positions: bool) -> tuple[Tensor, Tensor, Tensor]:
