@@ -25,7 +25,7 @@ def main(params) -> None:
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
     from llmgr.training import arithmetic, hardware
-    from llmgr.tuning import BehaviourJob, behaviour_prompts
+    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arithmetic(params.tune.precision)
@@ -35,11 +35,11 @@ def main(params) -> None:
     load_llmgr(Path("models/aligned"), model)
     model.unfreeze_encoder(params.tune.train_encoder)
     model.to(device).train()
-    prompts, optimizer = behaviour_prompts(params, params.tune), trained(model)
+    prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 
     def job(**changes) -> BehaviourJob:
         return BehaviourJob(model, prompts, *(s.to(device) for s in sessions),
-                            dataclasses.replace(params.tune, **changes), params.seed, dtype)
+                            dataclasses.replace(params.tune, **changes), params.seed, dtype, alike)
 
     ours, plain = job(), job(targets="prefix")
     generator = torch.Generator().manual_seed(params.seed)

@@ -24,7 +24,7 @@ def main(params) -> None:
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
     from llmgr.params import flat
     from llmgr.training import arithmetic, finish, fit
-    from llmgr.tuning import BehaviourJob, behaviour_prompts
+    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
 
     settings = params.tune
     resume = resume_folder("tune", flat(params), INPUTS)
@@ -38,7 +38,7 @@ def main(params) -> None:
     if settings.gradient_checkpointing:
         model.checkpoint_activations()
     job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train.to(place), valid.to(place),
-                       settings, params.seed, dtype)
+                       settings, params.seed, dtype, alike_items(params))
     progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)
     if rank():
         return

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import types
 
+import polars as pl
 import pytest
 import torch
 from tiny import ITEMS, LISTS, TITLES, llmgr, prefixes, tokenizer
@@ -12,8 +13,9 @@ from llmgr.errors import UserError
 from llmgr.graph import Sessions
 from llmgr.llmgr import Llmgr, logits
 from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
+from llmgr.text_vectors import shuffled
 from llmgr.training import fit
-from llmgr.tuning import AlignJob, BehaviourJob, Scorer, all_sessions, draw_candidates, shortened, spans
+from llmgr.tuning import AlignJob, BehaviourJob, Scorer, alike_items, all_sessions, draw_candidates, shortened, spans
 
 COUNT = sum(map(len, LISTS))
 
@@ -22,7 +24,8 @@ def settings(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{
         "epochs": 25, "batch_size": 4, "accumulate": 1, "lr": 0.02, "weight_decay": 0.0, "warmup_share": 0.1,
         "clip": 1.0, "checkpoint_seconds": 1e9, "candidates": 4, "softmax": "items", "targets": "positions",
-        "samples": 0, "valid_sessions": 0, "mask_seen": False, "adjustment": 0.0, "item_noise": 0.0} | changes)
+        "samples": 0, "valid_sessions": 0, "mask_seen": False, "adjustment": 0.0, "item_noise": 0.0,
+        "text_smoothing": 0.0} | changes)
 
 
 def align(model: Llmgr, **changes) -> AlignJob:
@@ -272,6 +275,43 @@ def test_logit_adjustment_acts_in_training_and_validation_loss_alone(output, mas
     found, plain = job.validate(), behave(model, train).validate()
     assert found["valid_loss"] * len(train) == pytest.approx(unmasked, rel=1e-4)
     assert found | {"valid_loss": 0} == plain | {"valid_loss": 0}, "ranks are those without it"
+
+
+@pytest.mark.parametrize("adjustment", [0.0, 0.7])
+@pytest.mark.parametrize("output", ["linear", "items"])
+def test_text_smoothing_is_the_cross_entropy_of_smoothed_targets(output, adjustment):
+    train, model = prefixes(), llmgr(output=output)
+    nearest = torch.stack([torch.randperm(ITEMS)[:3] + 1 for _ in range(ITEMS + 1)])
+    weight = torch.rand(ITEMS + 1, 3).softmax(1)
+    build = BehaviourPrompts(tokenizer(), "short", None, 4, False)
+    job = BehaviourJob(model, build, train, train, settings(adjustment=adjustment, text_smoothing=0.3), 3,
+                       torch.float32, (nearest, weight))
+    scores = torch.cat([job.scorer(torch.tensor([n])) for n in range(len(train))])
+    scores = scores if job.prior is None else scores + job.prior
+    share = F.one_hot(train.target, ITEMS + 1) * 0.7
+    share = share + 0.3 * torch.zeros_like(share).scatter_add(1, nearest[train.target], weight[train.target])
+    expected = F.cross_entropy(scores[:, 1:], share[:, 1:], reduction="sum").item()
+    assert job.loss(torch.arange(len(job.first))).total.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_items_alike_are_those_of_the_catalogues_words_or_of_the_shuffled_ones(tmp_path, monkeypatch):
+    (tmp_path / "data/core").mkdir(parents=True)
+    titles = ["red lipstick", "nail file", "red lipstick case", "steel nail file", "lipstick case", "red brush"]
+    pl.DataFrame({"item_id": range(1, 7), "title": titles, "brand": [None] * 6}).write_parquet(
+        tmp_path / "data/core/items.parquet")
+    monkeypatch.chdir(tmp_path)
+
+    def params(share: float, texts: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(seed=4, tune=types.SimpleNamespace(text_smoothing=share),
+                                     model=types.SimpleNamespace(texts=texts))
+
+    assert alike_items(params(0.0, "own")) is None
+    nearest, weight = alike_items(params(0.1, "own"))
+    assert nearest.shape == weight.shape == (7, 5) and nearest[1:, 0].tolist() == [6, 4, 5, 2, 3, 1]
+    torch.testing.assert_close(weight.sum(1), torch.ones(7))
+    dealt = shuffled(torch.arange(7.0)[:, None], 4)[:, 0].long()  # whose text an item has
+    other, _ = alike_items(params(0.1, "shuffled"))
+    assert dealt[other[1:, 0]].tolist() == nearest[dealt[1:], 0].tolist()
 
 
 def test_rare_targets_get_the_most_noise_and_none_where_it_is_not_asked_for():

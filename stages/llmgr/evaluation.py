@@ -117,11 +117,9 @@ def word_knn(decay: float, device: torch.device) -> Over:
 
     Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
     """
-    import polars as pl
+    from llmgr.text_vectors import item_texts
 
-    frame = pl.read_parquet(require("data/core/items.parquet")).sort("item_id")
-    texts = frame.select(pl.concat_str(pl.col("title", "brand").fill_null(""), separator=" "))["title"]
-    matrix = word_matrix(texts.to_list())
+    matrix = word_matrix(item_texts("data/core/items.parquet", "words"))
     return _similar((matrix @ matrix.T).tocsr(), decay, device)
 
 

@@ -148,8 +148,7 @@ class Llmgr(nn.Module):
         they were. Without noise the language model learns to trust rare items' vectors as nothing unseen deserves.
         """
         scale = share * self.vectors[1:].square().mean().sqrt()
-        self.deviation_V = (scale * (1 + count_V.to(self.vectors.device)).rsqrt()).index_fill(
-            0, torch.zeros(1, dtype=torch.long, device=self.vectors.device), 0.0)
+        self.deviation_V = F.pad(scale * (1 + count_V[1:].to(scale.device)).rsqrt(), (1, 0))
 
     def hidden(self, prompts: PromptBatch, session_RD: Tensor | None, noise_VD: Tensor | None = None) -> Tensor:
         """Hidden states at the readouts [R, H]."""

@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 
 if TYPE_CHECKING:
     import polars as pl
+    from torch import Tensor
 
     from llmgr.graph import GraphBatch
 
@@ -66,6 +67,22 @@ def word_matrix(texts: Sequence[str]) -> csr_array:
     matrix = csr_array((weight / np.maximum(length[row], 1e-12), (row, column)), shape=(len(held) + 1, len(words)))
     matrix.eliminate_zeros()
     return matrix
+
+
+def most_alike(matrix: csr_array, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The `count` other items whose rows have the largest inner products with an item's, and their weights.
+
+    Both [V+1, count]; the weights of an item are the softmax of its products over `temperature`. At most all others.
+    """
+    items = matrix.shape[0] - 1
+    nearest, weight = [], []
+    for rows in torch.arange(items + 1).split(512):
+        similarity = torch.from_numpy((matrix[rows.numpy()] @ matrix.T).toarray()).float()
+        similarity[:, 0] = similarity[torch.arange(len(rows)), rows] = -torch.inf
+        best, item = similarity.topk(min(count, items - 1), 1)
+        nearest.append(item)
+        weight.append((best / temperature).softmax(1))
+    return torch.cat(nearest), torch.cat(weight)
 
 
 def last_clicks(graphs: GraphBatch, decay: float, items: int) -> csr_array:

@@ -500,10 +500,12 @@ class Tune(Training):
     adjustment: float
     """Logit adjustment (Menon et al., ICLR 2021): in training alone every logit gains this times the logarithm of the
     item's share of the targets. Above 0 cold items rank higher; 1 would rank as if all items were as popular."""
-
     item_noise: float
     """Normal noise on the frozen item vectors in training, at the node slots and in the output layer, in units of their
     root mean square over sqrt(1 + how often the item is a target): pretraining fitted them to the same targets."""
+    text_smoothing: float
+    """Label smoothing (Szegedy et al., CVPR 2016) by text: the share of a target's weight in the loss of training that
+    goes to the ten items whose title and brand share most words with its own. 0 leaves it all to the target."""
 
     section = "tune"
 
@@ -512,6 +514,10 @@ class Tune(Training):
         at_least(self, "tune", "samples", 0)
         at_least(self, "tune", "adjustment", 0)
         at_least(self, "tune", "item_noise", 0)
+        share(self, "tune", "text_smoothing")
+        if self.mask_seen and self.text_smoothing:
+            raise UserError("tune.text_smoothing gives weight to items that tune.mask_seen=true takes out of the "
+                            "softmax: set one of the two to 0 or false")
         at_least(self, "tune", "valid_sessions", 0)
         positive(self, "tune", "title_tokens")
         if self.edges and self.prompt != "paper":

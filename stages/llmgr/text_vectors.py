@@ -72,12 +72,13 @@ def _deal(items: int, seed: int) -> Tensor:
 
 
 def item_texts(path: str | Path, column: str, shuffle: int | None = None) -> list[str]:
-    """The items' `title` or `text` in the order of their ids; the text stands in for an empty title.
+    """The items' `title`, `text` or `words` (title and brand) by their ids; the text stands in for an empty title.
 
     With the seed `shuffle` they are dealt out to other items, as `shuffled` deals out vectors.
     """
     import polars as pl
 
-    text = pl.col("text") if column == "text" else pl.when(pl.col("title") == "").then("text").otherwise("title")
+    text = {"text": pl.col("text"), "title": pl.when(pl.col("title") == "").then("text").otherwise("title"),
+            "words": pl.concat_str(pl.col("title", "brand").fill_null(""), separator=" ")}[column]
     texts = pl.read_parquet(require(path)).sort("item_id").select(text.alias("read"))["read"].to_list()
     return texts if shuffle is None else [texts[i] for i in _deal(len(texts), shuffle).tolist()]

@@ -19,6 +19,7 @@ from llmgr.stage import say
 from llmgr.training import Loss
 
 ACCURACY_ITEMS = 1024
+ALIKE, TEMPERATURE = 10, 0.1  # text smoothing: items that share a target's weight, how sharply the likest are preferred
 PACKED = 64
 
 
@@ -125,12 +126,13 @@ class BehaviourJob:
     """Stage 2: the next item of every training prefix, from prompts over session graphs.
 
     `targets: prefix` makes a prompt of every prefix, `positions` a prompt of every session with a branch a prefix.
+    `alike` has the items that share a target's weight under `tune.text_smoothing` (see `alike_items`).
     """
 
     selects = None
 
     def __init__(self, model: Llmgr, prompts: BehaviourPrompts, train: Sessions, valid: Sessions, settings: Any,
-                 seed: int, dtype: torch.dtype) -> None:
+                 seed: int, dtype: torch.dtype, alike: tuple[Tensor, Tensor] | None = None) -> None:
         train, self.cut = shortened(train, prompts, model.positions, "training")
         if settings.targets == "positions" and not model.causal:
             raise UserError("tune.targets=positions needs causal attention and the backbone is bidirectional: set "
@@ -143,6 +145,7 @@ class BehaviourJob:
         self.prior = log_shares(train.target, len(model.vectors)) * settings.adjustment if settings.adjustment else None
         self.scorer = Scorer(model, prompts, valid.subset(torch.randperm(len(valid), generator=draw)[:count].sort()[0]),
                              dtype, self.prior)
+        self.alike = None if alike is None else [t.to(self.device) for t in alike]
         if settings.item_noise:
             model.disturb_items(settings.item_noise, target_counts(train.target, len(model.vectors)))
         self.frozen = None
@@ -178,7 +181,19 @@ class BehaviourJob:
             total = F.cross_entropy(scores[:, 1:], target_R - 1, reduction="sum")
         else:
             total = item_cross_entropy(query.float(), table, target_R, bias)
+        if self.alike is not None:
+            total = total + self.settings.text_smoothing * self._ahead(query.float(), table, bias, target_R)
         return Loss(total, len(sample_R), prompts.tokens)
+
+    def _ahead(self, query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None, target_R: Tensor) -> Tensor:
+        """How far the targets' logits are ahead of the weighted mean of those of the items alike, summed.
+
+        A share of it, added to the cross-entropy of the targets, makes that of the smoothed targets.
+        """
+        nearest_RN, weight_RN = (t[target_R] for t in self.alike)
+        mean_RK = (weight_RN[:, None] @ table_VK[nearest_RN])[:, 0]
+        total = (query_RK * (table_VK[target_R] - mean_RK)).sum()
+        return total if bias_V is None else total + (bias_V[target_R] - (weight_RN * bias_V[nearest_RN]).sum(1)).sum()
 
     def _sessions(self, sample_R: Tensor) -> Tensor:
         """The graph encoder's readouts [R, D], read in groups of like length."""
@@ -279,3 +294,17 @@ def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:
     titles = item_texts("data/core/items.parquet", "title", shuffle) if settings.titles else None
     return BehaviourPrompts(load_tokenizer("models/backbone"), settings.prompt, titles, settings.title_tokens,
                             settings.edges)
+
+
+def alike_items(params: Any) -> tuple[Tensor, Tensor] | None:
+    """For `tune.text_smoothing`, the items whose title and brand share most words with each item's, and their weights.
+
+    Both [V+1, 10], from the catalogue; None where nothing is smoothed. A twin of shuffled texts has shuffled ones.
+    """
+    if not params.tune.text_smoothing:
+        return None
+    from llmgr.neighbours import most_alike, word_matrix
+    from llmgr.text_vectors import item_texts
+
+    shuffle = params.seed if params.model.texts == "shuffled" else None
+    return most_alike(word_matrix(item_texts("data/core/items.parquet", "words", shuffle)), ALIKE, TEMPERATURE)
