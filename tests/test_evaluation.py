@@ -15,6 +15,7 @@ from llmgr.artifacts import save_tensors
 from llmgr.encoders import build_recommender, save_recommender
 from llmgr.gate import Gate, bands
 from llmgr.graph import read_sessions
+from llmgr.params import FLOORS
 
 ITEMS = 15
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                    encoder=types.SimpleNamespace(
                                        names=["gcsan"], controls=["gcsan"], control_texts=["text"]))
     found = evaluation.scorers(params, CPU)
-    assert list(found) == ["pop", "item-knn", "session-knn", "text-knn", "word-knn", "gcsan", "gcsan-text", "llmgr"]
+    assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(len(sessions))
     with torch.no_grad():

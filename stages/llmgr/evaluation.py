@@ -14,7 +14,8 @@ from llmgr.artifacts import load_tensors, require
 from llmgr.encoders import load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
-from llmgr.graph import Sessions, catalogue_size, padded
+from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
+from llmgr.linear import Slit, fitted_slit
 from llmgr.neighbours import item_similarity, last_clicks, neighbours, training_matrix, word_matrix
 from llmgr.params import trained
 from llmgr.pretraining import Score
@@ -31,12 +32,15 @@ Over = Callable[[Sessions], Score]
 def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
+    solved = functools.cache(lambda: linear_model(params))
     found: dict[str, Callable[[], Over]] = {
         "pop": lambda: popularity(device),
         "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
         "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
         "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device),
-        "word-knn": lambda: word_knn(params.evaluate.decay, device)}
+        "word-knn": lambda: word_knn(params.evaluate.decay, device),
+        "slit": lambda: slit(solved(), 0.0, device),
+        "slit-text": lambda: slit(solved(), params.evaluate.slit_text, device)}
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device)
     found["llmgr"] = lambda: llmgr(params, device)
@@ -121,6 +125,27 @@ def word_knn(decay: float, device: torch.device) -> Over:
 
     matrix = word_matrix(item_texts("data/core/items.parquet", "words"))
     return _similar((matrix @ matrix.T).tocsr(), decay, device)
+
+
+def linear_model(params: Any) -> tuple[Slit, Over]:
+    """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch."""
+    decay = params.evaluate.slit_decay
+    train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+    model = fitted_slit(train, decay, params.evaluate.slit_ridge, catalogue_size("data/core/items.parquet"))
+    return model, functools.cache(lambda sessions: once(lambda samples: model.solved(
+        last_clicks(sessions.graphs(samples), decay, model.items))))
+
+
+def slit(solved: tuple[Slit, Over], text_share: float, device: torch.device) -> Over:
+    """Scores of the linear item-item model SLIT (`linear_model`), with `text_share` shrunk to the likeness of words.
+
+    Closed form, no gradient, no language model: how far clicks and words go without a network.
+    """
+    from llmgr.text_vectors import item_texts
+
+    model, over = solved
+    words = word_matrix(item_texts("data/core/items.parquet", "words")) if text_share else None
+    return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share).to(device)
 
 
 def _similar(similarity: csr_array, decay: float, device: torch.device) -> Over:

@@ -18,7 +18,8 @@ INK, QUIET, FAINT, RULE = "#1f2933", "#6b7785", "#c3cad1", "#e3e7eb"
 OURS_COLOUR = "#c2410c"
 COLOURS = ("#1d4e89", "#3a8f85", "#8b6fb3", "#b08a2e", "#5b8c3e", "#a8577e", "#4c7fb8", "#7a6652")
 MARKERS = "osD^vPX*"
-FLOOR_LOOKS = dict(zip(FLOORS, zip(("#aab4be", "#95a1ac", "#7c8894", "#616d79", "#4a5561"), ".<>hp")))
+FLOOR_LOOKS = dict(zip(FLOORS, zip(
+    ("#aab4be", "#95a1ac", "#7c8894", "#616d79", "#4a5561", "#8a7f74", "#6b5d50"), ".<>hp18")))
 WIDTH = 11.5  # inches; at full page width the text then has the size of the small print
 BINS = 200  # points of a drawn training loss
 SMOOTH = 9  # points of the median drawn over it: the last step of an epoch is a smaller batch, and stands out

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from llmgr.errors import UserError
 
-FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn")  # untrained models, in the order of every table
+FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
+"""Models without training by gradients, in the order of every table."""
 
 
 @dataclass(frozen=True)
@@ -542,11 +543,18 @@ class Evaluate:
     """session-kNN: most similar training sessions whose items are scored."""
     session_decay: float
     """session-kNN: as `decay` in the similarity of sessions; 1 is SKNN, below that V-SKNN."""
+    slit_ridge: float
+    """slit, slit-text: weight of the ridge, in clicks; the larger, the less is learned of rare transitions."""
+    slit_decay: float
+    """slit, slit-text: as `decay`."""
+    slit_text: float
+    """slit-text: what the ridge shrinks a weight to, as a share of the likeness of the two items' texts."""
 
     def check(self) -> None:
-        positive(self, "evaluate", "batch_size", "text_dim", "session_neighbours")
+        positive(self, "evaluate", "batch_size", "text_dim", "session_neighbours", "slit_ridge")
         at_least(self, "evaluate", "item_shrinkage", 0)
-        share(self, "evaluate", "decay", "item_decay", "session_decay")
+        at_least(self, "evaluate", "slit_text", 0)
+        share(self, "evaluate", "decay", "item_decay", "session_decay", "slit_decay")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""SLIT against its closed form, formed and solved in double precision."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.sparse import csr_array
+from test_neighbours import ITEMS, histories, project, weights
+
+from llmgr import evaluation, linear
+from llmgr.graph import read_sessions
+from llmgr.text_vectors import item_texts
+
+CPU = torch.device("cpu")
+
+
+def dense(clicks: list[list[int]], decay: float) -> np.ndarray:
+    table = np.zeros((len(clicks), ITEMS + 1))
+    for row, items in zip(table, clicks):
+        for item, weight in weights(items, decay).items():
+            row[item] = weight
+    return table
+
+
+def catalogue() -> None:
+    words = ["red", "lip", "balm", "nail", "gel", "OPI"]
+    pl.DataFrame({"item_id": range(1, ITEMS + 1), "title": [f"{words[i % 5]} {words[i * i % 6]}" for i in range(ITEMS)],
+                  "brand": [None] * ITEMS}, schema_overrides={"brand": pl.String}).write_parquet(
+        "data/core/items.parquet")
+
+
+@pytest.mark.parametrize(("ridge", "decay", "share"), [(3.0, 0.7, 0.4), (3.0, 0.7, 0.0), (0.5, 1.0, 0.1),
+                                                         (40.0, 0.0, 2.0)])
+def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ridge: float, decay: float,
+                                      share: float) -> None:
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(linear, "CLOSE", 1e-7)
+    catalogue()
+    train = pl.read_parquet("data/sessions/train.parquet")
+    clicks = dense(train["items"].to_list(), decay)
+    target = np.eye(ITEMS + 1)[train["target"].to_numpy()]
+    words = evaluation.word_matrix(item_texts("data/core/items.parquet", "words")).toarray()
+    likeness = words @ words.T
+    B = np.linalg.solve(clicks.T @ clicks + ridge * np.eye(ITEMS + 1), clicks.T @ target + ridge * share * likeness)
+
+    def loss(at: np.ndarray) -> float:
+        return ((clicks @ at - target) ** 2).sum() + ridge * ((at - share * likeness) ** 2).sum()
+
+    step = np.random.default_rng(0).normal(size=B.shape)
+    assert loss(B) < min(loss(B + 1e-3 * step), loss(B - 1e-3 * step))
+    params = SimpleNamespace(data=SimpleNamespace(max_session=50), evaluate=SimpleNamespace(
+        slit_ridge=ridge, slit_decay=decay))
+    sessions, frame = read_sessions("data/sessions/test.parquet", 50)
+    score = evaluation.slit(evaluation.linear_model(params), share, CPU)(sessions)
+    expected = torch.from_numpy(dense(frame["items"].to_list(), decay) @ B).float()
+    assert expected.abs().max() > 0.05
+    torch.testing.assert_close(score(torch.arange(len(sessions))), expected, atol=2e-5, rtol=1e-4)
+    some = torch.tensor([17, 3, 25])
+    torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
+
+
+def test_the_tolerance_of_the_solver_is_kept() -> None:
+    draw = np.random.default_rng(1)
+    clicks = csr_array((draw.random((300, 40)) < 0.2) * draw.random((300, 40)) * draw.gamma(0.3, 5, 40))
+    model = linear.Slit(clicks, draw.integers(1, 40, 300), 0.5)
+    asked = csr_array(np.vstack([clicks.toarray()[:20], np.zeros(40)]))
+    residual = (clicks.T @ clicks + 0.5 * np.eye(40)) @ model.solved(asked).double().numpy() - asked.toarray().T
+    bound = linear.CLOSE * np.linalg.norm(asked.toarray(), axis=1)
+    assert (np.linalg.norm(residual, axis=0) <= 1.1 * bound + 1e-6).all()
+    assert not model.solved(asked)[:, -1].any()  # no clicks, no scores
+
+
+def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    params = SimpleNamespace(data=SimpleNamespace(max_session=50), evaluate=SimpleNamespace(
+        slit_ridge=2.0, slit_decay=0.7))
+    for shift in (0, 1):
+        root = tmp_path / str(shift)
+        project(root, lists=[[*x[:-2], *((i + shift - 1) % ITEMS + 1 for i in x[-2:])] for x in histories()])
+        monkeypatch.chdir(root)
+        catalogue()
+        sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
+        found.append(evaluation.slit(evaluation.linear_model(params), 0.1, CPU)(sessions)(torch.arange(len(sessions))))
+    assert found[0].any()
+    torch.testing.assert_close(*found)
