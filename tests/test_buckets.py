@@ -76,8 +76,8 @@ def test_buckets_hold_the_counts_that_their_names_say() -> None:
 
 
 def test_models_stand_floors_first_controls_by_their_encoder_llmgr_last() -> None:
-    names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "slit-text", "word-knn",
-             "session-knn", "item-knn", "slit", "gcsana", "gated-llmgr"]
+    names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "slit-text",
+             "word-knn", "session-knn", "item-knn", "slit", "gcsana", "gated-llmgr"]
     assert buckets.order(names, "gated-llmgr") == [
         *buckets.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm", "llmgr", "gated-llmgr"]
 
