@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from test_neighbours import ITEMS, histories, project, weights
 
 from llmgr import evaluation, linear
+from llmgr.errors import UserError
 from llmgr.graph import read_sessions
 from llmgr.text_vectors import item_texts
 
@@ -39,7 +40,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
                                       share: float) -> None:
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(linear, "CLOSE", 1e-7)
+    monkeypatch.setattr(linear, "CLOSE", 1e-6)
     catalogue()
     train = pl.read_parquet("data/sessions/train.parquet")
     clicks = dense(train["items"].to_list(), decay)
@@ -73,6 +74,14 @@ def test_the_tolerance_of_the_solver_is_kept() -> None:
     bound = linear.CLOSE * np.linalg.norm(asked.toarray(), axis=1)
     assert (np.linalg.norm(residual, axis=0) <= 1.1 * bound + 1e-6).all()
     assert not model.solved(asked)[:, -1].any()  # no clicks, no scores
+
+
+def test_a_ridge_too_small_to_solve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(1)
+    model = linear.Slit(csr_array(draw.random((300, 40))), draw.integers(1, 40, 300), 1e-3)
+    monkeypatch.setattr(linear, "MOST", 2)
+    with pytest.raises(UserError, match=r"2 iterations: set evaluate\.slit_ridge above 0\.001"):
+        model.solved(csr_array(draw.random((5, 40))))
 
 
 def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
+from llmgr.errors import UserError
 from llmgr.graph import Sessions
 from llmgr.neighbours import last_clicks
 
@@ -33,7 +34,7 @@ class Slit:
         self.diagonal = torch.from_numpy(clicks.multiply(clicks).sum(0)).float()[:, None] + ridge
 
     def solved(self, clicks: csr_array) -> Tensor:
-        """(S'S + ridge)^-1 c of the rows c of `clicks`, as columns [V+1, B]."""
+        """(S'S + ridge)^-1 c of the rows c of `clicks`, as columns [V+1, B]; UserError where the ridge is too small."""
         residual = torch.from_numpy(np.ascontiguousarray(clicks.toarray().T)).float()
         solution = torch.zeros_like(residual)
         enough = CLOSE * residual.norm(dim=0)
@@ -49,6 +50,8 @@ class Slit:
             scaled = residual / self.diagonal
             before, inner = inner, (residual * scaled).sum(0)
             direction = scaled.addcmul_(direction, inner / before.clamp(min=1e-30))
+        else:
+            raise UserError(f"slit is not solved after {MOST} iterations: set evaluate.slit_ridge above {self.ridge:g}")
         return solution
 
     def scores(self, solved_VB: Tensor, words: csr_array | None, text_share: float) -> Tensor:
