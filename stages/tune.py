@@ -21,6 +21,7 @@ def main(params) -> None:
     from llmgr.artifacts import replacing_folder, resume_folder, write_json
     from llmgr.graph import read_sessions
     from llmgr.launch import device, rank
+    from llmgr.linear import linear_term
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
     from llmgr.params import flat
     from llmgr.training import arithmetic, finish, fit
@@ -35,6 +36,9 @@ def main(params) -> None:
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path(INPUTS[0]), model)
     model.unfreeze_encoder(settings.train_encoder)
+    if (term := linear_term(params, train)) is not None:
+        term.start(train, params.seed)
+        model.linear_term = term
     if settings.gradient_checkpointing:
         model.checkpoint_activations()
     job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train.to(place), valid.to(place),

@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {  # an epoch's last micro-batch is one promp
     "align": {"batch_size": 11, "output": "linear", "accumulate": 2},
     "prefix": {"batch_size": 16, "targets": "prefix", "accumulate": 2, "train_encoder": "none"},
     "positions": {"batch_size": 4, "recompute": True},
+    "linear": {"batch_size": 4, "linear": True},
     "positions-bf16": {"batch_size": 4, "recompute": True, "dtype": torch.bfloat16},
 }
 
@@ -37,7 +38,7 @@ def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divid
     It is left before loss number `stop`, if that is given; `divided` micro-batches are what two processes make of them.
     """
     from test_tuning import align, behave, settings
-    from tiny import llmgr, prefixes
+    from tiny import linear_term, llmgr, prefixes
 
     chosen = {"epochs": 3, "weight_decay": 0.01, "clip": 0.5, **CASES[case], **changes}
     dtype = chosen.pop("dtype", torch.float32)
@@ -51,7 +52,10 @@ def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divid
         job = align(model, **chosen)
     else:
         model.unfreeze_encoder(chosen.pop("train_encoder", "all"))
-        job = behave(model, prefixes(), titles=True, **chosen)
+        train = prefixes()
+        if chosen.pop("linear", False):
+            model.linear_term = linear_term(train)
+        job = behave(model, train, titles=True, **chosen)
         job.scorer.dtype = dtype
     job.dtype = dtype
     if divided:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 from test_neighbours import ITEMS, histories, project, weights
+from torch.nn import functional as F
 
 from llmgr import evaluation, linear
 from llmgr.errors import UserError
 from llmgr.graph import read_sessions
+from llmgr.neighbours import catalogue_words, word_matrix
 from llmgr.text_vectors import item_texts
 
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     train = pl.read_parquet("data/sessions/train.parquet")
     clicks = dense(train["items"].to_list(), decay)
     target = np.eye(ITEMS + 1)[train["target"].to_numpy()]
-    words = evaluation.word_matrix(item_texts("data/core/items.parquet", "words")).toarray()
+    words = word_matrix(item_texts("data/core/items.parquet", "words")).toarray()
     likeness = words @ words.T
     B = np.linalg.solve(clicks.T @ clicks + ridge * np.eye(ITEMS + 1), clicks.T @ target + ridge * share * likeness)
 
@@ -97,3 +99,80 @@ def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.Mo
         found.append(evaluation.slit(evaluation.linear_model(params), 0.1, CPU)(sessions)(torch.arange(len(sessions))))
     assert found[0].any()
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("ridge", "share"), [(3.0, 0.4), (20.0, 0.0)])
+def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                  ridge: float, share: float) -> None:
+    """Against the closed form fitted anew without the user's training prefixes, for every split."""
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    catalogue()
+    train, frame = read_sessions("data/sessions/train.parquet", 50)
+    words = catalogue_words()
+    likeness = (words @ words.T).toarray()
+    clicks = dense(frame["items"].to_list(), 0.7)
+    target, user = np.eye(ITEMS + 1)[frame["target"].to_numpy()], frame["user"].to_numpy()
+    model = linear.LeftOut(train, ridge, 0.7, words, share, ITEMS)
+    for split in ("train", "test"):
+        sessions, asked = read_sessions(f"data/sessions/{split}.parquet", 50)
+        samples = torch.arange(len(sessions)).flip(0)
+        scores, own = model(sessions, samples)
+        assert own.toarray().any()
+        for row, sample in enumerate(samples.tolist()):
+            kept = user != asked["user"][sample]
+            S, T = clicks[kept], target[kept]
+            B = np.linalg.solve(S.T @ S + ridge * np.eye(ITEMS + 1), S.T @ T + ridge * share * likeness)
+            expected = dense([asked["items"][sample].to_list()], 0.7)[0] @ B
+            np.testing.assert_allclose(scores[row].numpy(), expected, atol=2e-5, rtol=1e-3)
+            np.testing.assert_array_equal(own.toarray()[row], target[~kept].sum(0))
+    train.user[:] = 0  # nobody in particular: all were fitted
+    S = clicks
+    B = np.linalg.solve(S.T @ S + ridge * np.eye(ITEMS + 1), S.T @ target + ridge * share * likeness)
+    np.testing.assert_allclose(model(train, torch.arange(len(train)))[0].numpy(), clicks @ B, atol=2e-5, rtol=1e-3)
+
+
+def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                       ) -> None:
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    catalogue()
+    train, frame = read_sessions("data/sessions/train.parquet", 50)
+    model = linear.LeftOut(train, 3.0, 0.7, catalogue_words(), 0.1, ITEMS)
+    count = torch.bincount(train.target, minlength=ITEMS + 1).float()
+    term = linear.LinearTerm(model, count)
+    samples = torch.arange(len(train))
+
+    def loss() -> float:
+        with torch.no_grad():
+            return F.cross_entropy(term(train, samples)[:, 1:], train.target - 1).item()
+
+    flat = loss()
+    term.start(train, 5)
+    best = loss()
+    assert best < flat - 0.1
+    for parameter in term.parameters():
+        step = 0.5 * (torch.arange(parameter.numel()) % 2 == 0).float().view_as(parameter)
+        for sign in (1, -1):
+            parameter.data += sign * step
+            assert loss() > best - 1e-6
+            parameter.data -= sign * step
+    scores, own = model(train, samples)
+    found, held, scale = term(train, samples).detach(), own.toarray(), term.scale
+    for row in (0, 7, len(train) - 1):
+        for item in range(1, ITEMS + 1):
+            band = sum(int(count[item]) - held[row, item] >= edge for edge in linear.BANDS)
+            expected = term.weight[band] * scores[row, item] * scale + term.bias[band]
+            expected = expected + term.clicked * (item in frame["items"][row])
+            assert found[row, item].item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_what_cannot_be_formed_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    train, _ = read_sessions("data/sessions/train.parquet", 50)
+    with pytest.raises(UserError, match=r"set tune\.linear_ridge above -1"):
+        linear.LeftOut(train, -1.0, 0.7, None, 0.0, ITEMS)
+    monkeypatch.setattr(linear, "FORMED", ITEMS - 1)
+    with pytest.raises(UserError, match=rf"all pairs of {ITEMS} items, at most {ITEMS - 1} .* tune\.linear=false"):
+        linear.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)

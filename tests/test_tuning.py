@@ -6,7 +6,7 @@ import types
 import polars as pl
 import pytest
 import torch
-from tiny import ITEMS, LISTS, TITLES, llmgr, prefixes, tokenizer
+from tiny import ITEMS, LISTS, TITLES, linear_term, llmgr, prefixes, tokenizer
 from torch.nn import functional as F
 
 from llmgr.errors import UserError
@@ -277,10 +277,37 @@ def test_logit_adjustment_acts_in_training_and_validation_loss_alone(output, mas
     assert found | {"valid_loss": 0} == plain | {"valid_loss": 0}, "ranks are those without it"
 
 
+@pytest.mark.parametrize("mask_seen", [False, True])
+@pytest.mark.parametrize("targets", ["positions", "prefix"])
+def test_the_linear_term_is_in_the_logits_of_training_and_scoring(tmp_path, targets, mask_seen):
+    train, model = prefixes(), llmgr()
+    without = torch.cat([Scorer(model, behave(model, train).prompts, train, torch.float32)(torch.tensor([n]))
+                         for n in range(COUNT)])
+    term = linear_term(train)
+    model.linear_term = term
+    job = behave(model, train, targets=targets, mask_seen=mask_seen, batch_size=3)
+    every = torch.arange(COUNT)
+    scores = without + term(train, every)
+    scored = torch.cat([job.scorer(n) for n in every.split(5)])
+    torch.testing.assert_close(scored[:, 1:], scores[:, 1:], rtol=1e-4, atol=1e-4)
+    if mask_seen:
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, train.graphs(every).items_BS, True)
+        scores = scores.masked_fill(seen.scatter(1, train.target[:, None], False), float("-inf"))
+    expected = F.cross_entropy(scores[:, 1:], train.target - 1, reduction="sum").item()
+    micros = [micro for step in job.steps(0, torch.Generator().manual_seed(0)) for micro in step]
+    found = sum(job.loss(micro).total for micro in micros)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+    found.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())
+    assert {name for name, _ in model.trained()} >= {f"linear_term.{name}" for name in ("weight", "bias", "clicked")}
+
+
 @pytest.mark.parametrize("adjustment", [0.0, 0.7])
-@pytest.mark.parametrize("output", ["linear", "items"])
+@pytest.mark.parametrize("output", ["linear", "items", "items-linear"])
 def test_text_smoothing_is_the_cross_entropy_of_smoothed_targets(output, adjustment):
-    train, model = prefixes(), llmgr(output=output)
+    train, model = prefixes(), llmgr(output=output.removesuffix("-linear"))
+    if output.endswith("-linear"):
+        model.linear_term = linear_term(train)
     nearest = torch.stack([torch.randperm(ITEMS)[:3] + 1 for _ in range(ITEMS + 1)])
     weight = torch.rand(ITEMS + 1, 3).softmax(1)
     build = BehaviourPrompts(tokenizer(), "short", None, 4, False)

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrai
 
 from llmgr.encoders.gcsan import Gcsan
 from llmgr.graph import Sessions
+from llmgr.linear import LeftOut, LinearTerm
 from llmgr.llmgr import Llmgr
 from llmgr.params import load
 
@@ -120,6 +121,18 @@ def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, **changes: A
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     return model.eval()
+
+
+def linear_term(train: Sessions) -> LinearTerm:
+    """A linear term over the sessions, each of a user of its own, with weights that tell bands apart."""
+    train.user = torch.arange(1, len(train.items) + 1)
+    count = torch.bincount(train.target, minlength=ITEMS + 1).float()
+    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), count)
+    with torch.no_grad():
+        term.weight += 0.1 * torch.arange(len(term.weight))
+        term.bias += 0.3 * torch.arange(len(term.bias))
+        term.clicked -= 2
+    return term
 
 
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8, 10, 12]]

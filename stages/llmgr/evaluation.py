@@ -15,8 +15,8 @@ from llmgr.encoders import load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
-from llmgr.linear import Slit, fitted_slit
-from llmgr.neighbours import item_similarity, last_clicks, neighbours, training_matrix, word_matrix
+from llmgr.linear import Slit, fitted_slit, linear_term
+from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
 from llmgr.params import trained
 from llmgr.pretraining import Score
 from llmgr.sessions import training_counts
@@ -121,9 +121,7 @@ def word_knn(decay: float, device: torch.device) -> Over:
 
     Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
     """
-    from llmgr.text_vectors import item_texts
-
-    matrix = word_matrix(item_texts("data/core/items.parquet", "words"))
+    matrix = catalogue_words()
     return _similar((matrix @ matrix.T).tocsr(), decay, device)
 
 
@@ -141,10 +139,8 @@ def slit(solved: tuple[Slit, Over], text_share: float, device: torch.device) -> 
 
     Closed form, no gradient, no language model: how far clicks and words go without a network.
     """
-    from llmgr.text_vectors import item_texts
-
     model, over = solved
-    words = word_matrix(item_texts("data/core/items.parquet", "words")) if text_share else None
+    words = catalogue_words() if text_share else None
     return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share).to(device)
 
 
@@ -183,6 +179,9 @@ def llmgr(params: Any, device: torch.device) -> Over:
 
     dtype = arithmetic(params.tune.precision)
     model = build_llmgr(params.model, dtype, params.seed)
+    if params.tune.linear:
+        train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+        model.linear_term = linear_term(params, train)
     load_llmgr(Path("models/tuned"), model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)

@@ -1,19 +1,27 @@
-"""SLIT, a linear item-item model in closed form, with a ridge that may shrink it towards the likeness of texts."""
+"""SLIT, a linear item-item model in closed form, with a ridge that may shrink it towards the likeness of texts.
+
+`Slit` scores sessions by itself; `LinearTerm` adds its scores to another model's logits, in training as well.
+"""
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array, vstack
-from torch import Tensor
+from scipy.sparse import coo_array, csr_array, vstack
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmgr.errors import UserError
-from llmgr.graph import Sessions
-from llmgr.neighbours import last_clicks
+from llmgr.graph import Sessions, catalogue_size
+from llmgr.neighbours import catalogue_words, last_clicks
 
 CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share of its clicks' norm
 MOST = 200  # iterations; some ten are the rule
+BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
+FORMED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held
+STARTED = 2048  # prefixes that a linear term's first weights are fitted on
 
 
 class Slit:
@@ -65,8 +73,135 @@ class Slit:
 
 def fitted_slit(train: Sessions, decay: float, ridge: float, items: int) -> Slit:
     """SLIT of all training prefixes, whose earlier clicks weigh `decay` less a step."""
+    return Slit(_prefixes(train, decay, items), train.target.cpu().numpy(), ridge)
+
+
+class LeftOut:
+    """SLIT that scores a session as if that user's own training prefixes had not been fitted, exactly.
+
+    With A = S'S + ridge, B as in `Slit` and the user's own rows S_u and T_u of S and T, what is fitted without them
+    scores clicks c as (c + w S_u) B - w T_u, w = c A^-1 S_u' (1 - S_u A^-1 S_u')^-1 (the downdate of Sherman, Morrison
+    and Woodbury). So a training prefix, a validation and a test session are all scored by what others clicked, and what
+    learns beside these scores meets them in training as it will in use. Forms B and A^-1: memory grows with V squared.
+    UserError where that is too much, or the ridge too small.
+    """
+
+    def __init__(self, train: Sessions, ridge: float, decay: float, words: csr_array | None, text_share: float,
+                 items: int) -> None:
+        if items > FORMED:
+            raise UserError(f"tune.linear=true forms a matrix of all pairs of {items} items, at most {FORMED} are "
+                            "allowed: set tune.linear=false")
+        self.decay, self.items = decay, items
+        order = np.argsort(train.user[train.row].cpu().numpy(), kind="stable")
+        self.user = train.user[train.row].cpu().numpy()[order]
+        self.clicks = _prefixes(train, decay, items)[order].astype(np.float32)
+        target = train.target.cpu().numpy()[order]
+        self.targets = csr_array((np.ones(len(target), np.float32), (np.arange(len(target)), target)),
+                                 shape=self.clicks.shape)
+        gram = torch.from_numpy((self.clicks.T @ self.clicks).toarray())
+        gram.diagonal().add_(ridge)
+        try:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).numpy()
+        except torch.linalg.LinAlgError:
+            raise UserError(f"tune.linear is not solved: set tune.linear_ridge above {ridge:g}") from None
+        self.matrix = ((self.targets.T @ self.clicks) @ inverse).T
+        if words is not None and text_share:
+            words = words.astype(np.float32)
+            self.matrix += ridge * text_share * (words @ (words.T @ inverse)).T
+        self.matrix, self.inverse = np.ascontiguousarray(self.matrix), inverse
+
+    def __call__(self, sessions: Sessions, samples: Tensor) -> tuple[Tensor, coo_array]:
+        """Scores [R, V+1] of samples [R], and how often every item is a target of the same user, [R, V+1]."""
+        user = sessions.user[sessions.row[samples]].cpu().numpy()
+        clicks = last_clicks(sessions.graphs(samples), self.decay, self.items).astype(np.float32)
+        own = self._rows(np.unique(user))
+        same = csr_array(user[:, None] == self.user[own])
+        rows, targets = self.clicks[own], self.targets[own]
+        columns = np.unique(np.concatenate((rows.indices, clicks.indices)))
+        inverse = self.inverse[np.ix_(columns, columns)]
+        reach = rows[:, columns] @ inverse
+        among = np.where(self.user[own][:, None] == self.user[own], (rows[:, columns] @ reach.T), 0)
+        asked = np.where(same.toarray(), (clicks[:, columns] @ reach.T), 0)
+        weight = csr_array(np.linalg.solve(np.eye(len(own), dtype=np.float32) - among, asked.T).T.astype(np.float32))
+        scores = torch.from_numpy((clicks + weight @ rows).tocsr() @ self.matrix)
+        told = coo_array(weight @ targets)
+        scores[torch.from_numpy(told.row).long(), torch.from_numpy(told.col).long()] -= torch.from_numpy(told.data)
+        return scores, coo_array(same.astype(np.float32) @ targets)
+
+    def _rows(self, users: np.ndarray) -> np.ndarray:
+        """Rows of the training prefixes of `users`; user 0 is nobody in particular and has none."""
+        first, last = (np.searchsorted(self.user, users[users > 0], side) for side in ("left", "right"))
+        return np.concatenate([np.arange(a, b) for a, b in zip(first, last)] or [np.arange(0)]).astype(np.int64)
+
+
+class LinearTerm(nn.Module):
+    """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
+
+    Logits a[band] s + b[band] + c [clicked], to which LLMGR adds its own, so that it learns what a linear model of
+    clicks and words leaves open. a, b and c learn with it, from the values that fit the training prefixes best.
+    """
+
+    def __init__(self, model: LeftOut, count_V: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("count", count_V, persistent=False)
+        self.register_buffer("edges", torch.tensor(BANDS, dtype=count_V.dtype), persistent=False)
+        self.scale = 1 / max(float(np.sqrt(np.square(model.matrix).mean(dtype=np.float64))), 1e-12)
+        self.weight, self.bias = nn.Parameter(torch.ones(len(BANDS) + 1)), nn.Parameter(torch.zeros(len(BANDS) + 1))
+        self.clicked = nn.Parameter(torch.zeros(1))
+
+    def forward(self, sessions: Sessions, samples: Tensor) -> Tensor:
+        """Logits [R, V+1] of samples [R]."""
+        return self._weighted(*self._read(sessions, samples))
+
+    def _read(self, sessions: Sessions, samples: Tensor) -> tuple[Tensor, ...]:
+        """Scores [R, V+1]; place, band of items that the user's own targets hold; clicked items [R, N]."""
+        scores, own = self.model(sessions, samples)
+        place = self.count.device
+        row, item, often = (torch.from_numpy(part).to(place) for part in (own.row, own.col, own.data))
+        band = torch.bucketize(self.count[item.long()] - often, self.edges, right=True)
+        return (scores.to(place) * self.scale, row.long(), item.long(), band,
+                sessions.graphs(samples).nodes_BN)
+
+    def _weighted(self, scores: Tensor, row: Tensor, item: Tensor, band: Tensor, nodes: Tensor) -> Tensor:
+        band_V = torch.bucketize(self.count, self.edges, right=True)
+        logits = torch.addcmul(self.bias[band_V], scores, self.weight[band_V])
+        logits = logits.index_put((row, item), self.bias[band] + scores[row, item] * self.weight[band])
+        return logits.scatter_add(1, nodes, self.clicked.expand(nodes.shape))
+
+    def start(self, train: Sessions, seed: int) -> None:
+        """Fit a, b and c alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989)."""
+        drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:STARTED].to(train.row.device)
+        read = [(self._read(train, samples), train.target[samples] - 1) for samples in drawn.split(256)]
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=30, line_search_fn="strong_wolfe")
+
+        def loss() -> float:
+            optimizer.zero_grad()
+            total = 0.0
+            for parts, target in read:
+                part = F.cross_entropy(self._weighted(*parts)[:, 1:], target, reduction="sum") / len(drawn)
+                part.backward()
+                total += part.item()
+            return total
+
+        optimizer.step(loss)
+        optimizer.zero_grad()
+
+
+def linear_term(params: Any, train: Sessions) -> LinearTerm | None:
+    """The linear term of `tune.linear`, untrained; None where there is none. Shuffled texts are shuffled here, too."""
+    settings = params.tune
+    if not settings.linear:
+        return None
+    items = catalogue_size("data/core/items.parquet")
+    words = catalogue_words(params.seed if params.model.texts == "shuffled" else None) if settings.linear_text else None
+    model = LeftOut(train, settings.linear_ridge, settings.linear_decay, words, settings.linear_text, items)
+    return LinearTerm(model, torch.bincount(train.target, minlength=items + 1).float())
+
+
+def _prefixes(train: Sessions, decay: float, items: int) -> csr_array:
     rows = [last_clicks(train.graphs(samples), decay, items) for samples in torch.arange(len(train)).split(4096)]
-    return Slit(csr_array(vstack(rows)), train.target.cpu().numpy(), ridge)
+    return csr_array(vstack(rows))
 
 
 def _sparse(matrix: csr_array) -> Tensor:

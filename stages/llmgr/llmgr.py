@@ -139,6 +139,8 @@ class Llmgr(nn.Module):
                        else LinearOutput(width, items, hidden=params.output == "mlp"))
         self.language_model = add_adapters(language_model, params)
         self.recomputes = False
+        self.linear_term: nn.Module | None = None
+        """Scores of all items for samples [R] of sessions, added to the logits (see llmgr.linear)."""
 
     def disturb_items(self, share: float, count_V: Tensor) -> None:
         """In training, add normal noise to the item vectors, drawn anew a forward pass, the same on both sides.
@@ -190,9 +192,9 @@ class Llmgr(nn.Module):
         return self
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What LLMGR's own files hold: bridge, output layer and adapters, with their names."""
+        """What LLMGR's own files hold: bridge, output layer, linear term and adapters, with their names."""
         for name, parameter in self.named_parameters():
-            if name.startswith(("hybrid.", "output.")) or "lora_" in name:
+            if name.startswith(("hybrid.", "output.", "linear_term.")) or "lora_" in name:
                 yield name, parameter
 
     def checkpoint_activations(self) -> None:

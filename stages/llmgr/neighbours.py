@@ -69,6 +69,13 @@ def word_matrix(texts: Sequence[str]) -> csr_array:
     return matrix
 
 
+def catalogue_words(shuffle: int | None = None) -> csr_array:
+    """The `word_matrix` of the catalogue's titles and brands, dealt out to other items with the seed `shuffle`."""
+    from llmgr.text_vectors import item_texts
+
+    return word_matrix(item_texts("data/core/items.parquet", "words", shuffle))
+
+
 def most_alike(matrix: csr_array, count: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The `count` other items whose rows have the largest inner products with an item's, and their weights.
 

@@ -507,6 +507,15 @@ class Tune(Training):
     text_smoothing: float
     """Label smoothing (Szegedy et al., CVPR 2016) by text: the share of a target's weight in the loss of training that
     goes to the ten items whose title and brand share most words with its own. 0 leaves it all to the target."""
+    linear: bool
+    """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
+    clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
+    linear_ridge: float
+    """As evaluate.slit_ridge, of the linear model in LLMGR."""
+    linear_decay: float
+    """As evaluate.slit_decay."""
+    linear_text: float
+    """As evaluate.slit_text."""
 
     section = "tune"
 
@@ -515,7 +524,9 @@ class Tune(Training):
         at_least(self, "tune", "samples", 0)
         at_least(self, "tune", "adjustment", 0)
         at_least(self, "tune", "item_noise", 0)
-        share(self, "tune", "text_smoothing")
+        at_least(self, "tune", "linear_text", 0)
+        positive(self, "tune", "linear_ridge")
+        share(self, "tune", "text_smoothing", "linear_decay")
         if self.mask_seen and self.text_smoothing:
             raise UserError("tune.text_smoothing gives weight to items that tune.mask_seen=true takes out of the "
                             "softmax: set one of the two to 0 or false")

@@ -174,16 +174,27 @@ class BehaviourJob:
         if self.prior is not None:
             bias = self.prior if bias is None else bias + self.prior
         target_R = self.train.target[sample_R]
-        if self.settings.mask_seen:
-            scores = logits(query.float(), table, bias)
-            seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, self.train.graphs(sample_R).items_BS, True)
-            scores = scores.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
-            total = F.cross_entropy(scores[:, 1:], target_R - 1, reduction="sum")
+        if self.settings.mask_seen or self.model.linear_term is not None:
+            total = self._loss(logits(query.float(), table, bias), sample_R, target_R)
         else:
             total = item_cross_entropy(query.float(), table, target_R, bias)
-        if self.alike is not None:
-            total = total + self.settings.text_smoothing * self._ahead(query.float(), table, bias, target_R)
+            if self.alike is not None:
+                total = total + self.settings.text_smoothing * self._ahead(query.float(), table, bias, target_R)
         return Loss(total, len(sample_R), prompts.tokens)
+
+    def _loss(self, scores_RV: Tensor, sample_R: Tensor, target_R: Tensor) -> Tensor:
+        """The summed loss where more than a product of vectors makes the logits, so that they are formed."""
+        if self.model.linear_term is not None:
+            scores_RV = scores_RV + self.model.linear_term(self.train, sample_R)
+        ahead = 0.0
+        if self.alike is not None:
+            nearest_RN, weight_RN = (t[target_R] for t in self.alike)
+            ahead = scores_RV.gather(1, target_R[:, None]).sum() - (weight_RN * scores_RV.gather(1, nearest_RN)).sum()
+        if self.settings.mask_seen:
+            seen = torch.zeros_like(scores_RV, dtype=torch.bool).scatter_(1, self.train.graphs(sample_R).items_BS, True)
+            scores_RV = scores_RV.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
+        total = F.cross_entropy(scores_RV[:, 1:], target_R - 1, reduction="sum")
+        return total + self.settings.text_smoothing * ahead
 
     def _ahead(self, query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None, target_R: Tensor) -> Tensor:
         """How far the targets' logits are ahead of the weighted mean of those of the items alike, summed.
@@ -220,7 +231,8 @@ class Scorer:
         prompts, session_BD = self.prompts(graphs, graphs.length_B), self.model.sessions(graphs)
         with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts, session_BD)
-        return logits(query.float(), table.float(), bias)
+        scores = logits(query.float(), table.float(), bias)
+        return scores if self.model.linear_term is None else scores + self.model.linear_term(self.sessions, samples)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -303,8 +315,6 @@ def alike_items(params: Any) -> tuple[Tensor, Tensor] | None:
     """
     if not params.tune.text_smoothing:
         return None
-    from llmgr.neighbours import most_alike, word_matrix
-    from llmgr.text_vectors import item_texts
+    from llmgr.neighbours import catalogue_words, most_alike
 
-    shuffle = params.seed if params.model.texts == "shuffled" else None
-    return most_alike(word_matrix(item_texts("data/core/items.parquet", "words", shuffle)), ALIKE, TEMPERATURE)
+    return most_alike(catalogue_words(params.seed if params.model.texts == "shuffled" else None), ALIKE, TEMPERATURE)
