@@ -24,7 +24,7 @@ HEADLINE_COLUMNS = [*(("all", metric) for metric in HEADLINE), ("cold", "hr_at_2
 TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
                 ("test_unseen", "all", "ndcg_at_20"), ("test", "cold", "hr_at_20"), ("test", "warm", "hr_at_20")]
 DRAWN = 13  # models of a figure that compares them side by side; the tables have all
-UNTRAINED = {"pop": "the most popular items", "item-knn": "items that the same sessions clicked, untrained",
+ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessions clicked, untrained",
              "session-knn": "what similar sessions clicked, untrained",
              "text-knn": "items with the most similar texts to the language model, untrained",
              "word-knn": "items that share rare words of title and brand, untrained",
@@ -141,15 +141,22 @@ def parameters(found: Mapping[str, Any]) -> dict[str, float]:
     return {model: costs[model]["total_parameters"] for model in found["buckets"] if model in costs}
 
 
+def llm_name(params: Any) -> str:
+    """The language model as others know it: a folder of this machine by its last part."""
+    name = params.llm.name
+    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
+
+
 def describe(model: str, params: Any) -> str:
     """What a model is, for somebody who meets its name for the first time."""
     base, hyphen, text = model.partition("-")
-    if model in UNTRAINED:
-        return UNTRAINED[model]
+    if model in ABOUT:
+        return ABOUT[model]
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
     if model == MAIN:
-        return f"language model ({params.llm.name.rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors"
+        beside = " and a linear model of clicks and words" if params.tune.linear else ""
+        return f"language model ({llm_name(params).rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors{beside}"
     if hyphen and text in ("text", "shuffled"):
         return f"{base} with item texts: the control" if text == "text" else f"{base} with other items' texts"
     return "session encoder, item ids alone"
@@ -277,7 +284,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours),
         blind=least_p(params.bucket.resamples) * len(found["differences"]) >= LEVEL,
         answer=answer(said, params), control=_control(params), conventions=CONVENTIONS, headline=HEADLINE,
-        headline_columns=HEADLINE_COLUMNS, describe=lambda model: describe(model, params),
+        headline_columns=HEADLINE_COLUMNS, describe=lambda model: describe(model, params), llm_name=llm_name(params),
         metrics=names(), ours=ours, ours_title=title_of(ours), buckets=_buckets(found), call=call,
         level=LEVEL,
         highlights=highlights(found, params), label=lambda bucket: bucket_label(bucket, params.bucket),
