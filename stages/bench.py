@@ -22,6 +22,7 @@ def main(params) -> None:
 
     from llmgr.benchmark import operations, product_rate, shares, steps, trained
     from llmgr.graph import read_sessions
+    from llmgr.linear import linear_term
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
     from llmgr.training import arithmetic, hardware
@@ -34,6 +35,7 @@ def main(params) -> None:
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path("models/aligned"), model)
     model.unfreeze_encoder(params.tune.train_encoder)
+    model.linear_term = linear_term(params, sessions[0])
     model.to(device).train()
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from llmgr.neighbours import catalogue_words, last_clicks
 CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share of its clicks' norm
 MOST = 200  # iterations; some ten are the rule
 BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
+BLOCK = 256  # training prefixes whose users are left out at a time
 FORMED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held
 STARTED = 2048  # prefixes that a linear term's first weights are fitted on
 
@@ -92,8 +94,10 @@ class LeftOut:
             raise UserError(f"tune.linear=true forms a matrix of all pairs of {items} items, at most {FORMED} are "
                             "allowed: set tune.linear=false")
         self.decay, self.items = decay, items
-        order = np.argsort(train.user[train.row].cpu().numpy(), kind="stable")
-        self.user = train.user[train.row].cpu().numpy()[order]
+        user = train.user[train.row].cpu().numpy()
+        order = np.argsort(user, kind="stable")
+        self.first = np.searchsorted(user[order], np.arange(int(user.max()) + 2))  # by user, the first of their rows
+        self.first[0] = self.first[1]  # user 0 is nobody in particular and has none
         self.clicks = _prefixes(train, decay, items)[order].astype(np.float32)
         target = train.target.cpu().numpy()[order]
         self.targets = csr_array((np.ones(len(target), np.float32), (np.arange(len(target)), target)),
@@ -109,29 +113,53 @@ class LeftOut:
             words = words.astype(np.float32)
             self.matrix += ridge * text_share * (words @ (words.T @ inverse)).T
         self.matrix, self.inverse = np.ascontiguousarray(self.matrix), inverse
+        self.prepared: WeakKeyDictionary[Sessions, tuple[csr_array, csr_array, csr_array]] = WeakKeyDictionary()
 
     def __call__(self, sessions: Sessions, samples: Tensor) -> tuple[Tensor, coo_array]:
-        """Scores [R, V+1] of samples [R], and how often every item is a target of the same user, [R, V+1]."""
-        user = sessions.user[sessions.row[samples]].cpu().numpy()
-        clicks = last_clicks(sessions.graphs(samples), self.decay, self.items).astype(np.float32)
-        own = self._rows(np.unique(user))
-        same = csr_array(user[:, None] == self.user[own])
-        rows, targets = self.clicks[own], self.targets[own]
-        columns = np.unique(np.concatenate((rows.indices, clicks.indices)))
-        inverse = self.inverse[np.ix_(columns, columns)]
-        reach = rows[:, columns] @ inverse
-        among = np.where(self.user[own][:, None] == self.user[own], (rows[:, columns] @ reach.T), 0)
-        asked = np.where(same.toarray(), (clicks[:, columns] @ reach.T), 0)
-        weight = csr_array(np.linalg.solve(np.eye(len(own), dtype=np.float32) - among, asked.T).T.astype(np.float32))
-        scores = torch.from_numpy((clicks + weight @ rows).tocsr() @ self.matrix)
-        told = coo_array(weight @ targets)
-        scores[torch.from_numpy(told.row).long(), torch.from_numpy(told.col).long()] -= torch.from_numpy(told.data)
-        return scores, coo_array(same.astype(np.float32) @ targets)
+        """Scores [R, V+1] of samples [R], and how often every item is a target of the same user, [R, V+1].
 
-    def _rows(self, users: np.ndarray) -> np.ndarray:
-        """Rows of the training prefixes of `users`; user 0 is nobody in particular and has none."""
-        first, last = (np.searchsorted(self.user, users[users > 0], side) for side in ("left", "right"))
-        return np.concatenate([np.arange(a, b) for a, b in zip(first, last)] or [np.arange(0)]).astype(np.int64)
+        What is left out is found for all samples when sessions are first met.
+        """
+        if sessions not in self.prepared:
+            self.prepared[sessions] = self._prepare(sessions)
+        clicks, told, own = (table[samples.cpu().numpy()] for table in self.prepared[sessions])
+        scores = torch.from_numpy(clicks @ self.matrix)
+        told = coo_array(told)
+        scores[torch.from_numpy(told.row).long(), torch.from_numpy(told.col).long()] -= torch.from_numpy(told.data)
+        return scores, coo_array(own)
+
+    def _prepare(self, sessions: Sessions) -> tuple[csr_array, csr_array, csr_array]:
+        """For all samples c + w S_u, w T_u and the sum of the rows of T_u, each [samples, V+1]."""
+        clicks = _prefixes(sessions, self.decay, self.items).astype(np.float32)
+        user = sessions.user[sessions.row].cpu().numpy()
+        order = np.argsort(user, kind="stable")
+        count = np.diff(self.first)[user[order]]
+        fresh = np.diff(user[order], prepend=-1) > 0
+        block = np.cumsum(np.where(fresh, count, 0) + 1) // BLOCK
+        block = block[np.maximum.accumulate(np.where(fresh, np.arange(len(user)), 0))]  # a user's are not divided
+        parts = [self._weights(clicks, user, asked) for asked in np.split(order, np.flatnonzero(np.diff(block)) + 1)]
+        weight, row, column = map(np.concatenate, zip(*parts))
+        shape = (len(user), self.clicks.shape[0])
+        weights = csr_array((weight, (row, column)), shape=shape)
+        same = csr_array((np.ones_like(weight), (row, column)), shape=shape)
+        return csr_array(clicks + weights @ self.clicks), csr_array(weights @ self.targets), csr_array(
+            same @ self.targets)
+
+    def _weights(self, clicks: csr_array, user: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, ...]:
+        """w of the samples `asked` with their places: sample and training row."""
+        users = np.unique(user[asked])
+        own = np.concatenate([np.arange(self.first[u], self.first[u + 1]) for u in users])
+        whose = np.repeat(users, self.first[users + 1] - self.first[users])
+        rows, ours = self.clicks[own], clicks[asked]
+        columns = np.unique(np.concatenate((rows.indices, ours.indices)))
+        rows, ours = rows[:, columns], ours[:, columns]
+        reach = (rows @ self.inverse[np.ix_(columns, columns)]).T
+        among = np.where(whose[:, None] == whose, rows @ reach, 0)
+        same = user[asked][:, None] == whose
+        left = np.eye(len(own), dtype=np.float32) - among
+        weight = np.linalg.solve(left, np.where(same, ours @ reach, 0).T).T.astype(np.float32)
+        row, column = same.nonzero()
+        return weight[row, column], asked[row], own[column]
 
 
 class LinearTerm(nn.Module):
