@@ -134,8 +134,10 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
     np.testing.assert_allclose(model(train, torch.arange(len(train)))[0].numpy(), clicks @ B, atol=2e-5, rtol=1e-3)
 
 
-def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                                       ) -> None:
+@pytest.mark.parametrize("larger", [1, 10])
+def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                       larger: float) -> None:
+    """`larger`: in a large catalogue most entries are nearly 0, so that what is scored stands out of their mean."""
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
     catalogue()
@@ -143,6 +145,7 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
     model = linear.LeftOut(train, 3.0, 0.7, catalogue_words(), 0.1, ITEMS)
     count = torch.bincount(train.target, minlength=ITEMS + 1).float()
     term = linear.LinearTerm(model, count)
+    term.scale *= larger
     samples = torch.arange(len(train))
 
     def loss() -> float:
@@ -153,6 +156,9 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
     term.start(train, 5)
     best = loss()
     assert best < flat - 0.1
+    F.cross_entropy(term(train, samples)[:, 1:], train.target - 1).backward()
+    term.weight.grad /= larger
+    assert max(parameter.grad.abs().max() for parameter in term.parameters()) < 2e-3, "it is the optimum"
     for parameter in term.parameters():
         step = 0.5 * (torch.arange(parameter.numel()) % 2 == 0).float().view_as(parameter)
         for sign in (1, -1):

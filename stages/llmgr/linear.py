@@ -175,7 +175,7 @@ class LinearTerm(nn.Module):
         self.register_buffer("count", count_V, persistent=False)
         self.register_buffer("edges", torch.tensor(BANDS, dtype=count_V.dtype), persistent=False)
         self.scale = 1 / max(float(np.sqrt(np.square(model.matrix).mean(dtype=np.float64))), 1e-12)
-        self.weight, self.bias = nn.Parameter(torch.ones(len(BANDS) + 1)), nn.Parameter(torch.zeros(len(BANDS) + 1))
+        self.weight, self.bias = (nn.Parameter(torch.zeros(len(BANDS) + 1)) for _ in range(2))
         self.clicked = nn.Parameter(torch.zeros(1))
 
     def forward(self, sessions: Sessions, samples: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class LinearTerm(nn.Module):
         """Fit a, b and c alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989)."""
         drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:STARTED].to(train.row.device)
         read = [(self._read(train, samples), train.target[samples] - 1) for samples in drawn.split(256)]
-        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=30, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> float:
             optimizer.zero_grad()
