@@ -312,7 +312,7 @@ def test_the_papers_literal_form_runs_to_the_report(copy: Path, tmp_path: Path) 
     losses = pl.read_csv(copy / "reports/curves/tune_epochs.csv")["valid_loss"].to_list()
     assert len(losses) == 4 and losses[-1] < losses[0], "before the first epoch, and after each of three"
     page = (copy / "reports/index.html").read_text()
-    assert f"<code>{small['llm.name']}</code>, Llama" in page
+    assert f"<code>{Path(small['llm.name']).name}</code>, Llama" in page
     assert f"{read_json(copy / 'reports/metrics/evaluate.json')['llmgr']['test']['all']['hr_at_20']:.4f}" in page
 
 
