@@ -7,7 +7,6 @@ import html.parser
 import json
 import re
 import shutil
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,11 +206,11 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
         "gated-gcsan-text": "gate over gcsan-text, text-knn", "gated-llmgr": "gate over llmgr, text-knn"}
     with_term = dataclasses.replace(VIEW.tune, linear=True)
     folder = dataclasses.replace(VIEW.llm, name="/somewhere/all-MiniLM-L6-v2")
-    other = types.SimpleNamespace(**vars(VIEW) | {"tune": with_term, "llm": folder})
+    other = SimpleNamespace(**vars(VIEW) | {"tune": with_term, "llm": folder})
     assert report.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors and a linear model of clicks and words")
     hub = dataclasses.replace(VIEW.llm, name="sentence-transformers/all-MiniLM-L6-v2")
-    assert [report.llm_name(types.SimpleNamespace(llm=llm)) for llm in (folder, hub)] == [
+    assert [report.llm_name(SimpleNamespace(llm=llm)) for llm in (folder, hub)] == [
         "all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"]
     assert report.describe("gcsan-text", VIEW) == "gcsan with item texts: the control"
 
