@@ -25,11 +25,11 @@ TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen
                 ("test_unseen", "all", "ndcg_at_20"), ("test", "cold", "hr_at_20"), ("test", "warm", "hr_at_20")]
 DRAWN = 13  # models of a figure that compares them side by side; the tables have all
 ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessions clicked, untrained",
-             "session-knn": "what similar sessions clicked, untrained",
-             "text-knn": "items with the most similar texts to the language model, untrained",
-             "word-knn": "items that share rare words of title and brand, untrained",
-             "slit": "linear item-item model of clicks, closed form",
-             "slit-text": "the same, shrunk to the likeness of the items' words"}
+         "session-knn": "what similar sessions clicked, untrained",
+         "text-knn": "items with the most similar texts to the language model, untrained",
+         "word-knn": "items that share rare words of title and brand, untrained",
+         "slit": "linear item-item model of clicks, closed form",
+         "slit-text": "the same, shrunk to the likeness of the items' words"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
 
 
