@@ -4,12 +4,12 @@ Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{tr
         data/core/items.parquet: what `dvc repro align split` leaves
 Writes: nothing; prints tokens and sessions a second, operations a second as a share of the machine's, and what the
         rest of the time goes to
-Params: seed, model, tune, data.max_session
+Params: seed, model, tune, slit, data.max_session
 The plain loop is what one writes first: a prompt a prefix, in random order, padded to its batch's longest.
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "data.max_session")
+READS = ("seed", "model", "tune", "slit", "data.max_session")
 STEPS = 12
 PLAIN_STEPS = 6
 
@@ -22,11 +22,11 @@ def main(params) -> None:
 
     from llmgr.benchmark import operations, product_rate, shares, steps, trained
     from llmgr.graph import read_sessions
-    from llmgr.linear import linear_term
+    from llmgr.linear import left_out, linear_term
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
     from llmgr.training import arithmetic, hardware
-    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
+    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arithmetic(params.tune.precision)
@@ -35,7 +35,8 @@ def main(params) -> None:
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path("models/aligned"), model)
     model.unfreeze_encoder(params.tune.train_encoder)
-    model.linear_term = linear_term(params, sessions[0])
+    if params.tune.linear:
+        model.linear_term = linear_term(left_out(params.slit, sessions[0], texts_shuffled(params)), sessions[0])
     model.to(device).train()
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 

@@ -5,11 +5,11 @@ anything of that encoder: this stage comes first, so that the user reads which n
 
 Reads:  params.yaml
 Writes: data/checked (always the same)
-Params: encoder.names, encoder.controls, encoder.control_texts
+Params: encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
 from llmgr.stage import run
 
-READS = ("encoder.names", "encoder.controls", "encoder.control_texts")
+READS = ("encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:

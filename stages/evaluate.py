@@ -4,12 +4,13 @@ Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, m
         data/core/items.parquet
 Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
         reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
-Params: seed, evaluate, gate, model, tune, data.max_session, encoder.names, encoder.controls, encoder.control_texts
+Params: split.selection, seed, evaluate, gate, model, tune, slit, data.max_session, encoder.names, encoder.controls,
+        encoder.control_texts, encoder.linear_controls
 """
 from llmgr.stage import run
 
-READS = ("seed", "evaluate", "gate", "model", "tune", "data.max_session", "encoder.names", "encoder.controls",
-         "encoder.control_texts")
+READS = ("split.selection", "seed", "evaluate", "gate", "model", "tune", "slit", "data.max_session", "encoder.names",
+         "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:
@@ -19,6 +20,7 @@ def main(params) -> None:
     import polars as pl
 
     from llmgr.artifacts import replacing_folder, write_json, write_table
+    from llmgr.errors import UserError
     from llmgr.evaluation import loaded, seen_items
     from llmgr.graph import catalogue_size, fitting, read_sessions
     from llmgr.pretraining import rank_models
@@ -26,6 +28,9 @@ def main(params) -> None:
     from llmgr.stage import say
     from llmgr.training import device_of, hardware, peak_memory_mb
 
+    if params.split.selection:
+        raise UserError("split.selection=true is for choosing on validation, and test is not scored: name gate as the "
+                        "last stage (`dvc exp run -S split.selection=true gate`), or set it to false")
     device = device_of()
     start = time.monotonic()
     models = loaded(params, device)

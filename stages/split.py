@@ -3,16 +3,17 @@
 Reads:  data/core/
 Writes: data/sessions/{train,valid,test}.parquet (user, items oldest first, target; valid and test also the `earlier`
         items beyond the window); reports/metrics/split.json
-Params: data.max_session, split
+Params: data.max_session, split, tune.linear, encoder.linear_controls (the last two refuse too large a catalogue)
 
 A user's last item is the test target, the second-last the validation target, the rest is training, where every
-position from the second on is a target. A user with fewer than three interactions stays in training whole.
+position from the second on is a target (under split.selection all but the last of them). A user with fewer than three
+interactions stays in training whole.
 """
 from __future__ import annotations
 
 from llmgr import stage
 
-READS = ("data.max_session", "split")
+READS = ("data.max_session", "split", "tune.linear", "encoder.linear_controls")
 
 
 def main(params) -> None:
@@ -21,13 +22,16 @@ def main(params) -> None:
 
     from llmgr import sessions
     from llmgr.artifacts import require, write_json, write_table
+    from llmgr.params import check_pairs
 
     items = pl.read_parquet(require("data/core/items.parquet"), columns=["item", "item_id"])
+    if params.tune.linear or params.encoder.linear_controls:
+        check_pairs(len(items))
     interactions = pl.read_parquet(require("data/core/interactions.parquet"))
     rows = sessions.ordered(interactions, params.split.ties, params.split.seed).join(
         items, on="item", how="left", maintain_order="left"
     )
-    parts = sessions.leave_one_out(rows, params.data.max_session)
+    parts = sessions.leave_one_out(rows, params.data.max_session, params.split.selection)
     for name, part in parts.items():
         write_table(f"data/sessions/{name}.parquet", part)
 

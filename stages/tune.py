@@ -4,16 +4,17 @@ Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{tr
         data/core/items.parquet
 Writes: models/tuned/ (bridge, output layer, adapters, graph encoder; no frozen weight), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
-Params: seed, model, tune, data.max_session, launch
+Params: seed, model, tune, slit, data.max_session, launch
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "data.max_session", "launch")
+READS = ("seed", "model", "tune", "slit", "data.max_session", "launch")
 INPUTS = ("models/aligned", "models/embeddings", "models/backbone", "data/sessions/train.parquet",
           "data/sessions/valid.parquet", "data/core/items.parquet")
 
 
 def main(params) -> None:
+    import time
     from pathlib import Path
 
     import torch
@@ -21,11 +22,11 @@ def main(params) -> None:
     from llmgr.artifacts import replacing_folder, resume_folder, write_json
     from llmgr.graph import read_sessions
     from llmgr.launch import device, rank
-    from llmgr.linear import linear_term
+    from llmgr.linear import left_out, linear_term
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
     from llmgr.params import flat
     from llmgr.training import arithmetic, finish, fit
-    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
+    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
 
     settings = params.tune
     resume = resume_folder("tune", flat(params), INPUTS)
@@ -36,9 +37,11 @@ def main(params) -> None:
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path(INPUTS[0]), model)
     model.unfreeze_encoder(settings.train_encoder)
-    if (term := linear_term(params, train)) is not None:
-        term.start(train, params.seed)
-        model.linear_term = term
+    started = time.monotonic()
+    if settings.linear:
+        model.linear_term = linear_term(left_out(params.slit, train, texts_shuffled(params)), train)
+        model.linear_term.start(train, params.seed)
+    formed = time.monotonic() - started
     if settings.gradient_checkpointing:
         model.checkpoint_activations()
     job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train.to(place), valid.to(place),
@@ -46,6 +49,7 @@ def main(params) -> None:
     progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)
     if rank():
         return
+    progress.seconds += formed
     with replacing_folder("models/tuned") as folder:
         save_llmgr(folder, model, params.model, encoder=True)
     last = progress.epoch_rows[-1]

@@ -94,8 +94,10 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     save_recommender("models/encoders/gcsan", "gcsan", model)
     params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5),
                                    evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
+                                   slit=types.SimpleNamespace(text=0.0),
                                    encoder=types.SimpleNamespace(
-                                       names=["gcsan"], controls=["gcsan"], control_texts=["text"]))
+                                       names=["gcsan"], controls=["gcsan"], control_texts=["text"],
+                                       linear_controls=[]))
     found = evaluation.scorers(params, CPU)
     assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
@@ -108,7 +110,8 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
 def gate_params(**fuse: list[str]) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         data=types.SimpleNamespace(max_session=5), evaluate=types.SimpleNamespace(item_shrinkage=1.0, item_decay=0.5),
-        encoder=types.SimpleNamespace(names=[], controls=[], control_texts=[]),
+        slit=types.SimpleNamespace(text=0.0),
+        encoder=types.SimpleNamespace(names=[], controls=[], control_texts=[], linear_controls=[]),
         gate=types.SimpleNamespace(fuse=fuse, edges=[1, 3]))
 
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 from test_neighbours import ITEMS, histories, project, weights
+from tiny import encoder_section
 from torch.nn import functional as F
 
-from llmgr import evaluation, linear
+from llmgr import evaluation, linear, pretraining
+from llmgr import params as parameters
+from llmgr.encoders import build_recommender, save_recommender
 from llmgr.errors import UserError
-from llmgr.graph import read_sessions
+from llmgr.graph import Sessions, read_sessions
 from llmgr.neighbours import catalogue_words, word_matrix
+from llmgr.pretraining import EncoderJob
 from llmgr.text_vectors import item_texts
 
 CPU = torch.device("cpu")
@@ -56,8 +60,8 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
 
     step = np.random.default_rng(0).normal(size=B.shape)
     assert loss(B) < min(loss(B + 1e-3 * step), loss(B - 1e-3 * step))
-    params = SimpleNamespace(data=SimpleNamespace(max_session=50), evaluate=SimpleNamespace(
-        slit_ridge=ridge, slit_decay=decay))
+    params = SimpleNamespace(data=SimpleNamespace(max_session=50), slit=SimpleNamespace(
+        ridge=ridge, decay=decay))
     sessions, frame = read_sessions("data/sessions/test.parquet", 50)
     score = evaluation.slit(evaluation.linear_model(params), share, CPU)(sessions)
     expected = torch.from_numpy(dense(frame["items"].to_list(), decay) @ B).float()
@@ -82,14 +86,14 @@ def test_a_ridge_too_small_to_solve_is_named(monkeypatch: pytest.MonkeyPatch) ->
     draw = np.random.default_rng(1)
     model = linear.Slit(csr_array(draw.random((300, 40))), draw.integers(1, 40, 300), 1e-3)
     monkeypatch.setattr(linear, "MOST", 2)
-    with pytest.raises(UserError, match=r"2 iterations: set evaluate\.slit_ridge above 0\.001"):
+    with pytest.raises(UserError, match=r"2 iterations: set slit\.ridge above 0\.001"):
         model.solved(csr_array(draw.random((5, 40))))
 
 
 def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    params = SimpleNamespace(data=SimpleNamespace(max_session=50), evaluate=SimpleNamespace(
-        slit_ridge=2.0, slit_decay=0.7))
+    params = SimpleNamespace(data=SimpleNamespace(max_session=50), slit=SimpleNamespace(
+        ridge=2.0, decay=0.7))
     for shift in (0, 1):
         root = tmp_path / str(shift)
         project(root, lists=[[*x[:-2], *((i + shift - 1) % ITEMS + 1 for i in x[-2:])] for x in histories()])
@@ -179,8 +183,49 @@ def test_what_cannot_be_formed_is_refused_in_a_sentence(tmp_path: Path, monkeypa
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
     train, _ = read_sessions("data/sessions/train.parquet", 50)
-    with pytest.raises(UserError, match=r"set tune\.linear_ridge above -1"):
+    with pytest.raises(UserError, match=r"set slit\.ridge above -1"):
         linear.LeftOut(train, -1.0, 0.7, None, 0.0, ITEMS)
-    monkeypatch.setattr(linear, "FORMED", ITEMS - 1)
+    monkeypatch.setattr(parameters, "PAIRED", ITEMS - 1)
     with pytest.raises(UserError, match=rf"all pairs of {ITEMS} items, at most {ITEMS - 1} .* tune\.linear=false"):
         linear.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)
+
+
+@pytest.mark.parametrize("base", ["gcsan", "hcgr", "fpmc"])
+def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    catalogue()
+    (train, _), (test, _) = (read_sessions(f"data/sessions/{split}.parquet", 50) for split in ("train", "test"))
+    slit = SimpleNamespace(ridge=3.0, decay=0.7, text=0.1)
+    section, name = encoder_section(8, 0.0), f"{base}-linear"
+    torch.manual_seed(0)
+    model = build_recommender(name, ITEMS, section, F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0)),
+                              users=int(train.user.max()), max_session=50)
+    model.linear_term = linear.linear_term(linear.left_out(slit, train), train)
+    model.linear_term.start(train, 1)
+    job = EncoderJob(model, train, test, section.training, torch.float32)
+    monkeypatch.setattr(pretraining, "CHUNK", 7)
+    samples = torch.randperm(len(train))[:40]
+    total, targets, _ = job.loss(samples)
+    total.backward()
+
+    def logits(sessions: Sessions, samples: torch.Tensor) -> torch.Tensor:
+        session, vectors = model(sessions.graphs(samples))
+        own = session @ vectors.T if base != "hcgr" else -4 * torch.acosh((-session @ vectors.T).clamp(min=1 + 1e-6))
+        return own + model.linear_term(sessions, samples)
+
+    with torch.no_grad():
+        expected = F.cross_entropy(logits(train, samples)[:, 1:], train.target[samples] - 1, reduction="sum")
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4) and targets == 40
+    assert model.linear_term.weight.grad.any() and model.items.text.weight.grad.any()
+    with torch.no_grad():
+        wanted = logits(test, torch.arange(len(test)))
+        save_recommender(f"models/encoders/{name}", name, model)
+        params = SimpleNamespace(
+            slit=slit, data=SimpleNamespace(max_session=50), encoder=SimpleNamespace(
+                names=[], controls=[], control_texts=[], linear_controls=[base]))
+        found = evaluation.scorers(params, CPU)[name]()(test)(torch.arange(len(test)))
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        rank = 1 + (wanted[:, 1:] > wanted.gather(1, test.target[:, None])).sum(1)
+    assert job.validate()["valid_hr_at_20"] == pytest.approx((rank <= 20).float().mean().item(), abs=0.05)

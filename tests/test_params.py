@@ -92,6 +92,7 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__names": ["gru4rek"]}, ("encoder.names holds gru4rek", "the nearest is gru4rec")),
     ({"encoder__gcsan__lr": 0}, ("encoder.gcsan.lr=0", "above 0")),
     ({"encoder__names": ["gcsan-text"]}, ("encoder.names holds gcsan-text", "put gcsan into encoder.controls")),
+    ({"encoder__linear_controls": ["gcsam"]}, ("encoder.linear_controls holds gcsam", "the nearest is gcsan")),
     ({"encoder__controls": ["gcsan-text"]}, ("encoder.controls holds gcsan-text", "encoder.control_texts")),
     ({"encoder__names": ["gcsam"]}, ("encoder.names holds gcsam, which is no encoder; the nearest is gcsan",)),
     ({"encoder__controls": ["gsan"]}, ("encoder.controls holds gsan, which is no encoder; the nearest is gcsan",)),
@@ -186,8 +187,9 @@ def test_a_view_holds_the_declared_keys_and_no_others():
 
 def test_the_models_to_train_and_the_encoders_there_are():
     section = loaded(encoder__control_texts=["shuffled", "text"]).encoder
-    assert params.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text"]
-    assert params.trained(loaded(encoder__controls=[], gate__fuse={}).encoder) == ["gcsan"]
+    assert params.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text", "gcsan-linear"]
+    assert params.trained(loaded(encoder__controls=[], encoder__linear_controls=[], gate__fuse={}).encoder) == [
+        "gcsan"]
     assert set(params.encoders()) == set(REGISTRY)
     settings = params.with_rate(section.training, section.gcsan)
     assert settings.lr == section.gcsan.lr and settings.epochs == section.training.epochs

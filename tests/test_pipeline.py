@@ -39,7 +39,7 @@ SMALL = {
 }
 LAST = {"gate", "evaluate", "bucket", "report", "track"}
 TUNING = {"align", "tune", *LAST}
-CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled"}
+CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled", "linear@gcsan"}
 LEARNING = {"pretrain@gcsan", *CONTROLS, "export", *TUNING}
 WEIGHTS = CHECKPOINTS / "stories260K"
 RAN = re.compile(r"^Running stage '(.+)':", re.M)
@@ -156,6 +156,8 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
     ("model.base", "gcsan-text", {"export", *TUNING}),
+    ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
+    ("split.selection", True, {"split", *LEARNING}),
     ("llm.scratch.epochs", 2, {"backbone", *CONTROLS, *TUNING}),
     ("encoder.gcsan.lr", 5e-4, LEARNING),
     ("encoder.niser.sigma", 8.0, {"report", "track"}),
@@ -185,8 +187,8 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
     counts = dict(items.select("item_id", "count").iter_rows())
     evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
                                  for name in ("evaluate", "buckets", "differences"))
-    assert set(evaluated) == set(bucketed) == {*FLOORS, "gcsan", "gcsan-text", "gcsan-shuffled", "llmgr",
-                                               "gated-gcsan-text", "gated-llmgr", "gated-both"}
+    assert set(evaluated) == set(bucketed) == {*FLOORS, "gcsan", "gcsan-text", "gcsan-shuffled", "gcsan-linear",
+                                               "llmgr", "gated-gcsan-text", "gated-llmgr", "gated-both"}
     for model in evaluated:
         table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")
         assert table["target"].to_list() == test["target"].to_list()
@@ -421,8 +423,8 @@ def test_adapters_for_layers_that_are_not_there(copy: Path, capfd: pytest.Captur
 
 
 @pytest.mark.parametrize(("name", "told"), [
-    ("gcsam", "gcsan"), ("gcsan-txt", "gcsan-text"), ("gcsan-", "after the hyphen stands text or shuffled"),
-    ("gcsan-text-text", "after the hyphen stands text or shuffled"), ("training", "no encoder"),
+    ("gcsam", "gcsan"), ("gcsan-txt", "gcsan-text"), ("gcsan-", "after the hyphen stands text, shuffled or linear"),
+    ("gcsan-text-text", "after the hyphen stands text, shuffled or linear"), ("training", "no encoder"),
 ])
 def test_an_encoder_by_hand_that_is_none(copy: Path, capfd: pytest.CaptureFixture, name: str, told: str) -> None:
     assert told in refused(copy, capfd, "pretrain", "--encoder", name)

@@ -213,6 +213,9 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     assert [report.llm_name(SimpleNamespace(llm=llm)) for llm in (folder, hub)] == [
         "all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"]
     assert report.describe("gcsan-text", VIEW) == "gcsan with item texts: the control"
+    assert report.describe("gcsan-shuffled", VIEW) == "gcsan with other items' texts"
+    assert report.describe("gcsan-linear", VIEW) == (
+        "gcsan with item texts, over the linear model of clicks and words: LLMGR without its language model")
 
 
 def test_a_difference_is_one_only_where_the_corrected_p_is_small() -> None:

@@ -111,6 +111,10 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
     assert search._role("encoder.text_lr", "narm") == "ignored"
     for key, model in (("encoder.text_lr", "narm-text"), ("encoder.narm.lr", "narm-text"), ("encoder.dim", "narm")):
         assert search._role(key, model) == "searched"
+    roles = [search._role("slit.ridge", model) for model in ("narm", "narm-text", "narm-linear", "llmgr")]
+    assert roles == ["ignored", "ignored", "searched", "searched"]
+    assert [search.stage_of(model) for model in ("narm", "narm-text", "narm-linear", "llmgr")] == [
+        "pretrain@narm", "control@narm-text", "linear@narm", "tune"]
     assert search._role("llm.name", "narm-text") == search._role("encoder.dim", "llmgr") == "fixed"
 
 

@@ -53,11 +53,12 @@ def test_duplicates_policies():
     assert kept["keep"] == [("u", "a", 10), ("u", "b", 20), ("u", "a", 30), ("v", "a", 5)]
 
 
-def split_by_hand(order: dict[str, list[int]], window: int) -> dict[str, list[tuple]]:
+def split_by_hand(order: dict[str, list[int]], window: int, selection: bool) -> dict[str, list[tuple]]:
     parts: dict[str, list[tuple]] = {"train": [], "valid": [], "test": []}
     for user, items in sorted(order.items()):
         training = items[:-2] if len(items) >= 3 else items
-        parts["train"] += [(user, training[max(0, t - window):t], training[t]) for t in range(1, len(training))]
+        last = len(training) - (selection and len(items) >= 3)
+        parts["train"] += [(user, training[max(0, t - window):t], training[t]) for t in range(1, last)]
         for name, at in (("valid", len(items) - 2), ("test", len(items) - 1)):
             if len(items) >= 3:
                 start = max(0, at - window)
@@ -66,14 +67,15 @@ def split_by_hand(order: dict[str, list[int]], window: int) -> dict[str, list[tu
 
 
 @pytest.mark.parametrize("window", [1, 3, 50])
-def test_leave_one_out_equals_the_split_by_hand(window):
+@pytest.mark.parametrize("selection", [False, True])
+def test_leave_one_out_equals_the_split_by_hand(window, selection):
     rng = random.Random(window)
     lengths = {f"u{i:02d}": rng.choice([1, 2, 3, 4, 9, 20]) for i in range(40)} | {"one": 1, "two": 2, "three": 3}
     order = {user: [rng.randrange(1, 50) for _ in range(n)] for user, n in sorted(lengths.items())}
     rows = pl.DataFrame([(u, i) for u, items in order.items() for i in items],
                         schema={"user": pl.String, "item_id": pl.Int32}, orient="row")
-    parts = sessions.leave_one_out(rows, window)
-    expected = split_by_hand(order, window)
+    parts = sessions.leave_one_out(rows, window, selection)
+    expected = split_by_hand(order, window, selection)
     for name, part in parts.items():
         assert list(part.iter_rows()) == expected[name]
     assert parts["train"].schema == {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}

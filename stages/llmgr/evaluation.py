@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmgr.artifacts import load_tensors, require
-from llmgr.encoders import load_encoder
+from llmgr.encoders import family, load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
-from llmgr.linear import Slit, fitted_slit, linear_term
+from llmgr.linear import LeftOut, Slit, fitted_slit, left_out, linear_term
 from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
 from llmgr.params import trained
-from llmgr.pretraining import Score
+from llmgr.pretraining import Score, scoring
 from llmgr.sessions import training_counts
 from llmgr.text_vectors import principal_components
 
@@ -27,12 +27,20 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 Over = Callable[[Sessions], Score]
+Formed = Callable[[int | None], tuple[LeftOut, Sessions]]
+"""The linear model and its training sessions, formed once for all that ask; by what shuffles the texts."""
 
 
 def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
     solved = functools.cache(lambda: linear_model(params))
+
+    @functools.cache
+    def formed(shuffle: int | None) -> tuple[LeftOut, Sessions]:
+        train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+        return left_out(params.slit, train, shuffle), train
+
     found: dict[str, Callable[[], Over]] = {
         "pop": lambda: popularity(device),
         "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
@@ -40,10 +48,10 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
         "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device),
         "word-knn": lambda: word_knn(params.evaluate.decay, device),
         "slit": lambda: slit(solved(), 0.0, device),
-        "slit-text": lambda: slit(solved(), params.evaluate.slit_text, device)}
+        "slit-text": lambda: slit(solved(), params.slit.text, device)}
     for name in trained(params.encoder):
-        found[name] = lambda name=name: encoder(name, items, device)
-    found["llmgr"] = lambda: llmgr(params, device)
+        found[name] = lambda name=name: encoder(name, items, device, formed)
+    found["llmgr"] = lambda: llmgr(params, device, formed)
     return found
 
 
@@ -127,9 +135,9 @@ def word_knn(decay: float, device: torch.device) -> Over:
 
 def linear_model(params: Any) -> tuple[Slit, Over]:
     """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch."""
-    decay = params.evaluate.slit_decay
+    decay = params.slit.decay
     train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
-    model = fitted_slit(train, decay, params.evaluate.slit_ridge, catalogue_size("data/core/items.parquet"))
+    model = fitted_slit(train, decay, params.slit.ridge, catalogue_size("data/core/items.parquet"))
     return model, functools.cache(lambda sessions: once(lambda samples: model.solved(
         last_clicks(sessions.graphs(samples), decay, model.items))))
 
@@ -156,32 +164,36 @@ def _similar(similarity: csr_array, decay: float, device: torch.device) -> Over:
     return over
 
 
-def encoder(name: str, items: int, device: torch.device) -> Over:
-    """Scores of a pretrained encoder: inner products of its session and item vectors."""
+def encoder(name: str, items: int, device: torch.device, formed: Formed | None = None) -> Over:
+    """Scores of a pretrained encoder: inner products of its session and item vectors, over its linear term if any."""
     folder = Path("models/encoders") / name
     module, vectors = load_encoder(folder, items)
     module, vectors = module.to(device).eval(), vectors.to(device)
+    term = None
+    if family(name)[1] == "linear":
+        term = linear_term(*formed(None))
+        term.load_state_dict(load_tensors(folder / "linear.safetensors"))
+        term.to(device)
 
     def over(sessions: Sessions) -> Score:
         if module.reads_users and int(sessions.user.max()) > module.config["settings"]["users"]:
             raise UserError(f"{folder} was trained for fewer users than the sessions have: run `dvc repro` "
                             "to train it anew")
-        return lambda samples: module(sessions.graphs(samples), vectors) @ vectors.T
+        return scoring(module, vectors, sessions, term)
 
     return over
 
 
-def llmgr(params: Any, device: torch.device) -> Over:
+def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     """Scores of the tuned LLMGR."""
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.training import arithmetic
-    from llmgr.tuning import Scorer, behaviour_prompts
+    from llmgr.tuning import Scorer, behaviour_prompts, texts_shuffled
 
     dtype = arithmetic(params.tune.precision)
     model = build_llmgr(params.model, dtype, params.seed)
     if params.tune.linear:
-        train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
-        model.linear_term = linear_term(params, train)
+        model.linear_term = linear_term(*formed(texts_shuffled(params)))
     load_llmgr(Path("models/tuned"), model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, catalogue_size
 from llmgr.neighbours import catalogue_words, last_clicks
+from llmgr.params import check_pairs
 
 CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share of its clicks' norm
 MOST = 200  # iterations; some ten are the rule
 BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
 BLOCK = 256  # training prefixes whose users are left out at a time
-FORMED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held
 STARTED = 2048  # prefixes that a linear term's first weights are fitted on
 
 
@@ -61,7 +61,7 @@ class Slit:
             before, inner = inner, (residual * scaled).sum(0)
             direction = scaled.addcmul_(direction, inner / before.clamp(min=1e-30))
         else:
-            raise UserError(f"slit is not solved after {MOST} iterations: set evaluate.slit_ridge above {self.ridge:g}")
+            raise UserError(f"slit is not solved after {MOST} iterations: set slit.ridge above {self.ridge:g}")
         return solution
 
     def scores(self, solved_VB: Tensor, words: csr_array | None, text_share: float) -> Tensor:
@@ -90,9 +90,7 @@ class LeftOut:
 
     def __init__(self, train: Sessions, ridge: float, decay: float, words: csr_array | None, text_share: float,
                  items: int) -> None:
-        if items > FORMED:
-            raise UserError(f"tune.linear=true forms a matrix of all pairs of {items} items, at most {FORMED} are "
-                            "allowed: set tune.linear=false")
+        check_pairs(items)
         self.decay, self.items = decay, items
         user = train.user[train.row].cpu().numpy()
         order = np.argsort(user, kind="stable")
@@ -107,7 +105,7 @@ class LeftOut:
         try:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).numpy()
         except torch.linalg.LinAlgError:
-            raise UserError(f"tune.linear is not solved: set tune.linear_ridge above {ridge:g}") from None
+            raise UserError(f"the linear model is not solved: set slit.ridge above {ridge:g}") from None
         self.matrix = ((self.targets.T @ self.clicks) @ inverse).T
         if words is not None and text_share:
             words = words.astype(np.float32)
@@ -165,8 +163,8 @@ class LeftOut:
 class LinearTerm(nn.Module):
     """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
 
-    Logits a[band] s + b[band] + c [clicked], to which LLMGR adds its own, so that it learns what a linear model of
-    clicks and words leaves open. a, b and c learn with it, from the values that fit the training prefixes best.
+    Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
+    model of clicks and words leaves open. a, b and c learn with it, from the values that fit training prefixes best.
     """
 
     def __init__(self, model: LeftOut, count_V: Tensor) -> None:
@@ -216,15 +214,18 @@ class LinearTerm(nn.Module):
         optimizer.zero_grad()
 
 
-def linear_term(params: Any, train: Sessions) -> LinearTerm | None:
-    """The linear term of `tune.linear`, untrained; None where there is none. Shuffled texts are shuffled here, too."""
-    settings = params.tune
-    if not settings.linear:
-        return None
-    items = catalogue_size("data/core/items.parquet")
-    words = catalogue_words(params.seed if params.model.texts == "shuffled" else None) if settings.linear_text else None
-    model = LeftOut(train, settings.linear_ridge, settings.linear_decay, words, settings.linear_text, items)
-    return LinearTerm(model, torch.bincount(train.target, minlength=items + 1).float())
+def left_out(slit: Any, train: Sessions, shuffle: int | None = None) -> LeftOut:
+    """The linear model of the catalogue and its training sessions, as the slit section has it.
+
+    `shuffle` as in `catalogue_words`.
+    """
+    words = catalogue_words(shuffle) if slit.text else None
+    return LeftOut(train, slit.ridge, slit.decay, words, slit.text, catalogue_size("data/core/items.parquet"))
+
+
+def linear_term(model: LeftOut, train: Sessions) -> LinearTerm:
+    """The linear term over `model`, its weights not yet fitted."""
+    return LinearTerm(model, torch.bincount(train.target, minlength=model.items + 1).float())
 
 
 def _prefixes(train: Sessions, decay: float, items: int) -> csr_array:

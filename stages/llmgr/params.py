@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from llmgr.errors import UserError
 
+PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held (llmgr.linear)
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
 
@@ -77,6 +78,9 @@ class Split:
     """Order among equal timestamps: a seeded hash of (user, item), or the order of the file (common, leaks)."""
     seed: int
     """Key of that hash; apart from `seed`, so that another seed trains and tests on the same sessions."""
+    selection: bool
+    """For choosing parameters: a session's last training item is no target, so that validation sessions end in a click
+    that was never one, as test sessions do. What has fitted its sessions often gains less. Test is not scored then."""
 
     def check(self) -> None:
         pass
@@ -274,6 +278,10 @@ class Encoder:
     """Encoders that are trained once more with item vectors that add a linear map of the item's text vector."""
     control_texts: list[Literal["text", "shuffled"]]
     """What the controls read: `text`, the item's own, and its twin `shuffled`, another item's. NAME-text names one."""
+    linear_controls: list[str]
+    """Encoders that are trained as NAME-linear: item vectors as NAME-text, and logits that start from the linear model
+    that LLMGR's start from (`tune.linear`), so that they lack the language model alone. Their loss is the softmax
+    cross-entropy over all items, whatever the encoder's own."""
     dim: int
     """Width d of item and session vectors."""
     text_dim: int
@@ -299,12 +307,12 @@ class Encoder:
         for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
             if self.dim % heads:
                 raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
-        for key in ("names", "controls", "control_texts"):
+        for key in ("names", "controls", "control_texts", "linear_controls"):
             chosen = getattr(self, key)
             if len(set(chosen)) < len(chosen):
                 raise UserError(f"encoder.{key}=[{', '.join(chosen)}] names one twice")
         known = encoders()
-        for key in ("names", "controls"):
+        for key in ("names", "controls", "linear_controls"):
             for name in getattr(self, key):
                 base, hyphen, _ = name.partition("-")
                 if hyphen and base in known:
@@ -323,7 +331,15 @@ def encoders() -> list[str]:
 
 def trained(section: Any) -> list[str]:
     """Names of the models that the `encoder` section asks for: encoders, then controls such as `gcsan-text`."""
-    return [*section.names, *(f"{name}-{text}" for name in section.controls for text in section.control_texts)]
+    return [*section.names, *(f"{name}-{text}" for name in section.controls for text in section.control_texts),
+            *(f"{name}-linear" for name in section.linear_controls)]
+
+
+def check_pairs(items: int) -> None:
+    """Raise UserError where a catalogue is too large for `tune.linear` and `encoder.linear_controls`."""
+    if items > PAIRED:
+        raise UserError(f"the linear model of tune.linear=true forms a matrix of all pairs of {items} items, at most "
+                        f"{PAIRED} are allowed: set tune.linear=false and encoder.linear_controls=[]")
 
 
 def with_rate(training: Any, own: Any, text_lr: float | None = None) -> types.SimpleNamespace:
@@ -510,12 +526,6 @@ class Tune(Training):
     linear: bool
     """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
     clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
-    linear_ridge: float
-    """As evaluate.slit_ridge, of the linear model in LLMGR."""
-    linear_decay: float
-    """As evaluate.slit_decay."""
-    linear_text: float
-    """As evaluate.slit_text."""
 
     section = "tune"
 
@@ -524,9 +534,7 @@ class Tune(Training):
         at_least(self, "tune", "samples", 0)
         at_least(self, "tune", "adjustment", 0)
         at_least(self, "tune", "item_noise", 0)
-        at_least(self, "tune", "linear_text", 0)
-        positive(self, "tune", "linear_ridge")
-        share(self, "tune", "text_smoothing", "linear_decay")
+        share(self, "tune", "text_smoothing")
         if self.mask_seen and self.text_smoothing:
             raise UserError("tune.text_smoothing gives weight to items that tune.mask_seen=true takes out of the "
                             "softmax: set one of the two to 0 or false")
@@ -554,18 +562,28 @@ class Evaluate:
     """session-kNN: most similar training sessions whose items are scored."""
     session_decay: float
     """session-kNN: as `decay` in the similarity of sessions; 1 is SKNN, below that V-SKNN."""
-    slit_ridge: float
-    """slit, slit-text: weight of the ridge, in clicks; the larger, the less is learned of rare transitions."""
-    slit_decay: float
-    """slit, slit-text: as `decay`."""
-    slit_text: float
-    """slit-text: what the ridge shrinks a weight to, as a share of the likeness of the two items' texts."""
 
     def check(self) -> None:
-        positive(self, "evaluate", "batch_size", "text_dim", "session_neighbours", "slit_ridge")
+        positive(self, "evaluate", "batch_size", "text_dim", "session_neighbours")
         at_least(self, "evaluate", "item_shrinkage", 0)
-        at_least(self, "evaluate", "slit_text", 0)
-        share(self, "evaluate", "decay", "item_decay", "session_decay", "slit_decay")
+        share(self, "evaluate", "decay", "item_decay", "session_decay")
+
+
+@dataclass(frozen=True)
+class Slit:
+    """The linear item-item model, wherever it stands: the floors, and under the logits of LLMGR and of a control."""
+
+    ridge: float
+    """Weight of the ridge, in clicks; the larger, the less is learned of rare transitions."""
+    decay: float
+    """An item's weight falls by this factor a step back in the session; 0: the last alone."""
+    text: float
+    """All but the floor `slit`: what the ridge shrinks a weight to, as a share of the likeness of two items' texts."""
+
+    def check(self) -> None:
+        positive(self, "slit", "ridge")
+        at_least(self, "slit", "text", 0)
+        share(self, "slit", "decay")
 
 
 @dataclass(frozen=True)
@@ -654,6 +672,7 @@ class Params:
     model: Model
     align: Align
     tune: Tune
+    slit: Slit
     launch: Launch
     gate: Gate
     evaluate: Evaluate

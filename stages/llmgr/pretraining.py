@@ -3,17 +3,69 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from llmgr.encoders import Recommender
-from llmgr.graph import Sessions, alike
+from llmgr.artifacts import load_tensors, resume_folder, write_json
+from llmgr.encoders import Recommender, build_recommender, family, save_recommender
+from llmgr.errors import UserError
+from llmgr.graph import Sessions, alike, catalogue_size, fitting, read_sessions
+from llmgr.params import flat, with_rate
 from llmgr.ranking import metrics, ranks, ranks_both
-from llmgr.training import Loss
+from llmgr.text_vectors import principal_components, shuffled
+from llmgr.training import Loss, arithmetic, device_of, finish, fit
 
+if TYPE_CHECKING:
+    from llmgr.encoders.layers import SessionEncoder
+    from llmgr.linear import LinearTerm
+
+CHUNK = 128  # rows of logits formed at a time, so that they stay in cache
 Score = Callable[[Tensor], Tensor]
+
+
+def pretrain(params: Any, name: str, under: Callable[[Sessions], LinearTerm] | None = None) -> None:
+    """Train the encoder or control `name` from data/ and models/backbone into models/encoders/NAME, with its records.
+
+    `under` makes the linear term that the logits start from out of the training sessions. UserError as `fit`, and where
+    the sessions are of another catalogue.
+    """
+    base, text = family(name)
+    if (text == "linear") != (under is not None):
+        raise UserError(f"{name} is not trained here: run stages/linear.py --encoder {base}")
+    inputs = ["data/sessions/train.parquet", "data/sessions/valid.parquet"]
+    features = None
+    if text != "none":
+        inputs.append("models/backbone/item_text.safetensors")
+        vectors = load_tensors(inputs[-1])["vectors"]
+        features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
+                                        params.encoder.text_dim)
+    resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs, *(["data/core/items.parquet"] if under else [])])
+    items = catalogue_size("data/core/items.parquet")
+    train, valid = (fitting(read_sessions(path, params.data.max_session)[0], items, path) for path in inputs[:2])
+    device = device_of()
+    torch.manual_seed(params.seed)
+    model = build_recommender(name, items, params.encoder, features, users=int(train.user.max()),
+                              max_session=params.data.max_session)
+    started = time.monotonic()
+    if under is not None:
+        model.linear_term = under(train)
+        model.linear_term.start(train, params.seed)
+    formed = time.monotonic() - started
+    settings = with_rate(params.encoder.training, getattr(params.encoder, base),
+                         params.encoder.text_lr if text != "none" else None)
+    job = EncoderJob(model.to(device), train.to(device), valid.to(device), settings, arithmetic(settings.precision))
+    progress = fit(job, settings, seed=params.seed, resume=resume, name=name)
+    progress.seconds += formed
+    save_recommender(f"models/encoders/{name}", name, model)
+    best = progress.epoch_rows[progress.best_epoch]
+    write_json(f"reports/metrics/encoders/{name}.json", {
+        "best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],
+        "valid": {key.removeprefix("valid_"): best[key] for key in best if key.startswith("valid_")}})
+    finish(progress, model, name=name, resume=resume, reports=Path("reports"))
 
 
 class EncoderJob:
@@ -41,16 +93,37 @@ class EncoderJob:
         with torch.autocast(groups[0].device.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_VD = self.model.vectors()
             session_BD = torch.cat([self.model.encoder(self.train.graphs(group), vectors_VD) for group in groups])
-            total = self.model.encoder.loss(session_BD, vectors_VD, self.train.target[torch.cat(groups)])
+            if self.model.linear_term is None:
+                total = self.model.encoder.loss(session_BD, vectors_VD, self.train.target[torch.cat(groups)])
+            else:
+                total = self._above(session_BD, vectors_VD, torch.cat(groups))
         return Loss(total, len(micro), 0)
+
+    def _above(self, session_BD: Tensor, vectors_VD: Tensor, samples_B: Tensor) -> Tensor:
+        """Summed cross-entropy where the logits start from the linear term's, so that they are formed."""
+        total = session_BD.new_zeros(())
+        for session_CD, samples_C in zip(session_BD.split(CHUNK), samples_B.split(CHUNK)):
+            logits_CV = self.model.encoder.logits(session_CD, vectors_VD)
+            logits_CV = logits_CV + self.model.linear_term(self.train, samples_C)
+            total = total + F.cross_entropy(logits_CV[:, 1:], self.train.target[samples_C] - 1, reduction="sum")
+        return total
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         vectors_VD = self.model.vectors()
-        kept = rank_sessions(lambda samples: self.model.encoder(self.valid.graphs(samples), vectors_VD) @ vectors_VD.T,
-                             self.valid, self.settings.batch_size)
+        kept = rank_sessions(scoring(self.model.encoder, vectors_VD, self.valid, self.model.linear_term), self.valid,
+                             self.settings.batch_size)
         found = metrics(kept)
         return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
+
+
+def scoring(encoder: SessionEncoder, vectors_VD: Tensor, sessions: Sessions, linear_term: LinearTerm | None = None
+            ) -> Score:
+    """Scores [B, V+1] of samples [B] by an encoder, over the linear term where it has one."""
+    if linear_term is None:
+        return lambda samples: encoder(sessions.graphs(samples), vectors_VD) @ vectors_VD.T
+    return lambda samples: encoder.logits(encoder(sessions.graphs(samples), vectors_VD), vectors_VD) + linear_term(
+        sessions, samples)
 
 
 def rank_sessions(score: Score, sessions: Sessions, batch_size: int, seen: Tensor | None = None) -> Any:

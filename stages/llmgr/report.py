@@ -30,6 +30,8 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
          "slit-text": "the same, shrunk to the likeness of the items' words"}
+CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
+            "linear": "item texts, over the linear model of clicks and words: LLMGR without its language model"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
 
 
@@ -124,15 +126,15 @@ def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
     """The models of a figure with room for `DRAWN`: floors, LLMGR, its base, the control, the strongest others."""
     models = list(found["buckets"])
     kept = [model for model in models if model in (
-        *FLOORS, MAIN, params.bucket.ours, params.model.base, _control(params))]
+        *FLOORS, MAIN, params.bucket.ours, params.model.base, _control(params), _control(params, "linear"))]
     rest = sorted((model for model in models if model not in kept),
                   key=lambda model: -found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     kept += rest[:max(0, DRAWN - len(kept))]
     return [model for model in models if model in kept]
 
 
-def _control(params: Any) -> str:
-    return params.model.base.split("-")[0] + "-text"
+def _control(params: Any, reads: str = "text") -> str:
+    return f"{params.model.base.split('-')[0]}-{reads}"
 
 
 def parameters(found: Mapping[str, Any]) -> dict[str, float]:
@@ -157,8 +159,8 @@ def describe(model: str, params: Any) -> str:
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
         return f"language model ({llm_name(params).rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors{beside}"
-    if hyphen and text in ("text", "shuffled"):
-        return f"{base} with item texts: the control" if text == "text" else f"{base} with other items' texts"
+    if hyphen and text in CONTROLS:
+        return f"{base} with {CONTROLS[text]}"
     return "session encoder, item ids alone"
 
 
@@ -192,6 +194,8 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     strongest = max(gaps, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     control, plain = _control(params), params.model.base.split("-")[0]
     roles = {control: "the text + GNN control" + (" that it reads" if control == params.model.base else "")}
+    if params.tune.linear:
+        roles[_control(params, "linear")] = "the control over the same linear model"
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")

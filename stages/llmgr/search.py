@@ -13,7 +13,8 @@ from llmgr.errors import UserError
 from llmgr.params import Params, build, flat
 
 SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs
-LISTS = ("encoder.names", "encoder.controls", "encoder.control_texts")  # which models there are
+LISTS = ("encoder.names", "encoder.controls", "encoder.control_texts",
+         "encoder.linear_controls")  # which models there are
 TUNED = "llmgr"  # its search is over stage 1 and stage 2; every other name is an encoder or a control
 LATER = ("gate", "evaluate", "bucket", "track")  # sections that no training reads
 
@@ -63,7 +64,7 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
         metrics = data["metrics"].get(f"reports/metrics/{part}.json", {}).get("data")
         if not content or content["data"]["dataset"] != dataset or not metrics or "valid" not in metrics:
             continue
-        if trained(lock(state["rev"]), "tune" if model == TUNED else model, content):
+        if trained(lock(state["rev"]), stage_of(model), content):
             cost = data["metrics"].get(f"reports/metrics/cost/{Path(part).name}.json", {}).get("data") or {}
             found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
                                {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
@@ -78,12 +79,20 @@ def finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]
         yield from (s for s in (state, *inner) if s["rev"] != "workspace" and s.get("data"))
 
 
+def stage_of(model: str) -> str:
+    """The stage of dvc.yaml that trains a model."""
+    base, _, text = model.partition("-")
+    if model == TUNED:
+        return "tune"
+    return f"linear@{base}" if text == "linear" else f"{'control' if text else 'pretrain'}@{model}"
+
+
 def trained(lock: Mapping[str, Any], stage: str, content: Mapping[str, Any]) -> bool:
     """Whether the lock holds `stage` and all before it as run with the parameters of `content`, one on the other."""
     stages = lock.get("stages", {})
     makers = {out["path"]: (name, out.get("md5")) for name, entry in stages.items() for out in entry.get("outs", ())}
-    todo = [name for name in stages if name.rpartition("@")[2] == stage]
-    consistent = bool(todo)
+    todo = [stage]
+    consistent = stage in stages
     while todo and consistent:
         entry = stages[todo.pop()]
         consistent = all(_at(content, key) == value
@@ -127,7 +136,9 @@ def _role(key: str, model: str) -> str:
     if section in LATER or key in LISTS:
         return "ignored"
     if model == TUNED:
-        return "searched" if section in ("model", "align", "tune") else "fixed"
+        return "searched" if section in ("model", "align", "tune", "slit") else "fixed"
+    if section == "slit":
+        return "searched" if text == "linear" else "ignored"
     if key in ("encoder.text_dim", "encoder.text_lr") and not text:
         return "ignored"
     if section == "encoder":

@@ -50,20 +50,22 @@ def ordered(frame: pl.DataFrame, ties: Literal["hash", "file"], seed: int) -> pl
     return frame.join(order, on="line", how="left").sort("user", "timestamp", "tie", "line").drop("tie")
 
 
-def leave_one_out(frame: pl.DataFrame, max_session: int) -> dict[str, pl.DataFrame]:
+def leave_one_out(frame: pl.DataFrame, max_session: int, selection: bool = False) -> dict[str, pl.DataFrame]:
     """Split ordered rows (user, item_id) into `train`, `valid` and `test` sessions.
 
     A user's last item is the test target, the one before the validation target; a user with fewer than three items
     stays in training whole. `train` has a row for every training position from the second on: user, items (i32 list,
     oldest first, the last `max_session` before the target), target. `valid` and `test` have a row a user, and
-    `earlier`: what came before `items`.
+    `earlier`: what came before `items`. With `selection` the last training position is no target, so that a validation
+    session ends, as a test session does, in a click that was never one.
     """
     rows = frame.select("user", "item_id", position=pl.int_range(pl.len(), dtype=pl.Int64).over("user"),
                         length=pl.len().over("user").cast(pl.Int64)).with_row_index("row")
     fits = pl.col("length") >= LEAST
     before_test = rows.filter(fits & (pl.col("position") == pl.col("length") - 1))
     before_valid = rows.filter(fits & (pl.col("position") == pl.col("length") - 2))
-    training = rows.filter(~fits | (pl.col("position") < pl.col("length") - 2), pl.col("position") > 0)
+    end = pl.col("length") - 2 - int(selection)
+    training = rows.filter(~fits | (pl.col("position") < end), pl.col("position") > 0)
     window = pl.min_horizontal("position", max_session)
     columns = ["user", "items", "target"]
     before = pl.col("position") - window

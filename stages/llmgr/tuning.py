@@ -302,10 +302,14 @@ def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:
     from llmgr.backbone import load_tokenizer
     from llmgr.text_vectors import item_texts
 
-    shuffle = params.seed if params.model.texts == "shuffled" else None
-    titles = item_texts("data/core/items.parquet", "title", shuffle) if settings.titles else None
+    titles = item_texts("data/core/items.parquet", "title", texts_shuffled(params)) if settings.titles else None
     return BehaviourPrompts(load_tokenizer("models/backbone"), settings.prompt, titles, settings.title_tokens,
                             settings.edges)
+
+
+def texts_shuffled(params: Any) -> int | None:
+    """What deals the texts to other items under `model.texts=shuffled`, None where they stay."""
+    return params.seed if params.model.texts == "shuffled" else None
 
 
 def alike_items(params: Any) -> tuple[Tensor, Tensor] | None:
@@ -317,4 +321,4 @@ def alike_items(params: Any) -> tuple[Tensor, Tensor] | None:
         return None
     from llmgr.neighbours import catalogue_words, most_alike
 
-    return most_alike(catalogue_words(params.seed if params.model.texts == "shuffled" else None), ALIKE, TEMPERATURE)
+    return most_alike(catalogue_words(texts_shuffled(params)), ALIKE, TEMPERATURE)

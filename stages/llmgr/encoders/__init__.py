@@ -9,7 +9,7 @@ import difflib
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,15 @@ from llmgr.artifacts import load_tensors, read_json, replacing_folder, save_tens
 from llmgr.encoders.layers import ItemVectors, SessionEncoder
 from llmgr.errors import UserError
 
+if TYPE_CHECKING:
+    from llmgr.linear import LinearTerm
+
 REGISTRY = {
     "fpmc": "Fpmc", "caser": "Caser", "gru4rec": "Gru4rec", "narm": "Narm", "stamp": "Stamp", "sasrec": "Sasrec",
     "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
 """Class by encoder; the file has the encoder's name."""
-TEXTS = ("text", "shuffled")
-"""How a control reads texts: its own, or those of other items."""
+TEXTS = ("text", "shuffled", "linear")
+"""What a control reads: its own texts, those of other items, or its own beside LLMGR's linear part."""
 
 
 class Recommender(nn.Module):
@@ -33,6 +36,8 @@ class Recommender(nn.Module):
         super().__init__()
         self.items = ItemVectors(items, encoder.item_width, encoder.text_width, features_VT)
         self.encoder = encoder
+        self.linear_term: LinearTerm | None = None
+        """Scores of all items for samples of sessions, added to the logits (see llmgr.linear)."""
         encoder.initialise(self.items)
 
     def vectors(self) -> Tensor:
@@ -52,8 +57,8 @@ def family(name: str) -> tuple[str, str]:
         raise UserError(f"{name} is no encoder: the nearest of encoder.names and encoder.controls is {near}")
     if hyphen and text not in TEXTS:
         near = difflib.get_close_matches(text, TEXTS, 1, 0.0)[0]
-        raise UserError(f"{name} is no encoder: after the hyphen stands {' or '.join(TEXTS)}; the nearest is "
-                        f"{base}-{near}")
+        raise UserError(f"{name} is no encoder: after the hyphen stands {', '.join(TEXTS[:-1])} or {TEXTS[-1]}; the "
+                        f"nearest is {base}-{near}")
     return base, text or "none"
 
 
@@ -82,6 +87,8 @@ def save_recommender(folder: str | Path, name: str, model: Recommender) -> None:
     with replacing_folder(folder) as temporary, torch.no_grad():
         save_tensors(temporary / "encoder.safetensors", model.encoder.state_dict())
         save_tensors(temporary / "items.safetensors", {"vectors": model.vectors()})
+        if model.linear_term is not None:
+            save_tensors(temporary / "linear.safetensors", model.linear_term.state_dict())
         write_json(temporary / "config.json", {
             "name": name, "items": len(model.items.table.weight) - 1, **model.encoder.config})
 

@@ -121,6 +121,10 @@ class Hcgr(SessionEncoder):
                 total = total + F.cross_entropy(-self.scale * distance_CV, target_C1[:, 0], reduction="sum")
         return total
 
+    def logits(self, session_BE: Tensor, vectors_VE: Tensor) -> Tensor:
+        """Logits [B, V+1] of the items: -scale times their distance."""
+        return -self.scale * torch.acosh((session_BE @ -vectors_VE.T).clamp(min=NEAREST))
+
     def readout_parameters(self) -> Iterator[nn.Parameter]:
         """What `tune.train_encoder=partial` trains: the readout, not the graph attention."""
         return self.readout.parameters()

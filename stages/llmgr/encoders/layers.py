@@ -70,6 +70,10 @@ class SessionEncoder(nn.Module):
         """Summed loss of a batch in training: softmax cross-entropy over all items of the inner products."""
         return item_cross_entropy(session_BE, vectors_VE, target_B)
 
+    def logits(self, session_BE: Tensor, vectors_VE: Tensor) -> Tensor:
+        """Logits [B, V+1] of the items, of which `loss` takes the softmax: inner products."""
+        return session_BE @ vectors_VE.T
+
     def readout_parameters(self) -> Iterator[nn.Parameter]:
         """What `tune.train_encoder=partial` trains."""
         raise NotImplementedError

@@ -1,0 +1,23 @@
+"""Pretrain a control over the linear model that LLMGR's logits start from: it lacks the language model alone.
+
+Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet, models/backbone/item_text.safetensors
+Writes: models/encoders/NAME/ (as pretrain, and the weights of the linear term), reports/metrics/encoders/NAME.json,
+        reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json; NAME is ENCODER-linear
+Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training, encoder.ENCODER
+        (its own section), slit
+"""
+from llmgr.stage import run
+
+READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.text_lr", "encoder.training",
+         "encoder.{encoder}", "slit")
+
+
+def main(params, encoder: str) -> None:
+    from llmgr.linear import left_out, linear_term
+    from llmgr.pretraining import pretrain
+
+    pretrain(params, f"{encoder}-linear", lambda train: linear_term(left_out(params.slit, train), train))
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS, {"encoder": "a name from encoder.linear_controls"})
