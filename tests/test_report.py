@@ -188,6 +188,10 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
         text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
         assert f"Does LLMGR beat the text control? {word}LLMGR ranks the next item" in text
     assert "no difference can be called one" not in text
+    assert "which the control lacks" not in text
+    view.tune = dataclasses.replace(PARAMS.tune, linear=True)
+    text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+    assert "which the control lacks. A control over the same linear model tells the two apart" in text
     view.bucket = dataclasses.replace(PARAMS.bucket, resamples=100)
     text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "With bucket.resamples=100 no difference can be called one" in text, "a verdict that could not be another"

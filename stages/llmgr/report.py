@@ -287,7 +287,8 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
     return environment.get_template("report.html.j2").render(
         found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours),
         blind=least_p(params.bucket.resamples) * len(found["differences"]) >= LEVEL,
-        answer=answer(said, params), control=_control(params), conventions=CONVENTIONS, headline=HEADLINE,
+        answer=answer(said, params), control=_control(params),
+        linear_control=_control(params, "linear"), conventions=CONVENTIONS, headline=HEADLINE,
         headline_columns=HEADLINE_COLUMNS, describe=lambda model: describe(model, params), llm_name=llm_name(params),
         metrics=names(), ours=ours, ours_title=title_of(ours), buckets=_buckets(found), call=call,
         level=LEVEL,
