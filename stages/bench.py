@@ -22,7 +22,7 @@ def main(params) -> None:
 
     from llmgr.benchmark import operations, product_rate, shares, steps, trained
     from llmgr.graph import read_sessions
-    from llmgr.linear import left_out, linear_term
+    from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
     from llmgr.training import arithmetic, hardware
@@ -36,7 +36,7 @@ def main(params) -> None:
     load_llmgr(Path("models/aligned"), model)
     model.unfreeze_encoder(params.tune.train_encoder)
     if params.tune.linear:
-        model.linear_term = linear_term(left_out(params.slit, sessions[0], texts_shuffled(params)), sessions[0])
+        model.linear_term = LinearTerm(left_out(params.slit, sessions[0], texts_shuffled(params)))
     model.to(device).train()
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 

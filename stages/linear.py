@@ -13,10 +13,10 @@ READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder
 
 
 def main(params, encoder: str) -> None:
-    from llmgr.linear import left_out, linear_term
+    from llmgr.linear import LinearTerm, left_out
     from llmgr.pretraining import pretrain
 
-    pretrain(params, f"{encoder}-linear", lambda train: linear_term(left_out(params.slit, train), train))
+    pretrain(params, f"{encoder}-linear", lambda train: LinearTerm(left_out(params.slit, train)))
 
 
 if __name__ == "__main__":

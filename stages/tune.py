@@ -22,7 +22,7 @@ def main(params) -> None:
     from llmgr.artifacts import replacing_folder, resume_folder, write_json
     from llmgr.graph import read_sessions
     from llmgr.launch import device, rank
-    from llmgr.linear import left_out, linear_term
+    from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
     from llmgr.params import flat
     from llmgr.training import arithmetic, finish, fit
@@ -39,7 +39,7 @@ def main(params) -> None:
     model.unfreeze_encoder(settings.train_encoder)
     started = time.monotonic()
     if settings.linear:
-        model.linear_term = linear_term(left_out(params.slit, train, texts_shuffled(params)), train)
+        model.linear_term = LinearTerm(left_out(params.slit, train, texts_shuffled(params)))
         model.linear_term.start(train, params.seed)
     formed = time.monotonic() - started
     if settings.gradient_checkpointing:
@@ -49,7 +49,6 @@ def main(params) -> None:
     progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)
     if rank():
         return
-    progress.seconds += formed
     with replacing_folder("models/tuned") as folder:
         save_llmgr(folder, model, params.model, encoder=True)
     last = progress.epoch_rows[-1]
@@ -57,7 +56,7 @@ def main(params) -> None:
         "epochs": progress.epoch, "prompts": len(job.first), "targets": len(train), "prompts_cut": job.cut,
         "train_loss": last["train_loss"], "valid_loss": last["valid_loss"],
         "valid": {k.removeprefix("valid_"): last[k] for k in last if k.startswith("valid_") and k != "valid_loss"}})
-    finish(progress, model, name="tune", resume=resume, reports=Path("reports"))
+    finish(progress, model, name="tune", resume=resume, reports=Path("reports"), prepared=formed)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import yaml
 from machine import DEFAULTS, small_disk, stage, within
 from tiny import CHECKPOINTS, language_model, tokenizer
 
+from llmgr import params
 from llmgr.artifacts import digest, load_tensors, read_json, save_tensors
 from llmgr.buckets import FLOORS
 
@@ -406,6 +407,22 @@ def refused(copy: Path, capfd: pytest.CaptureFixture, name: str, *arguments: str
     return sentence
 
 
+def test_a_catalogue_too_large_for_the_linear_model_is_refused_before_any_training(
+        copy: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "PAIRED", 10)
+    said = refused(copy, capfd, "split")
+    assert "at most 10 are allowed: set tune.linear=false and encoder.linear_controls=[]" in said
+    change(copy, tune__linear=False, encoder__linear_controls=[])
+    assert stage("split", root=copy) == 0
+
+
+def test_test_is_not_scored_while_parameters_are_chosen(copy: Path, capfd: pytest.CaptureFixture) -> None:
+    before = digest(copy / "reports/ranks")
+    change(copy, split__selection=True)
+    assert "test is not scored: name gate as the last stage" in refused(copy, capfd, "evaluate")
+    assert digest(copy / "reports/ranks") == before
+
+
 def test_a_backbone_without_safetensors(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/config.json").write_text("{}")
@@ -425,6 +442,7 @@ def test_adapters_for_layers_that_are_not_there(copy: Path, capfd: pytest.Captur
 @pytest.mark.parametrize(("name", "told"), [
     ("gcsam", "gcsan"), ("gcsan-txt", "gcsan-text"), ("gcsan-", "after the hyphen stands text, shuffled or linear"),
     ("gcsan-text-text", "after the hyphen stands text, shuffled or linear"), ("training", "no encoder"),
+    ("gcsan-linear", "run stages/linear.py --encoder gcsan"),
 ])
 def test_an_encoder_by_hand_that_is_none(copy: Path, capfd: pytest.CaptureFixture, name: str, told: str) -> None:
     assert told in refused(copy, capfd, "pretrain", "--encoder", name)

@@ -126,8 +126,7 @@ def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, **changes: A
 def linear_term(train: Sessions) -> LinearTerm:
     """A linear term over the sessions, each of a user of its own, with weights that tell bands apart."""
     train.user = torch.arange(1, len(train.items) + 1)
-    count = torch.bincount(train.target, minlength=ITEMS + 1).float()
-    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), count)
+    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS))
     with torch.no_grad():
         term.weight += 0.1 * torch.arange(len(term.weight))
         term.bias += 0.3 * torch.arange(len(term.bias))

@@ -15,7 +15,7 @@ from llmgr.encoders import family, load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
-from llmgr.linear import LeftOut, Slit, fitted_slit, left_out, linear_term
+from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
 from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
 from llmgr.params import trained
 from llmgr.pretraining import Score, scoring
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 Over = Callable[[Sessions], Score]
-Formed = Callable[[int | None], tuple[LeftOut, Sessions]]
-"""The linear model and its training sessions, formed once for all that ask; by what shuffles the texts."""
+Formed = Callable[[int | None], LeftOut]
+"""The linear model, formed once for all that ask; by what shuffles the texts."""
 
 
 def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
@@ -37,9 +37,9 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     solved = functools.cache(lambda: linear_model(params))
 
     @functools.cache
-    def formed(shuffle: int | None) -> tuple[LeftOut, Sessions]:
+    def formed(shuffle: int | None) -> LeftOut:
         train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
-        return left_out(params.slit, train, shuffle), train
+        return left_out(params.slit, train, shuffle)
 
     found: dict[str, Callable[[], Over]] = {
         "pop": lambda: popularity(device),
@@ -171,7 +171,7 @@ def encoder(name: str, items: int, device: torch.device, formed: Formed | None =
     module, vectors = module.to(device).eval(), vectors.to(device)
     term = None
     if family(name)[1] == "linear":
-        term = linear_term(*formed(None))
+        term = LinearTerm(formed(None))
         term.load_state_dict(load_tensors(folder / "linear.safetensors"))
         term.to(device)
 
@@ -193,7 +193,7 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     dtype = arithmetic(params.tune.precision)
     model = build_llmgr(params.model, dtype, params.seed)
     if params.tune.linear:
-        model.linear_term = linear_term(*formed(texts_shuffled(params)))
+        model.linear_term = LinearTerm(formed(texts_shuffled(params)))
     load_llmgr(Path("models/tuned"), model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)

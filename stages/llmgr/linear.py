@@ -167,11 +167,11 @@ class LinearTerm(nn.Module):
     model of clicks and words leaves open. a, b and c learn with it, from the values that fit training prefixes best.
     """
 
-    def __init__(self, model: LeftOut, count_V: Tensor) -> None:
+    def __init__(self, model: LeftOut) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("count", count_V, persistent=False)
-        self.register_buffer("edges", torch.tensor(BANDS, dtype=count_V.dtype), persistent=False)
+        self.register_buffer("count", torch.from_numpy(model.targets.sum(0)), persistent=False)
+        self.register_buffer("edges", torch.tensor(BANDS, dtype=self.count.dtype), persistent=False)
         self.scale = 1 / max(float(np.sqrt(np.square(model.matrix).mean(dtype=np.float64))), 1e-12)
         self.weight, self.bias = (nn.Parameter(torch.zeros(len(BANDS) + 1)) for _ in range(2))
         self.clicked = nn.Parameter(torch.zeros(1))
@@ -221,11 +221,6 @@ def left_out(slit: Any, train: Sessions, shuffle: int | None = None) -> LeftOut:
     """
     words = catalogue_words(shuffle) if slit.text else None
     return LeftOut(train, slit.ridge, slit.decay, words, slit.text, catalogue_size("data/core/items.parquet"))
-
-
-def linear_term(model: LeftOut, train: Sessions) -> LinearTerm:
-    """The linear term over `model`, its weights not yet fitted."""
-    return LinearTerm(model, torch.bincount(train.target, minlength=model.items + 1).float())
 
 
 def _prefixes(train: Sessions, decay: float, items: int) -> csr_array:

@@ -59,13 +59,12 @@ def pretrain(params: Any, name: str, under: Callable[[Sessions], LinearTerm] | N
                          params.encoder.text_lr if text != "none" else None)
     job = EncoderJob(model.to(device), train.to(device), valid.to(device), settings, arithmetic(settings.precision))
     progress = fit(job, settings, seed=params.seed, resume=resume, name=name)
-    progress.seconds += formed
     save_recommender(f"models/encoders/{name}", name, model)
     best = progress.epoch_rows[progress.best_epoch]
     write_json(f"reports/metrics/encoders/{name}.json", {
         "best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],
         "valid": {key.removeprefix("valid_"): best[key] for key in best if key.startswith("valid_")}})
-    finish(progress, model, name=name, resume=resume, reports=Path("reports"))
+    finish(progress, model, name=name, resume=resume, reports=Path("reports"), prepared=formed)
 
 
 class EncoderJob:

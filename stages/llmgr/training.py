@@ -179,19 +179,24 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
     return progress
 
 
-def finish(progress: Progress, model: nn.Module, *, name: str, resume: Path, reports: Path) -> None:
-    """Write curves and cost of a finished training under `reports`, then drop its resume state."""
+def finish(progress: Progress, model: nn.Module, *, name: str, resume: Path, reports: Path, prepared: float = 0.0
+           ) -> None:
+    """Write curves and cost of a finished training under `reports`, then drop its resume state.
+
+    `prepared` seconds went by before it began and count in its cost.
+    """
     write_text(reports / "curves" / f"{name}_steps.csv", _table(progress.step_rows))
     write_text(reports / "curves" / f"{name}_epochs.csv", _table(progress.epoch_rows))
-    write_json(reports / "metrics" / "cost" / f"{name}.json", cost(progress, model))
+    write_json(reports / "metrics" / "cost" / f"{name}.json", cost(progress, model, prepared))
     shutil.rmtree(resume, ignore_errors=True)
 
 
-def cost(progress: Progress, model: nn.Module) -> dict[str, Any]:
-    """What a training took: seconds (validation included), rates over training time, memory, parameters, machine."""
+def cost(progress: Progress, model: nn.Module, prepared: float = 0.0) -> dict[str, Any]:
+    """What a training took: seconds (validation and `prepared` ones included), rates over training time, memory,
+    parameters, machine."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     busy = max(progress.training_seconds, 1e-9)
-    return {"seconds": progress.seconds, "training_seconds": progress.training_seconds,
+    return {"seconds": prepared + progress.seconds, "training_seconds": progress.training_seconds,
             "samples_per_second": progress.samples / busy,
             "tokens_per_second": progress.tokens / busy if progress.tokens else None,
             "peak_memory_mb": peak_memory_mb(), "trainable_parameters": sum(n for n, on in counts if on),
