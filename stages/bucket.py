@@ -1,6 +1,6 @@
 """Measure every model by bucket: how cold the target item is.
 
-Reads:  reports/ranks/<model>.parquet, data/core/items.parquet, data/sessions/{valid,test}.parquet
+Reads:  reports/ranks/<model>.parquet, data/core/items.parquet, data/sessions/{train,test}.parquet
 Writes: reports/metrics/buckets.json      HR, NDCG, MRR at 5, 10, 20 by model, convention and bucket, with n
         reports/metrics/intervals.json    95% bootstrap intervals of the same
         reports/metrics/differences.json  LLMGR minus every other model, paired: interval, p, Holm-corrected p
@@ -28,7 +28,7 @@ def main(params: Any) -> None:
     from llmgr.sessions import training_counts
 
     test = pl.read_parquet(require("data/sessions/test.parquet"), columns=["target"])
-    valid = pl.read_parquet(require("data/sessions/valid.parquet"), columns=["target"])
+    train = pl.read_parquet(require("data/sessions/train.parquet"))
     items = pl.read_parquet(require("data/core/items.parquet"), columns=["item_id", "count"])
     files = {path.stem: path for path in require("reports/ranks").glob("*.parquet")}
     if not files:
@@ -38,7 +38,7 @@ def main(params: Any) -> None:
     counts = np.zeros(items.height + 1, np.int64)
     counts[items["item_id"].to_numpy()] = items["count"].to_numpy()
     targets = test["target"].to_numpy()
-    trained = training_counts(items, [valid["target"], test["target"]])
+    trained = training_counts(train, items.height)
     masks = buckets.masks(counts[targets], trained[targets], params.bucket)
     found, bounds, gaps = buckets.measure(ranks, masks, params.bucket.ours, params.bucket.resamples, params.seed)
 

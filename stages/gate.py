@@ -3,7 +3,6 @@
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
 Writes: models/gates/NAME.json for every NAME of gate.fuse (weights and biases by band of training interactions),
         reports/metrics/gate.json (validation metrics, each half of the sessions scored by a gate fitted on the other)
-Of the test sessions it reads which items their targets are, to leave them out of the items' training counts.
 Params: seed, gate, evaluate, model, tune, slit, data.max_session, encoder.names, encoder.controls,
         encoder.control_texts, encoder.linear_controls
 """

@@ -65,8 +65,8 @@ def training_interactions() -> Tensor:
     """How often every item was trained on, [V+1]; index 0 is padding."""
     import polars as pl
 
-    held_out = [pl.read_parquet(require(f"data/sessions/{split}.parquet"))["target"] for split in ("valid", "test")]
-    return torch.from_numpy(training_counts(pl.read_parquet(require("data/core/items.parquet")), held_out))
+    train = pl.read_parquet(require("data/sessions/train.parquet"))
+    return torch.from_numpy(training_counts(train, catalogue_size("data/core/items.parquet")))
 
 
 def item_knn(shrinkage: float, decay: float, device: torch.device) -> Over:

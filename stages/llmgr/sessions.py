@@ -88,13 +88,11 @@ def _history(rows: pl.DataFrame, targets: pl.DataFrame, skip: pl.Expr, count: pl
     return joined.with_columns(pl.col(name).fill_null(empty), target=pl.col("item_id").cast(pl.Int32))
 
 
-def training_counts(items: pl.DataFrame, held_out: list[pl.Series]) -> np.ndarray:
-    """Interactions of every item in the training sessions, int64 [V+1]; index 0 is padding.
+def training_counts(train: pl.DataFrame, items: int) -> np.ndarray:
+    """Clicks of every item in the sessions of train.parquet, int64 [V+1]; index 0 is padding.
 
-    `items` is the table of items.parquet, `held_out` are the targets of validation and test, which its counts include.
+    A user's first prefix starts with the first click, and the targets are all others, whatever the window. A user with
+    one training click has no prefix and counts for nothing.
     """
-    counts = np.zeros(items.height + 1, np.int64)
-    counts[items["item_id"].to_numpy()] = items["count"].to_numpy()
-    for targets in held_out:
-        counts -= np.bincount(targets.to_numpy(), minlength=items.height + 1)
-    return counts
+    first = train.group_by("user", maintain_order=True).agg(pl.col("items").first().list.first())["items"]
+    return np.bincount(pl.concat([first, train["target"]]).to_numpy(), minlength=items + 1)
