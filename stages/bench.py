@@ -21,17 +21,16 @@ def main(params) -> None:
     import torch
 
     from llmgr.benchmark import operations, product_rate, shares, steps, trained
-    from llmgr.graph import read_sessions
+    from llmgr.graph import read_split
     from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
-    from llmgr.training import arithmetic, hardware
+    from llmgr.training import arithmetic, device_of, hardware
     from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     dtype = arithmetic(params.tune.precision)
-    sessions = [read_sessions(f"data/sessions/{split}.parquet", params.data.max_session)[0]
-                for split in ("train", "valid")]
+    sessions = [read_split(split, params.data.max_session)[0] for split in ("train", "valid")]
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path("models/aligned"), model)
     model.unfreeze_encoder(params.tune.train_encoder)

@@ -1,4 +1,4 @@
-"""Rank every item for every validation and test session, with every model. The only place that reads the test sessions.
+"""Rank every item for every validation and test session, with every model. The only stage that scores test.
 
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, models/gates/, data/sessions/,
         data/core/items.parquet
@@ -22,29 +22,28 @@ def main(params) -> None:
     from llmgr.artifacts import replacing_folder, write_json, write_table
     from llmgr.errors import UserError
     from llmgr.evaluation import loaded, seen_items
-    from llmgr.graph import catalogue_size, fitting, read_sessions
+    from llmgr.graph import read_split
     from llmgr.pretraining import rank_models
     from llmgr.ranking import metrics
     from llmgr.stage import say
-    from llmgr.training import device_of, hardware, peak_memory_mb
+    from llmgr.training import Bar, device_of, hardware, peak_memory_mb
 
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: name gate as the "
                         "last stage (`dvc exp run -S split.selection=true gate`), or set it to false")
     device = device_of()
     start = time.monotonic()
+    tables = {split: read_split(split, params.data.max_session) for split in ("valid", "test")}
     models = loaded(params, device)
     found = {name: {} for name in models}
     seconds = dict.fromkeys(models, 0.0)
-    tables = {split: read_sessions(f"data/sessions/{split}.parquet", params.data.max_session)
-              for split in ("valid", "test")}
-    for split, (sessions, _) in tables.items():
-        fitting(sessions, catalogue_size("data/core/items.parquet"), f"data/sessions/{split}.parquet")
     with replacing_folder("reports/ranks") as folder:
         for split, (sessions, frame) in tables.items():
             here = sessions.to(device)
+            bar = Bar(-(-len(here) // params.evaluate.batch_size), 0, f"evaluate: {split}")
             ranks, took = rank_models({name: over(here) for name, over in models.items()}, here,
-                                      params.evaluate.batch_size, seen_items(frame))
+                                      params.evaluate.batch_size, seen_items(frame), bar)
+            bar.close()
             for name, (kept, unseen) in ranks.items():
                 write_table(folder / ("valid" if split == "valid" else "") / f"{name}.parquet", pl.DataFrame({
                     "target": sessions.target.int().numpy(), "rank": kept.int().numpy(),

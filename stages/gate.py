@@ -2,7 +2,8 @@
 
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/backbone/, data/sessions/, data/core/items.parquet
 Writes: models/gates/NAME.json for every NAME of gate.fuse (weights and biases by band of training interactions),
-        reports/metrics/gate.json (validation metrics, each half of the sessions scored by a gate fitted on the other)
+        reports/metrics/gate.json (validation metrics, each half of the sessions scored by a gate fitted on the other),
+        reports/metrics/cost/gate.json
 Params: seed, gate, evaluate, model, tune, slit, data.max_session, encoder.names, encoder.controls,
         encoder.control_texts, encoder.linear_controls
 """
@@ -13,30 +14,42 @@ READS = ("seed", "gate", "evaluate", "model", "tune", "slit", "data.max_session"
 
 
 def main(params) -> None:
+    import time
+
     from llmgr.artifacts import replacing_folder, write_json
-    from llmgr.evaluation import part, seen_items, training_interactions
+    from llmgr.evaluation import parts, seen_items, training_interactions
     from llmgr.gate import bands, cross_fitted, draw, fit_gate, score_tables
-    from llmgr.graph import read_sessions
+    from llmgr.graph import read_split
     from llmgr.stage import say
-    from llmgr.training import device_of
+    from llmgr.training import device_of, hardware, peak_memory_mb
 
     device, settings = device_of(), params.gate
-    makers = {name: part(name, params, device) for parts in settings.fuse.values() for name in parts}
-    valid, frame = read_sessions("data/sessions/valid.parquet", params.data.max_session)
+    start = time.monotonic()
+    valid, frame = read_split("valid", params.data.max_session)
     chosen = draw(len(valid), settings.sessions, params.seed)
     valid, seen = valid.subset(chosen), seen_items(frame)[chosen]
-    tables = score_tables(makers, valid.to(device), params.evaluate.batch_size)
+    known = parts(params, device)
+    makers = {name: known[name] for names in settings.fuse.values() for name in names}
+    tables, seconds = score_tables(makers, valid.to(device), params.evaluate.batch_size)
     band_V = bands(training_interactions(), settings.edges)
     found = {}
     with replacing_folder("models/gates") as folder:
-        for name, parts in settings.fuse.items():
-            data = ([tables[part] for part in parts], valid.target, seen, band_V)
-            gate = fit_gate(parts, *data, settings.edges)
+        for name, fused in settings.fuse.items():
+            begun = time.monotonic()
+            data = ([tables[part] for part in fused], valid.target, seen, band_V)
+            gate = fit_gate(fused, *data, settings.edges)
             gate.save(folder / f"{name}.json")
-            found[name] = cross_fitted(parts, *data, settings.edges, params.seed, gate)
+            found[name] = cross_fitted(fused, *data, settings.edges, params.seed, gate)
+            seconds[name] = time.monotonic() - begun
             say(f"{name}: validation, cross-fitted, " + "  ".join(
                 f"{metric} {found[name]['valid'][metric]:.4f}" for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")))
     write_json("reports/metrics/gate.json", found)
+    total = time.monotonic() - start
+    numbers = sum(len(fused) + 1 for fused in settings.fuse.values()) * (len(settings.edges) + 1)
+    write_json("reports/metrics/cost/gate.json", {
+        "seconds": total, "seconds_by_model": seconds, "samples_per_second": len(valid) * len(makers) / total,
+        "tokens_per_second": None, "peak_memory_mb": peak_memory_mb(), "trainable_parameters": numbers,
+        "total_parameters": numbers, "hardware": hardware()})
 
 
 if __name__ == "__main__":

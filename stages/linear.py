@@ -1,4 +1,4 @@
-"""Pretrain a control over the linear model that LLMGR's logits start from: it lacks the language model alone.
+"""Pretrain a control over the linear model that LLMGR's logits start from: the nearest model without a language model.
 
 Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet, models/backbone/item_text.safetensors
 Writes: models/encoders/NAME/ (as pretrain, and the weights of the linear term), reports/metrics/encoders/NAME.json,

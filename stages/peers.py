@@ -15,26 +15,28 @@ threads (`taskset -c 1 env OMP_NUM_THREADS=1`), so that the seconds compare.
 
 Reads:  data/sessions/, data/core/items.parquet, models/encoders/, reports/metrics/, data/peers/
 Writes: data/peers/DATASET/ (RecBole's input, a JSON file a fit), reports/results/DATASET/recbole.md
-Params: seed, data, encoder, evaluate.batch_size
+Params: seed, data, encoder, evaluate.batch_size, split.selection
 """
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 from llmgr import stage
 from llmgr.errors import UserError
 
-READS = ("seed", "data", "encoder", "evaluate.batch_size")
+READS = ("seed", "data", "encoder", "evaluate.batch_size", "split.selection")
 OPTIONS = {"do": "write | 'fit MODEL EPOCHS MINUTES [lean=true] [key=value ...]' | 'speed ENCODER' | table"}
 
 
 def main(params: Any, do: str) -> None:
-    what, *words = do.split()
-    jobs = {"write": write, "fit": fit, "speed": speed, "table": table}
-    if what not in jobs:
-        raise UserError(f"--do {what} is no job of this script: it is write, fit, speed or table")
-    jobs[what](params, Path("data/peers"), params.data.dataset.replace(":", "-"), *words)
+    what, *words = do.split() or [""]
+    jobs = {"write": (write, 0, 0), "fit": (fit, 3, None), "speed": (speed, 1, 1), "table": (table, 0, 0)}
+    job, least, most = jobs.get(what, (None, 0, 0))
+    if job is None or len(words) < least or (most is not None and len(words) > most):
+        raise UserError(f"--do '{do}' is no job of this script: it is {OPTIONS['do']}")
+    job(params, Path("data/peers"), params.data.dataset.replace(":", "-"), *words)
 
 
 def write(params: Any, folder: Path, dataset: str) -> None:
@@ -55,6 +57,11 @@ def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minute
     from llmgr import peers
     from llmgr.artifacts import write_json
 
+    if model not in peers.NAMES.values():
+        near = difflib.get_close_matches(model, peers.NAMES.values(), 1, 0.0)[0]
+        raise UserError(f"{model} is none of RecBole's models that stand here: the nearest is {near}")
+    if not (epochs.isdecimal() and minutes.replace(".", "", 1).isdecimal()):
+        raise UserError(f"--do 'fit {model} {epochs} {minutes}': give a number of epochs and one of CPU minutes")
     training = params.encoder.training
     changed = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in settings)}
     lean = changed.pop("lean", False)
@@ -70,10 +77,10 @@ def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
     from llmgr import peers
     from llmgr.artifacts import write_json
     from llmgr.encoders import family
-    from llmgr.graph import catalogue_size, read_sessions
+    from llmgr.graph import catalogue_size, read_split
 
     base, _ = family(encoder)
-    train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+    train, _ = read_split("train", params.data.max_session)
     found = peers.speed(params, base, train, catalogue_size("data/core/items.parquet"))
     write_json(folder / dataset / "speed" / f"{base}.json", found)
     stage.say(f"{base}: {found}")
@@ -86,13 +93,14 @@ def table(params: Any, folder: Path, dataset: str) -> None:
     from llmgr.artifacts import read_json, write_text
     from llmgr.encoders import REGISTRY
     from llmgr.evaluation import encoder
-    from llmgr.graph import catalogue_size, read_sessions
+    from llmgr.graph import catalogue_size, read_split
     from llmgr.pretraining import rank_sessions
     from llmgr.ranking import metrics
 
+    if params.split.selection:
+        raise UserError("split.selection=true is for choosing on validation, and test is not scored: set it to false")
     items = catalogue_size("data/core/items.parquet")
-    train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
-    test, _ = read_sessions("data/sessions/test.parquet", params.data.max_session)
+    train, test = (read_split(split, params.data.max_session)[0] for split in ("train", "test"))
     fits = [read_json(path) for path in sorted((folder / dataset / "fits").glob("*.json"))]
     found = []
     for name in REGISTRY:

@@ -29,8 +29,11 @@ def main(params: Any, model: str, dataset: str) -> None:
 
     from llmgr import search
     from llmgr.artifacts import write_text
+    from llmgr.encoders import family
     from llmgr.params import Params, build
 
+    if model != search.TUNED:
+        family(model)
     result = search.search(search.trials(search.shown(), model, dataset, search.lock_of), model)
     head, rows = search.table(result)
     widths = [max(map(len, column)) for column in zip(head, *rows)]

@@ -20,7 +20,7 @@ def main(params) -> None:
     import torch
 
     from llmgr.artifacts import replacing_folder, resume_folder, write_json
-    from llmgr.graph import read_sessions
+    from llmgr.graph import read_split
     from llmgr.launch import device, rank
     from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
@@ -30,8 +30,7 @@ def main(params) -> None:
 
     settings = params.tune
     resume = resume_folder("tune", flat(params), INPUTS)
-    train, _ = read_sessions(INPUTS[3], params.data.max_session)
-    valid, _ = read_sessions(INPUTS[4], params.data.max_session)
+    train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
     dtype, place = arithmetic(settings.precision), device(params.launch)
     torch.manual_seed(params.seed)
     model = build_llmgr(params.model, dtype, params.seed)

@@ -84,7 +84,7 @@ def test_an_encoder_comes_back_as_it_was_and_only_for_its_catalogue(name, tmp_pa
     session, own = model(sessions().graphs(every()))
     assert torch.equal(vectors, own)
     assert torch.equal(encoder.eval()(sessions().graphs(every()), vectors), session)
-    with pytest.raises(UserError, match=r"was trained for 12 items, the sessions have 13"):
+    with pytest.raises(UserError, match=r"was trained for 12 items, the catalogue has 13"):
         load_encoder(tmp_path / "m", ITEMS + 1)
 
 

@@ -111,6 +111,13 @@ def test_every_committed_key_arrives_with_its_value():
     ({"gate__fuse": {"mine": ["item-kn"]}}, ("gate.fuse.mine names item-kn, which scores nothing here", "is item-knn")),
     ({"gate__fuse": {"pop": ["item-knn"]}}, ("gate.fuse names a gate pop, which is a model already",)),
     ({"encoder__controls": ["sasrec"]}, ("gate.fuse.gated-gcsan-text names gcsan-text", "~gate.fuse.gated-gcsan-text")),
+    ({"bucket__practice": []}, ("bucket.practice=[] must rise: one edge at least",)),
+    ({"seed": -1}, ("seed=-1 must lie between 0",)),
+    ({"split__seed": 2**63}, (f"split.seed={2**63} must lie between 0",)),
+    ({"data__sample_seed": -2}, ("data.sample_seed=-2",)),
+    ({"encoder__names": ["gcsan", "hcgr"], "encoder__training__weight_decay": 0.1},
+     ("encoder.training.weight_decay must be 0 for hcgr",)),
+    ({"model__attention": "causal", "model__readout": "mean"}, ("model.readout=mean", "model.readout=last")),
     ({"bucket__ours": "gated-lmgr"}, ("bucket.ours names gated-lmgr", "the nearest is gated-llmgr")),
 ])
 def test_what_is_refused_and_how(settings, words):

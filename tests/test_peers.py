@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from machine import stage
 from test_pretrain import run, set_up, write_data
 
 from llmgr import peers
@@ -110,7 +111,7 @@ def test_the_table_has_recboles_best_on_validation_and_its_cost_as_it_ships() ->
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines() if line.startswith("| ")]
     rows = {(row[0], number // 3): row for number, row in enumerate(cells)}
     assert len(cells) == 6
-    assert rows["srgnn", 0] == ["srgnn", "0.1200", "0.1000", "+2.0", "0.0580", "0.0600", "-1.0", "0.0580", "0.0600",
+    assert rows["srgnn", 0] == ["srgnn", "0.1200", "0.1000", "+2.00", "0.0580", "0.0600", "-1.00", "0.0580", "0.0600",
                                 "lr 0.003", "learning_rate 0.003"]
     assert rows["srgnn", 1] == ["srgnn", "2,500", "100", "25.0", "567", "1234", "15", "10 (limit)", "6", "100",
                                 "25%"]
@@ -131,10 +132,18 @@ def test_standard_errors_are_those_of_a_mean() -> None:
     assert found["ndcg_at_20"] == pytest.approx(np.std([1.0, 0.0, 0.0, 0.5]) / 2)
 
 
-def test_the_command_line_writes_times_and_tables(tmp_path: Path) -> None:
+def test_the_command_line_writes_times_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_data(tmp_path)
     set_up(tmp_path, encoder__narm__lr=0.02, encoder__training__epochs=3)
-    assert "no job of this script" in run(tmp_path, "peers.py", "--do", "draw", status=2)
+    for wrong, words in [("draw", "no job"), ("", "no job"), ("fit SRGNN", "no job"), ("speed", "no job"),
+                         ("fit SRGN 1 1", "the nearest is SRGNN"), ("fit SRGNN one 1", "a number of epochs"),
+                         ("fit SRGNN 1 1", "RecBole is not installed")]:
+        assert stage("peers", "--do", wrong, root=tmp_path) == 2
+        assert words in capsys.readouterr().err
+    set_up(tmp_path, split__selection=True)
+    assert stage("peers", "--do", "table", root=tmp_path) == 2
+    assert "split.selection=true" in capsys.readouterr().err
+    set_up(tmp_path, encoder__narm__lr=0.02, encoder__training__epochs=3)
     assert "no encoder was both trained and timed" in run(tmp_path, "peers.py", "--do", "table", status=2)
     run(tmp_path, "peers.py", "--do", "write")
     lines = (tmp_path / "data/peers/sample/sample.inter").read_text().splitlines()

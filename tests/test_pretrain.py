@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from machine import DEFAULTS
+from machine import DEFAULTS, stage
 
 from llmgr import search
 from llmgr.artifacts import save_tensors
+from llmgr.errors import UserError
+from llmgr.params import load
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS, USERS = 9, 40
@@ -75,6 +78,13 @@ def test_a_name_that_does_not_exist_is_told_the_nearest(place: Path) -> None:
     assert said == "error: params.yaml has no section encoder.grurec; the nearest is encoder.gru4rec\n"
 
 
+@pytest.mark.parametrize(("key", "nearest"), [
+    ("encoder.stamp.x", "encoder.stamp.lr"), ("encoder.stamp.lr.x", "encoder.stamp.lr"), ("encodr.stamp", "encoder")])
+def test_a_view_of_what_does_not_exist_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=rf"no section {re.escape(key)}; the nearest is {re.escape(nearest)}$"):
+        load(DEFAULTS).view([key])
+
+
 def test_an_encoder_that_was_not_trained_is_named_by_the_stage_that_reads_it(place: Path) -> None:
     run(place, "pretrain.py", "--encoder", "stamp")
     said = run(place, "export.py", status=2)
@@ -105,4 +115,26 @@ def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation
     pl.concat([whole, whole.head(1).with_columns(item_id=pl.lit(ITEMS + 1, pl.Int32))]).write_parquet(items)
     run(place, "peers.py", "--do", "speed stamp")
     said = run(place, "peers.py", "--do", "table", status=2)
-    assert f"models/encoders/stamp was trained for {ITEMS} items, the sessions have {ITEMS + 1}" in said
+    assert f"models/encoders/stamp was trained for {ITEMS} items, the catalogue has {ITEMS + 1}" in said
+
+
+@pytest.mark.parametrize(("name", "split"), [("evaluate", "valid"), ("gate", "valid"), ("tune", "train"),
+                                             ("bench", "train"), ("linear", "train")])
+def test_every_reader_of_sessions_refuses_those_of_another_catalogue(
+        place: Path, name: str, split: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("aligned", "embeddings", "backbone"):
+        (place / "models" / folder).mkdir(parents=True)
+    save_tensors(place / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 130)})
+    items = place / "data/core/items.parquet"
+    pl.read_parquet(items).head(ITEMS - 1).write_parquet(items)
+    options = ("--encoder", "gcsan") if name == "linear" else ()
+    assert stage(name, *options, root=place) == 2
+    expected = f"data/sessions/{split}.parquet holds item {ITEMS}, but data/core/items.parquet has {ITEMS - 1} items"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_weights_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "models/backbone").mkdir(parents=True)
+    (place / "models/backbone/item_text.safetensors").write_bytes(b"\x08cut off")
+    assert stage("pretrain", "--encoder", "stamp-text", root=place) == 2
+    assert "models/backbone/item_text.safetensors is damaged" in capsys.readouterr().err

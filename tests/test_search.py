@@ -116,6 +116,8 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
     assert [search.stage_of(model) for model in ("narm", "narm-text", "narm-linear", "llmgr")] == [
         "pretrain@narm", "control@narm-text", "linear@narm", "tune"]
     assert search._role("llm.name", "narm-text") == search._role("encoder.dim", "llmgr") == "fixed"
+    for key in ("launch.processes", "data.mirror", "data.retries", "data.timeout"):
+        assert search._role(key, "narm") == search._role(key, "llmgr") == "ignored"
 
 
 def test_what_is_no_search_is_refused(grid: Repository) -> None:
@@ -123,9 +125,19 @@ def test_what_is_no_search_is_refused(grid: Repository) -> None:
         search.search(grid.trials("narm"), "narm")
     with pytest.raises(UserError, match="1 experiments"):
         search.search(grid.trials()[:1], "gcsan")
+    with pytest.raises(UserError, match=r"trained gcsan-text .*dvc exp run --queue -S key=a,b"):
+        search.search([], "gcsan-text")
     grid.run("window", {"data.dataset": "office", "data.max_session": 20}, 0.06)
     with pytest.raises(UserError, match=r"differ in data\.max_session \(20, 50\)"):
         search.search(grid.trials(), "gcsan")
+
+
+def test_a_name_that_is_no_model_and_a_path_without_dvc_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"grurec is no encoder: the nearest .* is gru4rec"):
+        pick.main(load(DEFAULTS), "grurec", "office")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="dvc is not on the path"):
+        pick.main(load(DEFAULTS), "gru4rec", "office")
 
 
 def test_rewriting_changes_the_values_and_nothing_else() -> None:

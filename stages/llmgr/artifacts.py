@@ -88,9 +88,13 @@ def save_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, 
 
 def load_tensors(path: str | Path) -> dict[str, Any]:
     """Read a safetensors file onto the CPU."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(require(path))
+    try:
+        return load_file(require(path))
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
 
 
 def require(path: str | Path) -> Path:

@@ -14,7 +14,7 @@ from llmgr.artifacts import load_tensors, require
 from llmgr.encoders import family, load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
-from llmgr.graph import Sessions, catalogue_size, padded, read_sessions
+from llmgr.graph import Sessions, catalogue_size, padded, read_split
 from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
 from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
 from llmgr.params import trained
@@ -38,7 +38,7 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
 
     @functools.cache
     def formed(shuffle: int | None) -> LeftOut:
-        train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+        train, _ = read_split("train", params.data.max_session)
         return left_out(params.slit, train, shuffle)
 
     found: dict[str, Callable[[], Over]] = {
@@ -136,7 +136,7 @@ def word_knn(decay: float, device: torch.device) -> Over:
 def linear_model(params: Any) -> tuple[Slit, Over]:
     """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch."""
     decay = params.slit.decay
-    train, _ = read_sessions("data/sessions/train.parquet", params.data.max_session)
+    train, _ = read_split("train", params.data.max_session)
     model = fitted_slit(train, decay, params.slit.ridge, catalogue_size("data/core/items.parquet"))
     return model, functools.cache(lambda sessions: once(lambda samples: model.solved(
         last_clicks(sessions.graphs(samples), decay, model.items))))
@@ -199,9 +199,9 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)
 
 
-def part(name: str, params: Any, device: torch.device) -> Callable[[], Over]:
-    """What loads a scorer that a gate may fuse."""
-    return (scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))})[name]
+def parts(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
+    """`scorers`, and what a gate alone may fuse."""
+    return scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))}
 
 
 def repeat(items: int) -> Over:
@@ -230,12 +230,10 @@ def gated(name: str, params: Any, device: torch.device, shared: dict[str, Over])
 
 def loaded(params: Any, device: torch.device) -> dict[str, Over]:
     """Every model, loaded, then the gates of gate.fuse by name; what a gate fuses scores a batch once for all."""
-    models = {name: make() for name, make in scorers(params, device).items()}
-    fused = {name for parts in params.gate.fuse.values() for name in parts}
-    shared: dict[str, Over] = {}
-    for name in fused:
-        over = models[name] if name in models else part(name, params, device)()
-        shared[name] = functools.cache(lambda sessions, over=over: once(over(sessions)))
+    fused = {name for names in params.gate.fuse.values() for name in names}
+    made = {name: make() for name, make in parts(params, device).items() if name != REPEAT or REPEAT in fused}
+    models = {name: over for name, over in made.items() if name != REPEAT}
+    shared = {name: functools.cache(lambda sessions, over=made[name]: once(over(sessions))) for name in fused}
     gates = {name: gated(name, params, device, shared) for name in params.gate.fuse}
     return models | {name: over for name, over in shared.items() if name in models} | gates
 

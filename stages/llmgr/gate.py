@@ -8,6 +8,7 @@ are fitted on validation sessions, which no scorer was trained on, by softmax cr
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llmgr.artifacts import read_json, write_json
 from llmgr.errors import UserError
 from llmgr.graph import Sessions
 from llmgr.ranking import metrics, ranks_both
+from llmgr.training import Bar
 
 CHUNK = 256  # sessions whose scores of all items are held at a time
 RIDGE = 1e-4  # keeps bands without a target finite, and the common constant of the biases fixed
@@ -67,17 +69,22 @@ def draw(sessions: int, most: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, batch_size: int) -> dict[str, Tensor]:
-    """Every scorer's scores of all items for all sessions, [S, V+1] in half precision on the CPU."""
-    order = torch.argsort(sessions.length, stable=True)
-    tables = {}
+def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, batch_size: int
+                 ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Every scorer's scores of all items for all sessions, [S, V+1] in half precision on the CPU; and its seconds."""
+    batches = torch.argsort(sessions.length, stable=True).split(batch_size)
+    tables, seconds = {}, {}
     for name, make in makers.items():
-        score = make()(sessions)
-        for samples in order.split(batch_size):
+        start = time.monotonic()
+        score, bar = make()(sessions), Bar(len(batches), 0, f"gate: {name}")
+        for number, samples in enumerate(batches, 1):
             scores = score(samples)
             table = tables.setdefault(name, torch.empty(len(sessions), scores.shape[1], dtype=torch.half))
             table[samples.cpu()] = scores.half().cpu()
-    return tables
+            bar.show(number)
+        bar.close()
+        seconds[name] = time.monotonic() - start
+    return tables, seconds
 
 
 def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor,

@@ -66,7 +66,9 @@ class Sessions:
         return len(self.row)
 
     def to(self, device: torch.device | str) -> Sessions:
-        """The same tables on another device."""
+        """The same tables on another device; itself where they are there."""
+        if self.row.device == torch.empty(0, device=device).device:
+            return self
         moved = object.__new__(Sessions)
         moved.__dict__ = {k: v.to(device) for k, v in vars(self).items()}
         return moved
@@ -199,13 +201,18 @@ def _node_tables(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return alias.short(), nodes, count.short()
 
 
-def fitting(sessions: Sessions, items: int, path: str | Path) -> Sessions:
-    """The same sessions; UserError where they hold an item that is not in the catalogue of `items`."""
+def read_split(split: str, max_session: int) -> tuple[Sessions, pl.DataFrame]:
+    """The sessions of `train`, `valid` or `test` and their table.
+
+    UserError where they hold an item that the catalogue lacks.
+    """
+    path, items = f"data/sessions/{split}.parquet", catalogue_size("data/core/items.parquet")
+    sessions, frame = read_sessions(path, max_session)
     highest = max(int(sessions.items.max()), int(sessions.target.max()))
     if highest > items:
         raise UserError(f"{path} holds item {highest}, but data/core/items.parquet has {items} items: run `dvc repro` "
                         "to split anew")
-    return sessions
+    return sessions, frame
 
 
 def catalogue_size(path: str | Path) -> int:

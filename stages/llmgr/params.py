@@ -49,6 +49,7 @@ class Data:
     def check(self) -> None:
         positive(self, "data", "max_session", "timeout", "sample_users", "sample_items")
         at_least(self, "data", "retries", 0)
+        seeds(self, "data", "sample_seed")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Split:
     that was never one, as test sessions do. What has fitted its sessions often gains less. Test is not scored then."""
 
     def check(self) -> None:
-        pass
+        seeds(self, "split", "seed")
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ class Encoder:
     """What the controls read: `text`, the item's own, and its twin `shuffled`, another item's. NAME-text names one."""
     linear_controls: list[str]
     """Encoders that are trained as NAME-linear: item vectors as NAME-text, and logits that start from the linear model
-    that LLMGR's start from (`tune.linear`), so that they lack the language model alone. Their loss is the softmax
+    that LLMGR's start from (`tune.linear`): the nearest model without a language model. Their loss is the softmax
     cross-entropy over all items, whatever the encoder's own."""
     dim: int
     """Width d of item and session vectors."""
@@ -307,6 +308,9 @@ class Encoder:
         for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
             if self.dim % heads:
                 raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
+        if self.training.weight_decay and "hcgr" in (*self.names, *self.controls, *self.linear_controls):
+            raise UserError("encoder.training.weight_decay must be 0 for hcgr: its Riemannian Adam has no decoupled "
+                            "decay")
         for key in ("names", "controls", "control_texts", "linear_controls"):
             chosen = getattr(self, key)
             if len(set(chosen)) < len(chosen):
@@ -438,6 +442,9 @@ class Model:
         share(self, "model", "dropout", "lora_dropout")
         if not self.lora_targets:
             raise UserError("model.lora_targets is empty: name layers, or set model.lora_r=0 to train no adapter")
+        if self.attention == "causal" and self.readout in ("first", "mean"):
+            raise UserError(f"model.readout={self.readout} reads nothing useful under model.attention=causal: set "
+                            "model.readout=last")
         if self.session_residual and self.output != "items":
             raise UserError(f"model.session_residual=true needs model.output=items, not {self.output}")
 
@@ -639,8 +646,8 @@ class Bucket:
         at_least(self, "bucket", "resamples", 100)
         for name in ("cold", "practice", "trained"):
             edges = getattr(self, name)
-            if edges != sorted(set(edges)):
-                raise UserError(f"bucket.{name}={edges} must rise: each edge above the one before")
+            if edges != sorted(set(edges)) or not edges:
+                raise UserError(f"bucket.{name}={edges} must rise: one edge at least, each above the one before")
         if len(self.cold) != 2 or self.warm <= self.cold[-1]:
             raise UserError(f"bucket.cold={self.cold} must be a lowest and a highest count below "
                             f"bucket.warm={self.warm}")
@@ -680,6 +687,7 @@ class Params:
     track: Track
 
     def check(self) -> None:
+        seeds(self, "", "seed")
         if self.model.base not in trained(self.encoder):
             known = ", ".join(trained(self.encoder))
             raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
@@ -699,13 +707,16 @@ class Params:
         for key in keys:
             *parents, leaf = key.split(".")
             source, branch = self, result
-            for parent in parents:
-                source = getattr(source, parent)
-                branch = vars(branch).setdefault(parent, types.SimpleNamespace())
-            if not hasattr(source, leaf):
-                near = difflib.get_close_matches(leaf, vars(source), 1, 0.0)[0]
-                raise UserError(f"params.yaml has no section {key}; the nearest is {'.'.join([*parents, near])}")
-            setattr(branch, leaf, getattr(source, leaf))
+            for depth, name in enumerate([*parents, leaf]):
+                known = vars(source) if dataclasses.is_dataclass(source) else {}
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, 1, 0.0) or [""]
+                    nearest = ".".join([*parents[:depth], near[0]]).rstrip(".")
+                    raise UserError(f"params.yaml has no section {key}; the nearest is {nearest}")
+                source = known[name]
+                if depth < len(parents):
+                    branch = vars(branch).setdefault(name, types.SimpleNamespace())
+            setattr(branch, leaf, source)
         return result
 
 
@@ -840,7 +851,14 @@ def at_least(section: Any, prefix: str, name: str, low: float) -> None:
 def between(section: Any, prefix: str, name: str, low: float, high: float) -> None:
     """Refuse a value outside [low, high]."""
     if not low <= getattr(section, name) <= high:
-        raise UserError(f"{prefix}.{name}={getattr(section, name)} must lie between {low} and {high}")
+        key = f"{prefix}.{name}".lstrip(".")
+        raise UserError(f"{key}={getattr(section, name)} must lie between {low} and {high}")
+
+
+def seeds(section: Any, prefix: str, *names: str) -> None:
+    """Refuse what is no seed of all random generators."""
+    for name in names:
+        between(section, prefix, name, 0, 2**63 - 1)
 
 
 def share(section: Any, prefix: str, *names: str) -> None:

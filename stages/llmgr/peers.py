@@ -73,7 +73,11 @@ def fit(folder: Path, dataset: str, model: str, epochs: int, minutes: float, set
 
     load = torch.load
     torch.load = lambda *a, **k: load(*a, **{**k, "weights_only": False})  # RecBole predates torch 2.6's default
-    from recbole.config import Config
+    try:
+        from recbole.config import Config
+    except ImportError:
+        raise UserError("RecBole is not installed here: it wants an environment of its own (python stages/peers.py "
+                        "--help)") from None
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 
@@ -209,7 +213,7 @@ def markdown(found: Sequence[Ours], fits: Sequence[Mapping[str, Any]], samples: 
             error = ours.errors[metric]
             row += [f"{ours.test[metric]:.4f}", *(["–", "–"] if fit is None else [
                 f"{fit['test'][metric]:.4f}",
-                f"{(ours.test[metric] - fit['test'][metric]) / error:+.1f}" if error else "–"])]
+                f"{(ours.test[metric] - fit['test'][metric]) / error:+.2f}" if error else "–"])]
         row += [f"{ours.valid[SELECTS]:.4f}", "–" if fit is None else f"{fit['valid'][SELECTS]:.4f}",
                 _settings(ours.settings), "–" if fit is None else _settings(fit["settings"])]
         quality.append(row)

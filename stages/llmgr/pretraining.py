@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from llmgr.artifacts import load_tensors, resume_folder, write_json
 from llmgr.encoders import Recommender, build_recommender, family, save_recommender
 from llmgr.errors import UserError
-from llmgr.graph import Sessions, alike, catalogue_size, fitting, read_sessions
+from llmgr.graph import Sessions, alike, catalogue_size, read_split
 from llmgr.params import flat, with_rate
 from llmgr.ranking import metrics, ranks, ranks_both
 from llmgr.text_vectors import principal_components, shuffled
-from llmgr.training import Loss, arithmetic, device_of, finish, fit
+from llmgr.training import Bar, Loss, arithmetic, device_of, finish, fit
 
 if TYPE_CHECKING:
     from llmgr.encoders.layers import SessionEncoder
@@ -45,7 +45,7 @@ def pretrain(params: Any, name: str, under: Callable[[Sessions], LinearTerm] | N
                                         params.encoder.text_dim)
     resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs, *(["data/core/items.parquet"] if under else [])])
     items = catalogue_size("data/core/items.parquet")
-    train, valid = (fitting(read_sessions(path, params.data.max_session)[0], items, path) for path in inputs[:2])
+    train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
     device = device_of()
     torch.manual_seed(params.seed)
     model = build_recommender(name, items, params.encoder, features, users=int(train.user.max()),
@@ -131,8 +131,8 @@ def rank_sessions(score: Score, sessions: Sessions, batch_size: int, seen: Tenso
 
 
 @torch.no_grad()
-def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int, seen: Tensor | None = None
-                ) -> tuple[dict[str, Any], dict[str, float]]:
+def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int, seen: Tensor | None = None,
+                bar: Bar | None = None) -> tuple[dict[str, Any], dict[str, float]]:
     """Ranks of all sessions' targets by every model, in the sessions' order, and each model's seconds.
 
     A score maps samples [B] to scores [B, V+1]; batches are of like length, and every model scores a batch before the
@@ -141,7 +141,7 @@ def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int
     order = torch.argsort(sessions.length.cpu(), stable=True)
     found = {name: torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long) for name in scores}
     seconds = dict.fromkeys(scores, 0.0)
-    for samples in order.split(batch_size):
+    for number, samples in enumerate(order.split(batch_size), 1):
         here = samples.to(sessions.row.device)
         target_B = sessions.target[here]
         seen_B = None if seen is None else seen[samples].to(here.device).long()
@@ -151,4 +151,6 @@ def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int
             rank = [ranks(scores_BV, target_B)] if seen_B is None else ranks_both(scores_BV, target_B, seen_B)
             found[name][samples] = torch.stack(list(rank), 1).cpu()
             seconds[name] += time.monotonic() - start
+        if bar is not None:
+            bar.show(number)
     return {name: r[:, 0] if seen is None else (r[:, 0], r[:, 1]) for name, r in found.items()}, seconds

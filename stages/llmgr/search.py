@@ -17,6 +17,7 @@ LISTS = ("encoder.names", "encoder.controls", "encoder.control_texts",
          "encoder.linear_controls")  # which models there are
 TUNED = "llmgr"  # its search is over stage 1 and stage 2; every other name is an encoder or a control
 LATER = ("gate", "evaluate", "bucket", "track")  # sections that no training reads
+MEANS = ("launch.", "data.mirror", "data.retries", "data.timeout")  # how something is done or fetched, not what
 
 
 class Trial(NamedTuple):
@@ -36,7 +37,7 @@ class Search(NamedTuple):
 
 def shown() -> list[dict[str, Any]]:
     """What `dvc exp show --json` says: the workspace and the current commit, each with its experiments."""
-    done = subprocess.run(["dvc", "exp", "show", "--json"], capture_output=True, text=True)
+    done = _said("dvc", "exp", "show", "--json")
     if done.returncode:
         said = " ".join(done.stderr.split())[-200:]
         raise UserError(f"`dvc exp show` failed ({said}): run this in the repository root")
@@ -45,8 +46,15 @@ def shown() -> list[dict[str, Any]]:
 
 def lock_of(revision: str) -> dict[str, Any]:
     """dvc.lock as an experiment left it."""
-    done = subprocess.run(["git", "show", f"{revision}:dvc.lock"], capture_output=True, text=True)
+    done = _said("git", "show", f"{revision}:dvc.lock")
     return yaml.safe_load(done.stdout) if done.returncode == 0 else {}
+
+
+def _said(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        raise UserError(f"{command[0]} is not on the path: `source .venv/bin/activate` puts it there") from None
 
 
 def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: Callable[[str], Mapping]
@@ -121,8 +129,11 @@ def search(found: Sequence[Trial], model: str) -> Search:
             raise UserError(f"the experiments that trained {model} differ in {key} ({', '.join(values[key])}), so "
                             "their figures do not compare: take those of one value away with `dvc exp remove`")
     if not searched:
+        grid = Path(__file__).resolve().parent.parent / "presets" / "grid" / f"{model}.txt"
+        how = f"queue stages/presets/grid/{model}.txt" if grid.exists() else (
+            "queue some with `dvc exp run --queue -S key=a,b`")
         raise UserError(f"{len(found)} experiments of this commit trained {model} on this dataset, and no two differ "
-                        f"in its parameters: queue stages/presets/grid/{model}.txt and run `dvc queue start -j 1`")
+                        f"in its parameters: {how} and run `dvc queue start -j 1`")
     best: dict[str, Trial] = {}
     for trial in sorted(found, key=lambda trial: -trial.metrics[SELECTS]):
         best.setdefault(json.dumps([trial.parameters[key] for key in searched]), trial)
@@ -133,7 +144,7 @@ def _role(key: str, model: str) -> str:
     """`searched` for the model's own parameters, `fixed` for what makes figures comparable, else `ignored`."""
     section, *rest = key.split(".")
     base, _, text = model.partition("-")
-    if section in LATER or key in LISTS:
+    if section in LATER or key in LISTS or key.startswith(MEANS):
         return "ignored"
     if model == TUNED:
         return "searched" if section in ("model", "align", "tune", "slit") else "fixed"

@@ -57,8 +57,9 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
         if _out_of_memory(error):
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
                   "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
-                  "encoder.training.batch_size (align.* likewise for stage 1; evaluate.batch_size in gate and "
-                  "evaluate)")
+                  "encoder.training.batch_size (align.* likewise for stage 1, llm.scratch.batch_size for a scratch "
+                  "model; in gate and evaluate gate.sessions and evaluate.batch_size); tune.linear=false and "
+                  "encoder.linear_controls=[] spare two matrices of all pairs of items")
         if WORKERS in os.environ:
             _fail(traceback.format_exc(), status=1)
         raise
@@ -89,4 +90,4 @@ def _fail(said: str, status: int = 2) -> None:
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        "can't allocate memory" in str(error))
+        any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED")))

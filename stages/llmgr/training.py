@@ -140,8 +140,9 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             progress.window[1] += targets
             norm = workers.step()
             if not math.isfinite(progress.window[0] + norm):
+                kept = "the last good checkpoint is kept" if (resume / "state.pt").exists() else "no checkpoint yet"
                 raise UserError(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
-                                f"{name_of(name)}.lr; the last good checkpoint is kept")
+                                f"{name_of(name)}.lr; {kept}")
             progress.step += 1
             progress.done += 1
             if progress.step % every == 0 or progress.done == len(steps):
@@ -274,7 +275,7 @@ class Bar:
         self.bar = tqdm(total=total, initial=start, desc=name, leave=False) if (
             sys.stderr.isatty() and rank() == 0) else None
 
-    def show(self, step: int, text: str) -> None:
+    def show(self, step: int, text: str = "") -> None:
         """Bring the display to `step`."""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
@@ -283,7 +284,7 @@ class Bar:
             self.shown = time.monotonic()
             rate = (step - self.start) / (self.shown - self.begun)
             say(f"{self.name}: step {step}/{self.total}  {rate:.2f} steps/s  "
-                f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left  {text}")
+                f"{(self.total - step) / max(rate, 1e-9) / 60:.1f} min left  {text}".rstrip())
 
     def close(self) -> None:
         """Take the bar off the terminal."""

@@ -9,11 +9,10 @@ import yaml
 
 from llmgr.errors import UserError
 from llmgr.params import Params, build, changed, flat
-from llmgr.search import LISTS, TUNED, finished, trained
+from llmgr.search import LATER, LISTS, MEANS, TUNED, finished, trained
 from llmgr.seeds import Figures
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
-IGNORED = ("gate", "evaluate", "bucket", "track")  # sections that do not decide LLMGR's own figures
 BUCKETS = ("all", "cold", "warm")
 
 
@@ -29,7 +28,7 @@ def changes(path: Path) -> dict[str, Any]:
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that decide LLMGR's figures, by dotted key."""
     return {key: value for key, value in flat(build(Params, dict(content), "")).items()
-            if key.split(".")[0] not in IGNORED}
+            if key.split(".")[0] not in LATER and not key.startswith(MEANS)}
 
 
 def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],

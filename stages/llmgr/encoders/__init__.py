@@ -97,7 +97,7 @@ def load_encoder(folder: str | Path, items: int) -> tuple[SessionEncoder, Tensor
     """A trained encoder and its item vectors [V+1, E]; UserError where it belongs to another catalogue."""
     config = read_json(Path(folder) / "config.json")
     if config["items"] != items:
-        raise UserError(f"{folder} was trained for {config['items']} items, the sessions have {items}: run `dvc repro` "
+        raise UserError(f"{folder} was trained for {config['items']} items, the catalogue has {items}: run `dvc repro` "
                         "to train it anew")
     base, _ = family(config["name"])
     encoder = build_encoder(base, config["dim"], config["dropout"], config["settings"])
