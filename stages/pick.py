@@ -7,8 +7,8 @@ Validation NDCG@20 decides. The chosen values go into params.yaml; its comments 
 gcsan-text shares its encoder's section. With --model llmgr the search is over model, align and tune.
 
 Reads:  the experiments of the current commit, through `dvc exp show`; params.yaml
-Writes: params.yaml, reports/results/<dataset>/search-<model>.csv
-Params: the keys in which the experiments differ
+Writes: params.yaml, reports/results/<dataset>/search-<model>.csv; an MLflow run a trial, tagged llmgr.search
+Params: track; the keys in which the experiments differ
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from llmgr import stage
 
-READS = ()
+READS = ("track",)
 OPTIONS = {"model": "the encoder, control or llmgr whose experiments are compared", "dataset": "their data.dataset"}
 
 
@@ -27,7 +27,7 @@ def main(params: Any, model: str, dataset: str) -> None:
 
     import yaml
 
-    from llmgr import search
+    from llmgr import search, tracking
     from llmgr.artifacts import write_text
     from llmgr.encoders import family
     from llmgr.params import Params, build
@@ -45,6 +45,7 @@ def main(params: Any, model: str, dataset: str) -> None:
     build(Params, yaml.safe_load(changed), "")
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
+    tracking.publish_trials(model, result.trials, params.track.experiment, params.track.uri)
     record = f"reports/results/{dataset.replace(':', '-')}/search-{model}.csv"
     write_text(record, buffer.getvalue())
     write_text("params.yaml", changed)

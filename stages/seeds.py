@@ -3,13 +3,14 @@
     make seeds SEEDS="1 2"     # queue it at these seeds and run them, one by one
     python stages/seeds.py     # when `dvc queue status` says that all is done; then `dvc repro report`
 
-Reads:  the experiments of the current commit, through `dvc exp show`; params.yaml
-Writes: reports/seeds.json (every model's figures by seed)
-Params: all that decide a model's figures, to tell whether experiments differ in the seed alone
+Reads:  the experiments of the current commit, through `dvc exp show`, and their ranks in DVC's cache; params.yaml
+Writes: reports/seeds.json (every model's figures by seed; the paired differences of bucket.ours from the others, of
+        each session's mean over the seeds)
+Params: seed, bucket, and all that decide a model's figures, to tell whether experiments differ in the seed alone
 """
 from llmgr.stage import run
 
-READS = ()
+READS = ("seed", "bucket")
 
 
 def main(params) -> None:
@@ -17,15 +18,22 @@ def main(params) -> None:
 
     import yaml
 
-    from llmgr import search, seeds, twins
+    from llmgr import buckets, search, seeds, twins
     from llmgr.artifacts import write_json
     from llmgr.stage import say
 
-    found = twins.at_seeds(search.shown(), yaml.safe_load(Path("params.yaml").read_text()), search.lock_of)
-    write_json("reports/seeds.json", found)
-    for model in seeds.models(found):
+    known = twins.at_seeds(search.shown(), yaml.safe_load(Path("params.yaml").read_text()), search.lock_of)
+    found, ours = {seed: figures for seed, (_, figures) in known.items()}, params.bucket.ours
+    models, gaps = seeds.models(found), {}
+    if len(found) > 1:
+        ranks = {seed: search.ranks_of(revision, models) for seed, (revision, _) in known.items()}
+        gaps = buckets.pooled(ranks, ours, params.bucket.resamples, params.seed)
+    write_json("reports/seeds.json", {"figures": found, "ours": ours, "differences": gaps})
+    for model in models:
         mean, deviation, *_ = seeds.spread(found, model, seeds.COLUMNS[0])
-        say(f"{model}: HR@20 {mean:.4f}, deviation {deviation:.4f}")
+        say(f"{model}: HR@20 {mean:.4f}, deviation {deviation:.4f}" + (
+            f"; {ours} minus it {gaps[model]['test']['hr_at_20']['difference']:+.4f}, p "
+            f"{gaps[model]['test']['hr_at_20']['p']:.2g}" if model in gaps else ""))
     say(f"reports/seeds.json has seeds {', '.join(found) or 'none'}" + (
         "" if len(found) > 1 else ': make seeds SEEDS="1 2"'))
 

@@ -99,6 +99,7 @@ def test_a_user_has_one_number_in_all_splits_and_a_stranger_none(tmp_path):
     assert train.graphs(torch.arange(len(train))).user_B.tolist() == [expected[u] for u in frame["user"]]
     valid, _ = read_sessions(tmp_path / "valid.parquet", WINDOW)
     assert valid.graphs(torch.arange(4)).user_B.tolist() == [3, 0, 1, 2]
+    assert valid.to("cpu") is valid
     assert valid.subset(torch.tensor([3, 0])).to("cpu").graphs(torch.tensor([1, 0])).user_B.tolist() == [3, 2]
 
 

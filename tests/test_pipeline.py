@@ -233,8 +233,9 @@ def test_training_sessions_end_before_the_held_out_items(reproduced: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "script"), [
-    ("encoders/gcsan-text", ["pretrain", "--encoder", "gcsan-text"]), ("aligned", ["align"]), ("tuned", ["tune"]),
-], ids=["control", "align", "tune"])
+    ("encoders/gcsan-text", ["pretrain", "--encoder", "gcsan-text"]),
+    ("encoders/gcsan-linear", ["linear", "--encoder", "gcsan"]), ("aligned", ["align"]), ("tuned", ["tune"]),
+    ("gates", ["gate"])], ids=["control", "linear", "align", "tune", "gate"])
 def test_training_by_hand_without_the_test_sessions_gives_the_same_model(copy: Path, name: str, script: list[str]
                                                                          ) -> None:
     model = copy / "models" / name

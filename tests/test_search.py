@@ -11,7 +11,7 @@ import yaml
 from machine import DEFAULTS
 
 import pick
-from llmgr import search
+from llmgr import search, tracking
 from llmgr.errors import UserError
 from llmgr.params import changed, flat, load
 
@@ -175,7 +175,12 @@ def test_the_choice_is_printed_recorded_and_written_back(grid: Repository, tmp_p
     Path("params.yaml").write_text(text)
     monkeypatch.setattr(search, "shown", grid.shown)
     monkeypatch.setattr(search, "lock_of", lambda revision: grid.locks.get(revision, {}))
-    pick.main(None, model="gcsan", dataset="office")
+    told = []
+    monkeypatch.setattr(tracking, "publish_trials", lambda *arguments: told.append(arguments))
+    pick.main(load(DEFAULTS), model="gcsan", dataset="office")
+    ((model, trials, experiment, uri),) = told
+    assert (model, experiment, uri) == ("gcsan", load(DEFAULTS).track.experiment, None)
+    assert [trial.name for trial in trials] == ["exp-1", "exp-2", "exp-0"]
     found = load("params.yaml")
     assert (found.encoder.gcsan.lr, found.encoder.gcsan.gnn_layers) == (1e-5, 2)
     assert Path("params.yaml").read_text() == search.rewritten(text, {LR: 1e-5, LAYERS: 2})

@@ -21,6 +21,7 @@ from test_report import write_reports
 from llmgr import tracking
 from llmgr.errors import UserError
 from llmgr.params import flat, load
+from llmgr.search import Trial
 
 ROOT = Path(__file__).parents[1]
 TRACK = [sys.executable, str(ROOT / "stages/track.py")]
@@ -144,6 +145,25 @@ def test_other_results_are_another_run_and_leftovers_vanish(inside: mlflow.Mlflo
     assert made["key"] == identity and made["name"] == f"sample-{identity[:8]}" and made["run_id"] != killed
     kept = {run.info.run_id: run.info.status for run in runs(inside)}
     assert killed not in kept and kept[made["run_id"]] == "FINISHED"
+
+
+def test_the_trials_of_a_search_are_runs_of_their_own_once(inside: mlflow.MlflowClient) -> None:
+    parameters = flat(load("params.yaml"))
+    metrics = {"hr_at_20": 0.2, "ndcg_at_20": 0.1, "mrr_at_20": 0.05, "best_epoch": 7, "seconds": 12.5}
+    trials = [Trial(name, {**parameters, "encoder.gcsan.lr": lr}, {**metrics, "ndcg_at_20": value, "seconds": seconds})
+              for name, lr, value, seconds in (("low", 0.001, 0.1, 12.5), ("high", 0.01, 0.3, None))]
+    for _ in range(2):
+        tracking.publish_trials("gcsan", trials, "searches", None)
+    published = inside.search_runs([inside.get_experiment_by_name("searches").experiment_id])
+    found = {run.data.tags["dvc.experiment"]: run for run in published}
+    assert sorted(found) == ["high", "low"] and len(published) == 2
+    low, high = found["low"], found["high"]
+    assert (low.info.run_name, low.data.tags["llmgr.search"], low.info.status) == ("gcsan-low", "gcsan", "FINISHED")
+    assert low.data.metrics == {**{f"valid.{name}": metrics[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")},
+                                "best_epoch": 7.0, "seconds": 12.5}
+    assert high.data.metrics["valid.ndcg_at_20"] == 0.3 and "seconds" not in high.data.metrics
+    assert {run.data.params["encoder.gcsan.lr"] for run in (low, high)} == {"0.001", "0.01"}
+    assert not any(name.startswith("track.") for name in low.data.params)
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:

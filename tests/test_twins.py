@@ -2,13 +2,21 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import yaml
 from machine import DEFAULTS
 
-from llmgr import report, seeds, twins
-from llmgr.artifacts import write_json
+from llmgr import report, search, seeds, twins
+from llmgr.artifacts import read_json, write_json, write_table
 from llmgr.errors import UserError
 from llmgr.params import changed, load
 
@@ -64,7 +72,10 @@ def test_seeds_are_told_from_other_changes():
         buckets = s["data"]["metrics"]["reports/metrics/buckets.json"]["data"]
         buckets["gated-llmgr"] = figures(0.8)
     locks = {"abc": lock(BASE), "exp-7": lock(second), "exp-8": lock(gate), "exp-9": lock(other), "exp-10": lock(BASE)}
-    found = twins.at_seeds(states, BASE, locks.get)
+    collected = twins.at_seeds(states, BASE, locks.get)
+    assert {seed: revision for seed, (revision, _) in collected.items()} == {
+        "7": "exp-7", "8": "exp-8", "2026": "abc"}
+    found = {seed: figures for seed, (_, figures) in collected.items()}
     assert list(found) == ["7", "8", "2026"]
     assert [found[seed]["llmgr"]["test"]["all"]["hr_at_20"] for seed in found] == [0.4, 0.5, 0.3]
     assert seeds.models(found) == ["llmgr", "pop"], "one gate fused something else"
@@ -79,15 +90,65 @@ def test_the_report_shows_seeds_of_these_results_alone(tmp_path):
     found = {str(n): {"llmgr": {"test": {"all": figures(0.25 * n)["test"]["all"]}},
                       "pop": {"test": {"all": figures(0.125)["test"]["all"]}}} for n in (1, 3)}
     buckets = {"llmgr": figures(0.75), "pop": figures(0.125)}
-    write_json(tmp_path / "seeds.json", found)
-    assert report.own_seeds(tmp_path / "seeds.json", buckets) == found
+    whole = {"figures": found, "ours": "llmgr", "differences": {}}
+    write_json(tmp_path / "seeds.json", whole)
+    assert report.own_seeds(tmp_path / "seeds.json", buckets) == whole
     assert report.own_seeds(tmp_path / "seeds.json", {**buckets, "llmgr": figures(0.2)}) == {}
     assert report.own_seeds(tmp_path / "none.json", buckets) == {}
-    write_json(tmp_path / "seeds.json", {"3": found["3"]})
+    write_json(tmp_path / "seeds.json", {**whole, "figures": {"3": found["3"]}})
     assert report.own_seeds(tmp_path / "seeds.json", buckets) == {}, "one seed is no spread"
-    (first, means), (_, gaps) = report.seed_tables(found, load(DEFAULTS))
+    params = load(DEFAULTS)
+    (first, _, means), (_, _, gaps) = report.seed_tables(whole, params)
     assert "2 seeds (1, 3)" in first and means["llmgr"][0] == "0.5000 ± 0.3536" and means["llmgr"][-1] == "–"
     assert list(gaps) == ["pop"] and gaps["pop"][0] == "+0.3750 [+0.1250, +0.6250]"
+    gap = {"difference": 0.01, "low": 0.002, "high": 0.02, "p": 0.03, "p_holm": 0.06, "relative": 0.1}
+    paired = {"pop": {c: dict.fromkeys(("hr_at_20", "ndcg_at_20", "mrr_at_20"), gap) for c in ("test", "test_unseen")}}
+    *_, (kept, _, _), (unseen, head, cells) = report.seed_tables({**whole, "differences": paired}, params)
+    assert "seen items kept" in kept and "seen items excluded" in unseen and head == ["HR@20", "NDCG@20", "MRR@20"]
+    assert cells == {"pop": ["+0.0100 [+0.0020, +0.0200], +10.0%, p 0.03, Holm 0.06"] * 3}
+    assert len(report.seed_tables({**whole, "ours": "pop", "differences": paired}, params)) == 2, "another model's"
+
+
+def test_the_scripts_collect_figures_and_ranks_from_experiments(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(*command: str) -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    for command in ("git init -q", "git config user.name A", "git config user.email a@example.org",
+                    "git config commit.gpgsign false", "dvc init -q"):
+        run(*command.split())
+    random, states, locks, ranks = np.random.default_rng(1), [], {}, {}
+    for seed, hit in ((2026, 0.5), (7, 0.25)):
+        content = changed(BASE, {"seed": seed})
+        Path("params.yaml").write_text(yaml.safe_dump(content))
+        for model, chance in (("llmgr", hit), ("pop", 0.05)):
+            rank = np.where(random.random(200) < chance, 1, 50).astype(np.int32)
+            ranks[seed, model] = rank
+            table = pl.DataFrame({"target": rank, "rank": rank, "rank_unseen": rank})
+            write_table(f"reports/ranks/{model}.parquet", table)
+        for command in ("dvc add -q reports/ranks", "git add -A", f"git commit -qm {seed}"):
+            run(*command.split())
+        revision = run("git", "rev-parse", "HEAD")
+        states.append(state(revision, content, hit))
+        locks[revision] = lock(content)
+    monkeypatch.setattr(search, "shown", lambda: states)
+    monkeypatch.setattr(search, "lock_of", locks.get)
+    params = load("params.yaml")
+    importlib.import_module("seeds").main(params)
+    found = read_json("reports/seeds.json")
+    assert list(found["figures"]) == ["7", "2026"] and found["ours"] == "llmgr"
+    gap = found["differences"]["pop"]["test"]["hr_at_20"]
+    hits = {model: np.mean([ranks[seed, model] <= 20 for seed in (2026, 7)]) for model in ("llmgr", "pop")}
+    assert gap["difference"] == pytest.approx(hits["llmgr"] - hits["pop"], abs=1e-6) and gap["p_holm"] < 0.01
+    assert "llmgr minus it +0." in capsys.readouterr().err
+    importlib.import_module("twins").main(params)
+    assert list(read_json("reports/twins.json")) == ["llmgr"]
+    shutil.rmtree(".dvc/cache")
+    shutil.rmtree("reports/ranks")
+    with pytest.raises(UserError, match=r"reports/ranks/llmgr.parquet of \w{7} is not in DVC's cache"):
+        importlib.import_module("seeds").main(params)
 
 
 def test_a_preset_that_is_no_list_of_options_is_refused(tmp_path):

@@ -86,6 +86,32 @@ def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], ours: str, resamples:
     return found, bounds, gaps
 
 
+def pooled(ranks: Mapping[str, Ranks], ours: str, resamples: int, seed: int) -> dict[str, dict[str, dict]]:
+    """Paired differences of the model `ours` over all targets, of every session's mean over the seeds of the training.
+
+    `ranks` are those of every seed, of the same sessions; models that a seed lacks are left out. Returns `{other:
+    {convention: {metric: {"difference", "low", "high", "p", "relative", "p_holm"}}}}`: the chance of the sessions is
+    resampled, that of the training averaged over. UserError where the seeds have other sessions.
+    """
+    first, *others = ranks.values()
+    models = [model for model in first if all(model in by for by in others)]
+    tables = {}
+    for model, convention in itertools.product(models, COLUMNS):
+        every = [by[model][convention] for by in ranks.values()]
+        if len({len(rank) for rank in every}) > 1:
+            raise UserError("the experiments at other seeds ranked other sessions: run them anew with one data section")
+        tables[model, convention] = np.mean([ranking.gains(rank) for rank in every], 0)
+    if ours not in models:
+        return {}
+    resampled = ranking.resampled_means(tables, resamples, seed)
+    means = {key: dict(zip(ranking.names(), table.mean(0).tolist())) for key, table in tables.items()}
+    gaps = {model: {convention: ranking.paired(means[ours, convention], means[model, convention],
+                                               resampled[ours, convention], resampled[model, convention])
+                    for convention in COLUMNS} for model in models if model != ours}
+    _correct([by[convention] for by in gaps.values()] for convention in COLUMNS)
+    return gaps
+
+
 def _correct(families: Iterable[list[dict]]) -> None:
     for family in families:
         for metric in ranking.names() if family else ():

@@ -88,7 +88,12 @@ def bootstrap(ranks: Mapping[str, Any], resamples: int, seed: int) -> dict[str, 
 
     `ranks` maps a model to its ranks, all of the same sessions in the same order.
     """
-    table = np.concatenate([gains(r) for r in ranks.values()], 1)
+    return resampled_means({model: gains(rank) for model, rank in ranks.items()}, resamples, seed)
+
+
+def resampled_means(tables: Mapping[Any, np.ndarray], resamples: int, seed: int) -> dict[Any, np.ndarray]:
+    """`bootstrap` of what every session adds to every metric: tables (sessions, metrics) as `gains` makes them."""
+    table = np.concatenate(list(tables.values()), 1)
     sessions = len(table)
     hit = np.flatnonzero(table.any(1))  # the other sessions add nothing to any metric
     table = table[hit]
@@ -100,7 +105,7 @@ def bootstrap(ranks: Mapping[str, Any], resamples: int, seed: int) -> dict[str, 
         weights = np.stack([np.bincount(row, minlength=sessions)[hit] for row in drawn])
         with threadpool_limits(1):  # the last bits do not hang on the thread count, nor the time on a busy machine
             means[start:start + size] = weights.astype(np.float64) @ table / sessions
-    return dict(zip(ranks, np.split(means, len(ranks), 1)))
+    return dict(zip(tables, np.split(means, len(tables), 1)))
 
 
 def intervals(resampled: np.ndarray) -> dict[str, list[float]]:

@@ -70,14 +70,15 @@ def _own_twins(path: Path, main: Mapping | None) -> dict[str, Any]:
     return found if same else {}
 
 
-def own_seeds(path: Path, buckets: Mapping) -> dict[str, seeds.Figures]:
-    """The seeds that stages/seeds.py collected, several of them, if these results are one of them."""
-    found = read_json(path) if path.exists() else {}
+def own_seeds(path: Path, buckets: Mapping) -> dict[str, Any]:
+    """What stages/seeds.py collected at several seeds, if these results are one of them."""
+    whole = read_json(path) if path.exists() else {}
+    found = whole.get("figures", {})
     same = any(by.keys() and all(
         buckets.get(model, {}).get(convention, {}).get(bucket) == figures
         for model, conventions in by.items() for convention, inner in conventions.items()
         for bucket, figures in inner.items()) for by in found.values())
-    return found if same and len(found) > 1 else {}
+    return whole if same and len(found) > 1 else {}
 
 
 def _curves(paths: set[Path], order: Mapping) -> dict[str, pl.DataFrame]:
@@ -297,7 +298,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
         ranking_seconds=ranking_seconds(found, params), parameters=parameters(found),
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
-        twin_columns=TWIN_COLUMNS, changes=_changes, seed_columns=seed_columns(params),
+        twin_columns=TWIN_COLUMNS, changes=_changes,
         seed_tables=seed_tables(found["seeds"], params) if found["seeds"] else [],
         facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=flat(params))
 
@@ -315,8 +316,8 @@ def markdown(found: Mapping[str, Any], params: Any) -> str:
     if found["twins"]:
         sections.append(_twins(found, params))
     if found["seeds"]:
-        for title, table in seed_tables(found["seeds"], params):
-            sections.append(_table(title, ["model", *seed_columns(params)], [[m, *row] for m, row in table.items()]))
+        for title, head, table in seed_tables(found["seeds"], params):
+            sections.append(_table(title, ["model", *head], [[m, *row] for m, row in table.items()]))
     rows = [[name, duration(cost["seconds"]), _number(cost["samples_per_second"]), _number(cost["tokens_per_second"]),
              _number(cost["peak_memory_mb"]) + " MB", _number(cost["trainable_parameters"]),
              _number(cost["total_parameters"]), cost["hardware"]] for name, cost in found["cost"].items()]
@@ -350,26 +351,27 @@ def _twins(found: Mapping, params: Any) -> str:
     return _table("LLMGR's twins: the same with one thing taken away", ["twin", "changed", *head], rows)
 
 
-def seed_columns(params: Any) -> list[str]:
-    """Heads of the seeds' tables."""
-    return [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}"
-            for c, b, m in seeds.COLUMNS]
-
-
-def seed_tables(found: Mapping[str, seeds.Figures], params: Any) -> list[tuple[str, dict[str, list[str]]]]:
-    """Mean and deviation over the seeds by model, then by how much `bucket.ours` exceeds each: mean [least, most]."""
-    models, ours = seeds.models(found), params.bucket.ours
-    number = f"{len(found)} seeds ({', '.join(found)})"
+def seed_tables(found: Mapping[str, Any], params: Any) -> list[tuple[str, list[str], dict[str, list[str]]]]:
+    """Title, heads and cells by model: mean and deviation over the seeds; by how much `bucket.ours` exceeds each, mean
+    [least, most]; and the paired differences of the sessions' means over the seeds, by convention."""
+    figures, ours = found["figures"], params.bucket.ours
+    models, number = seeds.models(figures), f"{len(figures)} seeds ({', '.join(figures)})"
+    head = [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}" for c, b, m in seeds.COLUMNS]
 
     def cells(model: str, minus: str | None) -> list[str]:
-        every = [seeds.spread(found, model, column, minus) for column in seeds.COLUMNS]
+        every = [seeds.spread(figures, model, column, minus) for column in seeds.COLUMNS]
         return ["–" if x is None else f"{x[0]:.4f} ± {x[1]:.4f}" if minus is None else
                 f"{x[0]:+.4f} [{x[2]:+.4f}, {x[3]:+.4f}]" for x in every]
 
-    tables = [(f"Mean and standard deviation over {number}", {model: cells(model, None) for model in models})]
+    tables = [(f"Mean and standard deviation over {number}", head, {model: cells(model, None) for model in models})]
     if ours in models:
         tables.append((f"{title_of(ours)} minus the other model at the same seed, mean [least, greatest] of {number}",
-                       {model: cells(ours, model) for model in models if model != ours}))
+                       head, {model: cells(ours, model) for model in models if model != ours}))
+    for convention, words in CONVENTIONS.items() if found.get("ours") == ours and found["differences"] else ():
+        tables.append((f"{title_of(ours)} minus the other model, every session's mean over {number}, {words.lower()} "
+                       "(paired 95% interval, p, Holm-corrected p)", list(map(pretty, HEADLINE)),
+                       {model: [_gap(by[convention][metric], params.bucket.resamples) for metric in HEADLINE]
+                        for model, by in found["differences"].items()}))
     return tables
 
 

@@ -1,6 +1,7 @@
 """A hyperparameter search made of DVC experiments: which trained a model, on what, how well, and the best of them."""
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,25 @@ def lock_of(revision: str) -> dict[str, Any]:
     """dvc.lock as an experiment left it."""
     done = _said("git", "show", f"{revision}:dvc.lock")
     return yaml.safe_load(done.stdout) if done.returncode == 0 else {}
+
+
+def ranks_of(revision: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Ranks of the test targets by model and convention, as an experiment left them in DVC's cache."""
+    import polars as pl
+    from dvc.api import DVCFileSystem
+
+    from llmgr.buckets import COLUMNS
+
+    files, found = DVCFileSystem(rev=revision), {}
+    for model in models:
+        path = f"reports/ranks/{model}.parquet"
+        try:
+            frame = pl.read_parquet(io.BytesIO(files.read_bytes(path)))
+        except FileNotFoundError:
+            raise UserError(f"{path} of {revision[:7]} is not in DVC's cache: `dvc fetch` it or run the experiment "
+                            "anew") from None
+        found[model] = {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}
+    return found
 
 
 def _said(*command: str) -> subprocess.CompletedProcess[str]:

@@ -15,14 +15,17 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmgr.artifacts import digest, home, left_behind, read_json, replacing
 from llmgr.errors import UserError
 from llmgr.stage import disk_is_full
+
+if TYPE_CHECKING:
+    from llmgr.search import Trial
 
 KEY = "llmgr.key"
 PACKAGES = ("torch", "transformers", "peft", "polars", "numpy", "mlflow", "dvc")
@@ -159,6 +162,42 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
 
     UserError where the store cannot be reached or does not answer as one.
     """
+    values, identity = metrics(reports), key(parameters, reports)
+    name = os.environ.get("DVC_EXP_NAME") or f"{parameters['data.dataset']}-{identity[:8]}"
+    with _opened(experiment, uri) as (client, experiment_id):
+        run = _published(client, experiment_id, identity, name, tags(identity), lambda run_id: _fill(
+            client, run_id, parameters, values, reports))
+    return {"run_id": run.info.run_id, "experiment": experiment, "name": run.info.run_name, "key": identity,
+            "store": store(uri).split(":", 1)[0]}
+
+
+def publish_trials(model: str, trials: Iterable[Trial], experiment: str, uri: str | None) -> None:
+    """Publish the trials of a model's search, each a run of its own (tag `llmgr.search`), those that are not there yet.
+
+    Metrics are `valid.NDCG` and its like, best epoch and seconds: no test session was scored. UserError as `publish`.
+    """
+    from mlflow.entities import Metric
+
+    with _opened(experiment, uri) as (client, experiment_id):
+        for trial in trials:
+            logged = {name: value for name, value in trial.parameters.items() if not name.startswith("track.")}
+            values = {f"valid.{name}" if name.startswith(("hr_", "ndcg_", "mrr_")) else name: value
+                      for name, value in trial.metrics.items() if value is not None}
+            told = json.dumps([model, logged, {name: v for name, v in values.items() if name != "seconds"}])
+            identity = hashlib.sha256(told.encode()).hexdigest()[:32]
+            now = int(time.time() * 1000)
+
+            def fill(run_id: str, logged: Mapping = logged, values: Mapping = values, now: int = now) -> None:
+                _log_parameters(client, run_id, logged)
+                client.log_batch(run_id, metrics=[Metric(legal(name), value, now, 0) for name, value in values.items()])
+
+            _published(client, experiment_id, identity, f"{model}-{trial.name}",
+                       tags(identity) | {"llmgr.search": model, "dvc.experiment": trial.name}, fill)
+
+
+@contextlib.contextmanager
+def _opened(experiment: str, uri: str | None) -> Iterator[tuple[Any, str]]:
+    """A client of the store and the experiment's id, while no other process publishes; UserError where that fails."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import filelock
@@ -169,19 +208,11 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
     address = store(uri)
     kind = address.split(":", 1)[0]
     shown = kind if kind == "sqlite" else address
-    values = metrics(reports)
-    identity = key(parameters, reports)
-    name = os.environ.get("DVC_EXP_NAME") or f"{parameters['data.dataset']}-{identity[:8]}"
     try:
         with filelock.FileLock(beside(address) / ".mlflow.lock", timeout=LOCK_SECONDS):
             _create(mlflow, address)
             client = _client(mlflow, address)
-            experiment_id = _experiment(client, experiment, address)
-            run = _finished(client, experiment_id, identity)
-            if run is None:
-                run = client.create_run(experiment_id, tags=tags(identity), run_name=name)
-                _fill(client, run.info.run_id, parameters, values, reports)
-                client.set_terminated(run.info.run_id, "FINISHED")
+            yield client, _experiment(client, experiment, address)
     except filelock.Timeout:
         raise UserError(f".mlflow.lock has been held for {LOCK_SECONDS} s by another process that publishes: wait for "
                         "it, then run `dvc repro track` again") from None
@@ -191,8 +222,17 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
         told = f"the MLflow store ({shown}) did not take the run ({' '.join(str(error).split())[:160]})"
         raise UserError(re.sub(r"//[^/@\s]*@", "//", told) + ": mend track.uri or MLFLOW_TRACKING_URI, or start the "
                         "server, and run `dvc repro track` again") from None  # no password in a message
-    return {"run_id": run.info.run_id, "experiment": experiment, "name": run.info.run_name, "key": identity,
-            "store": kind}
+
+
+def _published(client: Any, experiment_id: str, identity: str, name: str, tags: dict[str, str],
+               fill: Callable[[str], None]) -> Any:
+    """The finished run with this key, made and filled where there is none."""
+    run = _finished(client, experiment_id, identity)
+    if run is None:
+        run = client.create_run(experiment_id, tags=tags, run_name=name)
+        fill(run.info.run_id)
+        client.set_terminated(run.info.run_id, "FINISHED")
+    return run
 
 
 def _create(mlflow: Any, address: str) -> None:
@@ -256,12 +296,18 @@ def _finished(client: Any, experiment_id: str, identity: str) -> Any:
     return finished
 
 
-def _fill(client: Any, run_id: str, parameters: Mapping, values: Mapping, reports: Path) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+def _log_parameters(client: Any, run_id: str, parameters: Mapping) -> None:
+    from mlflow.entities import Param
 
     texts = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in parameters.items()]
     for start in range(0, len(texts), 100):
         client.log_batch(run_id, params=texts[start:start + 100])
+
+
+def _fill(client: Any, run_id: str, parameters: Mapping, values: Mapping, reports: Path) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+    _log_parameters(client, run_id, parameters)
     kept = {path for folder in ("figures", "metrics", "curves", "plots") for path in (reports / folder).rglob("*.*")}
     kept -= left_behind(reports)
     now = int(time.time() * 1000)

@@ -58,8 +58,8 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
 
 
 def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
-             lock: Callable[[str], Mapping[str, Any]]) -> dict[str, Figures]:
-    """The figures of every model by seed, of the experiments that differ from `content` in the seed alone.
+             lock: Callable[[str], Mapping[str, Any]]) -> dict[str, tuple[str, Figures]]:
+    """Revision and figures of every model by seed, of the experiments that differ from `content` in the seed alone.
 
     Which encoders an experiment trained does not matter; `states` and `lock` as in `collected`. A gate
     counts only where it fuses what it fuses here.
@@ -73,10 +73,10 @@ def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
         here, there = content["gate"], own["gate"]
         other = {name for name in there["fuse"] if there["fuse"][name] != here["fuse"].get(name) or any(
             there[key] != here[key] for key in ("edges", "sessions"))}
-        found.setdefault(str(own["seed"]), {
+        found.setdefault(str(own["seed"]), (state["rev"], {
             model: {convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
                     for convention, by in conventions.items() if convention in ("test", "test_unseen")}
-            for model, conventions in figures.items() if model not in other})
+            for model, conventions in figures.items() if model not in other}))
     return {seed: found[seed] for seed in sorted(found, key=int)}
 
 
