@@ -32,7 +32,7 @@ def main(params) -> None:
     dtype = arithmetic(params.tune.precision)
     sessions = [read_split(split, params.data.max_session)[0] for split in ("train", "valid")]
     model = build_llmgr(params.model, dtype, params.seed)
-    load_llmgr(Path("models/aligned"), model)
+    load_llmgr(Path("models/aligned"), model, params.model)
     model.unfreeze_encoder(params.tune.train_encoder)
     if params.tune.linear:
         model.linear_term = LinearTerm(left_out(params.slit, sessions[0], texts_shuffled(params)))

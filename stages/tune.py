@@ -34,7 +34,7 @@ def main(params) -> None:
     dtype, place = arithmetic(settings.precision), device(params.launch)
     torch.manual_seed(params.seed)
     model = build_llmgr(params.model, dtype, params.seed)
-    load_llmgr(Path(INPUTS[0]), model)
+    load_llmgr(Path(INPUTS[0]), model, params.model)
     model.unfreeze_encoder(settings.train_encoder)
     started = time.monotonic()
     if settings.linear:

@@ -125,12 +125,13 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     model = llmgr(kind, seed=1, output=output, attention="causal")
     prompts, session_RD = prompted(kind)
     before = scores(model, prompts, session_RD)
-    save_llmgr(tmp_path, model, model_settings(output=output), encoder=True)
+    settings = model_settings(output=output, attention="causal")
+    save_llmgr(tmp_path, model, settings, encoder=True)
     other = llmgr(kind, seed=1, output=output, attention="causal")
     for _, parameter in [*other.trained(), *other.encoder.named_parameters()]:
         parameter.add_(0.1)
     assert not torch.allclose(scores(other, prompts, session_RD), before, atol=1e-3)
-    load_llmgr(tmp_path, other)
+    load_llmgr(tmp_path, other, settings)
     assert torch.equal(scores(other, prompts, session_RD), before)
     for ours, theirs in zip(model.encoder.parameters(), other.encoder.parameters()):
         assert torch.equal(ours, theirs)
@@ -143,7 +144,7 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
                    if p.requires_grad and not n.startswith("encoder."))
     assert size == adapters and (tmp_path / "llmgr.safetensors").stat().st_size < size + 6000
     first = (tmp_path / "llmgr.safetensors").read_bytes()
-    save_llmgr(tmp_path, model, model_settings(output=output), encoder=True)
+    save_llmgr(tmp_path, model, settings, encoder=True)
     assert (tmp_path / "llmgr.safetensors").read_bytes() == first
 
 
@@ -156,18 +157,25 @@ def test_what_belongs_elsewhere_is_refused_in_one_sentence(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     backbone(tmp_path, "aa")
     save_llmgr(tmp_path, llmgr(), model_settings(), encoder=False)
-    load_llmgr(tmp_path, llmgr())
-    for changes in ({"lora_r": 2}, {"lora_targets": ["q_proj"]}, {"output": "linear"}, {"lora_r": 0}):
-        with pytest.raises(UserError, match=r"other adapters than the model section asks for: run `dvc repro`"):
-            load_llmgr(tmp_path, llmgr(**changes))
+    load_llmgr(tmp_path, llmgr(), model_settings())
+    load_llmgr(tmp_path, llmgr(dropout=0.5), model_settings(dropout=0.5))
+    for changes in ({"lora_r": 2}, {"lora_targets": ["q_proj"]}, {"output": "linear"}, {"lora_r": 0},
+                    {"node_text": True}):
+        (key, value), = changes.items()
+        with pytest.raises(UserError, match=rf"trained with model\.{key}=.*, not {re.escape(str(value))}: run `dvc"):
+            load_llmgr(tmp_path, llmgr(**changes), model_settings(**changes))
+    model = llmgr()
+    model.linear_term = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match=r"other tensors than the model section and tune\.linear ask for"):
+        load_llmgr(tmp_path, model, model_settings())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"items": ITEMS + 1}))
     with pytest.raises(UserError, match="another backbone or catalogue"):
-        load_llmgr(tmp_path, llmgr())
+        load_llmgr(tmp_path, llmgr(), model_settings())
     (tmp_path / "config.json").write_text(json.dumps(config))
     backbone(tmp_path, "bb")
     with pytest.raises(UserError, match="another backbone or catalogue"):
-        load_llmgr(tmp_path, llmgr())
+        load_llmgr(tmp_path, llmgr(), model_settings())
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     model = build_llmgr(params.model, dtype, params.seed)
     if params.tune.linear:
         model.linear_term = LinearTerm(formed(texts_shuffled(params)))
-    load_llmgr(Path("models/tuned"), model)
+    load_llmgr(Path("models/tuned"), model, params.model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)
 

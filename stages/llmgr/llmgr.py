@@ -219,16 +219,20 @@ def save_llmgr(folder: Path, model: Llmgr, params: Any, encoder: bool) -> None:
                                         "model": {k: v for k, v in sorted(vars(params).items())}})
 
 
-def load_llmgr(folder: Path, model: Llmgr) -> None:
-    """Load what `save_llmgr` wrote; UserError where it belongs to another backbone, catalogue or adapter shape."""
+def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
+    """Load what `save_llmgr` wrote; UserError where it belongs to another backbone, catalogue or model section."""
     config = read_json(folder / "config.json")
     if config["items"] != len(model.vectors) - 1 or config["backbone"] != backbone_digest():
         raise UserError(f"{folder} belongs to another backbone or catalogue: run `dvc repro` to train it anew")
+    for key, value in vars(params).items():
+        if key not in ("dropout", "lora_dropout") and config["model"].get(key) != value:
+            raise UserError(f"{folder} was trained with model.{key}={config['model'].get(key)}, not {value}: run `dvc "
+                            "repro` to train it anew")
     tensors = load_tensors(folder / "llmgr.safetensors")
     own = dict(model.trained())
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-        raise UserError(f"{folder} has other adapters than the model section asks for: run `dvc repro` to train it "
-                        "anew")
+        raise UserError(f"{folder} has other tensors than the model section and tune.linear ask for: run `dvc repro` "
+                        "to train it anew")
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)

@@ -1,0 +1,97 @@
+"""The README says what the recorded results say: every row of its tables, from reports/results/, to the last digit."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machine import ROOT
+
+README = (ROOT / "README.md").read_text()
+HEADS = {"Beauty": "beauty", "Office Products": "office"}
+COLUMNS = [(split, "all", metric) for split in ("test", "test_unseen")
+           for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")]
+COLUMNS += [("test_unseen", bucket, "hr_at_20") for bucket in ("cold", "warm")]
+
+
+def recorded(folder: str) -> dict:
+    """The metrics of a recorded run."""
+    return json.loads((ROOT / "reports/results" / folder / "metrics.json").read_text())
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the first Markdown table of a text, without head and rule, bold taken away."""
+    table = re.search(r"(?:^[ ]*\|.*\n)+", text, re.M)
+    assert table, "no table"
+    return [[cell.strip().replace("*", "") for cell in line.strip().strip("|").split("|")]
+            for line in table[0].splitlines()[2:]]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_tables_hold_the_recorded_figures(head: str) -> None:
+    table = rows(README[README.index(f"**{head}**, "):])
+    encoders, without, now = (recorded(f"{HEADS[head]}{run}")["buckets"] for run in ("", "-floors", "-linear"))
+    seen = set()
+    for name, *cells in table:
+        model, _, lacks = name.partition(", ")
+        assert lacks in ("", "`tune.linear=false`")
+        figures = without[model] if lacks else now.get(model) or encoders[model]
+        assert cells == [f"{figures[split][bucket][metric]:.4f}" for split, bucket, metric in COLUMNS], name
+        seen |= {model} if not lacks else set()
+    assert seen == {*now, *(model for model in encoders if not model.startswith("gated-"))}, "all but superseded gates"
+    for model, by in encoders.items():
+        assert model.startswith("gated-") or model == "llmgr" or by == now.get(model, by), "the runs are one setting's"
+
+
+def test_the_best_of_a_column_is_bold() -> None:
+    for head in HEADS:
+        lines = README[README.index(f"**{head}**, "):].split("\n\n")[1].splitlines()[2:]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
+        for column in zip(*cells):
+            best = max(cell.strip("*") for cell in column)
+            assert [cell.startswith("**") for cell in column] == [cell.strip("*") == best for cell in column]
+
+
+def test_the_table_of_means_holds_the_recorded_seeds() -> None:
+    models = {"GC-SAN": "gcsan", "control": "gcsan-text", "control with": "gcsan-linear", "LLMGR with": "llmgr",
+              "gate": "gated-gcsan-text-floors", "the same gate": "gated-both-floors"}
+    table = [row for row in rows(README[README.index("**What came out**"):]) if "without" not in row[0]]  # in the log
+    assert len(table) == len(models)
+    for name, *cells in table:
+        model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
+        for folder, cell in zip(("beauty", "office"), cells, strict=True):
+            seeds = recorded(f"{folder}-linear")["seeds"]["figures"]
+            assert len(seeds) == 3
+            means = [np.mean([run[model]["test_unseen"]["all"][metric] for run in seeds.values()])
+                     for metric in ("hr_at_20", "ndcg_at_20")]
+            assert cell == " / ".join(f"{mean:.4f}" for mean in means), name
+
+
+def test_the_twins_hold_the_recorded_figures() -> None:
+    twins = recorded("office-linear")["twins"]
+    names = {"LLMGR": "llmgr", "tuned language model of random weights": "random-weights",
+             "without LoRA (language model frozen)": "without-lora", "without stage 1": "without-stage-1",
+             "item vectors alone at the node slots": "without-node-texts",
+             "texts and base shuffled among items": "shuffled-texts", "without the linear start": "without-linear"}
+    table = rows(README[README.index("Pretraining matters little"):])
+    assert {name for name, *_ in table} == set(names)
+    for name, both, cold, _ in table:
+        figures = twins[names[name]]["figures"]["test_unseen"]
+        assert both == f"{figures['all']['hr_at_20']:.4f} / {figures['all']['ndcg_at_20']:.4f}", name
+        assert cold == f"{figures['cold']['hr_at_20']:.4f}", name
+
+
+def test_files_that_the_readme_links_exist() -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
+    assert len(links) > 5
+    assert [link for link in links if not Path(ROOT, link).exists()] == []
+
+
+def test_the_tree_lists_what_there_is() -> None:
+    tree = README[README.index("## The tree"):]
+    for folder in ("stages", "stages/llmgr"):
+        for path in sorted(Path(ROOT, folder).glob("*.py")):
+            if path.name != "__init__.py":
+                assert re.search(rf"(?<![\w.]){re.escape(path.name)}(?!\w)", tree), path
