@@ -300,6 +300,14 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, settings, gpus, wor
         pass
 
 
+@pytest.mark.parametrize(("strategy", "warned"), [("ddp", False), ("zero2", True), ("zero3", True)])
+def test_a_strategy_that_divides_nothing_is_warned_of(monkeypatch, capsys, strategy: str, warned: bool) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with launch.processes(SimpleNamespace(device="auto", processes=1, strategy=strategy)) as works:
+        assert works
+    assert (f"launch.strategy={strategy} divides nothing in one process" in capsys.readouterr().err) == warned
+
+
 def test_a_missing_gpu_is_a_sentence_of_the_stage(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

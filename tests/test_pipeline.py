@@ -249,6 +249,14 @@ def test_training_by_hand_without_the_test_sessions_gives_the_same_model(copy: P
     assert digest(model) == before, "training read something of the test split, or is not the same twice"
 
 
+def test_the_benchmark_runs_on_what_a_repro_left(copy: Path, capfd: pytest.CaptureFixture) -> None:
+    assert stage("bench", root=copy) == 0
+    said = capfd.readouterr().err
+    rate, part = re.search(r"([\d,]+) useful tokens/s.* (\d+)% of the machine", said).groups()
+    assert float(rate.replace(",", "")) > 10 and 0 < int(part) < 100
+    assert re.search(r"sessions/s: [\d.]+; plain loop [\d.]+ .*: [\d.]+ times", said) and "a step's time: " in said
+
+
 # --------------------------------------------------------------------------------------------------------- experiments
 
 def test_an_experiment_runs_what_it_touches_and_going_back_finds_the_first_run(copy: Path) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from llmgr.errors import UserError, WorkersFailed
-from llmgr.stage import WORKERS
+from llmgr.stage import WORKERS, say
 
 Optimizer = torch.optim.Optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,6 +70,8 @@ def processes(settings: Any) -> Iterator[bool]:
         return
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _join(chosen)
+    elif settings.strategy != "ddp":
+        say(f"warning: launch.strategy={settings.strategy} divides nothing in one process: raise launch.processes")
     yield True
     if distributed.is_initialized():
         distributed.destroy_process_group()

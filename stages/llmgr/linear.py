@@ -18,6 +18,7 @@ from llmgr.errors import UserError
 from llmgr.graph import Sessions, catalogue_size
 from llmgr.neighbours import catalogue_words, last_clicks
 from llmgr.params import check_pairs
+from llmgr.stage import say
 
 CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share of its clicks' norm
 MOST = 200  # iterations; some ten are the rule
@@ -219,8 +220,9 @@ def left_out(slit: Any, train: Sessions, shuffle: int | None = None) -> LeftOut:
 
     `shuffle` as in `catalogue_words`.
     """
-    words = catalogue_words(shuffle) if slit.text else None
-    return LeftOut(train, slit.ridge, slit.decay, words, slit.text, catalogue_size("data/core/items.parquet"))
+    words, items = catalogue_words(shuffle) if slit.text else None, catalogue_size("data/core/items.parquet")
+    say(f"linear model: forming the matrices of all pairs of {items:,} items")  # minutes on a large catalogue
+    return LeftOut(train, slit.ridge, slit.decay, words, slit.text, items)
 
 
 def _prefixes(train: Sessions, decay: float, items: int) -> csr_array:

@@ -394,7 +394,8 @@ class Llm:
     revision: str
     """Hub revision; what it resolved to is recorded in models/backbone/backbone.json."""
     item_text: Literal["title", "text"]
-    """What stands for an item wherever its text is read: the title, or the whole cleaned text."""
+    """What text vectors and stage 1 read of an item: the title, or the whole cleaned text. A scratch model is always
+    trained on the whole text; word-kNN and `slit.text` read title and brand."""
     max_text_tokens: int
     """Tokens of an item's text that the text vectors see."""
     scratch: Scratch

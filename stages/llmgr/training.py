@@ -193,8 +193,8 @@ def finish(progress: Progress, model: nn.Module, *, name: str, resume: Path, rep
 
 
 def cost(progress: Progress, model: nn.Module, prepared: float = 0.0) -> dict[str, Any]:
-    """What a training took: seconds (validation and `prepared` ones included), rates over training time, memory,
-    parameters, machine."""
+    """What a training took: seconds (validation and `prepared` ones included), rates over training time, memory (of
+    one process), parameters, machine."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     busy = max(progress.training_seconds, 1e-9)
     return {"seconds": prepared + progress.seconds, "training_seconds": progress.training_seconds,
