@@ -25,7 +25,8 @@ results: $(VENV)/.installed  # keep the current results under reports/results/<d
 	$(BIN)/python stages/record.py
 
 grid: $(VENV)/.installed  # search a model's parameters in the background: make grid MODEL=gcsan DATASET=office SET="-S ..."
-	@test -f stages/presets/grid/$(MODEL).txt || { echo "error: MODEL=$(MODEL) has no grid: $$(ls stages/presets/grid | sed 's/.txt//' | xargs)" >&2; exit 2; }
+	@test -f stages/presets/grid/$(MODEL).txt || { echo "error: MODEL=$(MODEL) has no grid; there are $$(ls stages/presets/grid | sed 's/.txt//' | xargs)" >&2; exit 2; }
+	@test -n "$(DATASET)" || { echo "error: DATASET is not given, such as DATASET=office" >&2; exit 2; }
 	$(BIN)/dvc exp run --queue pretrain@$(MODEL) $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
 	$(BIN)/dvc queue start -j 1
 

@@ -45,12 +45,12 @@ def main(params: Any, model: str, dataset: str) -> None:
     build(Params, yaml.safe_load(changed), "")
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
-    tracking.publish_trials(model, result.trials, params.track.experiment, params.track.uri)
     record = f"reports/results/{dataset.replace(':', '-')}/search-{model}.csv"
     write_text(record, buffer.getvalue())
     write_text("params.yaml", changed)
     stage.say(f"params.yaml has the best of {len(rows)}: " + ", ".join(
         f"{key}={value}" for key, value in zip(head, rows[0][:len(chosen)])) + f"; the search is in {record}")
+    tracking.publish_trials(model, result.trials, params.track.experiment, params.track.uri)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,19 @@ def main(params) -> None:
 
     from llmgr import buckets, search, seeds, twins
     from llmgr.artifacts import write_json
+    from llmgr.errors import UserError
     from llmgr.stage import say
 
     known = twins.at_seeds(search.shown(), yaml.safe_load(Path("params.yaml").read_text()), search.lock_of)
     found, ours = {seed: figures for seed, (_, figures) in known.items()}, params.bucket.ours
     models, gaps = seeds.models(found), {}
-    if len(found) > 1:
+    try:
         ranks = {seed: search.ranks_of(revision, models) for seed, (revision, _) in known.items()}
-        gaps = buckets.pooled(ranks, ours, params.bucket.resamples, params.seed)
-    write_json("reports/seeds.json", {"figures": found, "ours": ours, "differences": gaps})
+        gaps = buckets.pooled(ranks, ours, params.bucket.resamples, params.seed) if len(ranks) > 1 else {}
+    except UserError as error:
+        say(f"warning: no paired differences: {error}")
+    write_json("reports/seeds.json", {"figures": found, "ours": ours, "resamples": params.bucket.resamples,
+                                      "differences": gaps})
     for model in models:
         mean, deviation, *_ = seeds.spread(found, model, seeds.COLUMNS[0])
         say(f"{model}: HR@20 {mean:.4f}, deviation {deviation:.4f}" + (

@@ -76,28 +76,35 @@ def test_buckets_hold_the_counts_that_their_names_say() -> None:
 
 def test_pooling_pairs_every_sessions_mean_over_the_seeds() -> None:
     random = np.random.default_rng(0)
-    hard = random.random(400) < 0.5
+    target, hard = random.integers(1, 90, 400), random.random(400) < 0.5
 
     def drawn(chance: float) -> np.ndarray:
         return np.where(random.random(400) < chance * (1 - hard / 2), random.integers(1, 21, 400), 99)
 
-    ranks = {seed: {model: {c: drawn(chance) for c in buckets.COLUMNS}
+    ranks = {seed: {model: {c: drawn(chance) for c in buckets.COLUMNS} | {"target": target}
                     for model, chance in (("llmgr", 0.5), ("gcsan", 0.3), ("pop", 0.2))} for seed in ("1", "2", "3")}
     ranks["2"]["narm"] = ranks["2"]["pop"]  # which the other seeds lack
     gaps = buckets.pooled(ranks, "llmgr", 500, 1)
     assert list(gaps) == ["gcsan", "pop"]
     for model, by in gaps.items():
         for convention in buckets.COLUMNS:
-            hits = {m: np.mean([ranks[s][m][convention] <= 20 for s in ranks], 0) for m in ("llmgr", model)}
-            difference = hits["llmgr"] - hits[model]
-            gap = by[convention]["hr_at_20"]
-            assert gap["difference"] == pytest.approx(difference.mean())
-            error = difference.std() / 20
-            assert gap["high"] - gap["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+            hits = {m: np.mean([ranks[s][m][convention] <= 20 for s in ranks]) for m in ("llmgr", model)}
+            assert by[convention]["hr_at_20"]["difference"] == pytest.approx(hits["llmgr"] - hits[model])
     family = [gaps[model]["test"]["mrr_at_20"] for model in gaps]
     assert [gap["p_holm"] for gap in family] == ranking.holm([gap["p"] for gap in family])
     assert buckets.pooled({"1": ranks["1"], "3": ranks["3"]}, "caser", 100, 1) == {}
-    ranks["3"]["pop"] = {c: np.ones(3) for c in buckets.COLUMNS}
+
+    one = buckets.pooled({"1": ranks["1"]}, "llmgr", 500, 1)
+    assert buckets.pooled({"1": ranks["1"], "2": ranks["1"]}, "llmgr", 500, 1) == one, "a seed said twice tells no more"
+    plain = {model: {c: by[c] for c in buckets.COLUMNS} for model, by in ranks["1"].items()}
+    everyone = {"all": np.ones(400, bool)}
+    expected = buckets.measure(plain, everyone, "llmgr", 500, 1)[2]
+    assert one == {model: {c: by[c]["all"] for c in buckets.COLUMNS} for model, by in expected.items()}
+    for by in ranks.values():
+        by["copy"] = by["llmgr"]
+    same = buckets.pooled(ranks, "llmgr", 500, 1)["copy"]["test"]["ndcg_at_20"]
+    assert same["low"] == same["high"] == 0.0, "models are paired"
+    ranks["3"]["pop"] = ranks["3"]["pop"] | {"target": target[::-1]}
     with pytest.raises(UserError, match="at other seeds ranked other sessions"):
         buckets.pooled(ranks, "llmgr", 100, 1)
 

@@ -159,6 +159,9 @@ def test_what_belongs_elsewhere_is_refused_in_one_sentence(tmp_path, monkeypatch
     save_llmgr(tmp_path, llmgr(), model_settings(), encoder=False)
     load_llmgr(tmp_path, llmgr(), model_settings())
     load_llmgr(tmp_path, llmgr(dropout=0.5), model_settings(dropout=0.5))
+    long = model_settings(lora_alpha=8 * 2 ** 0.5)
+    save_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, encoder=False)
+    load_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long)
     for changes in ({"lora_r": 2}, {"lora_targets": ["q_proj"]}, {"output": "linear"}, {"lora_r": 0},
                     {"node_text": True}):
         (key, value), = changes.items()

@@ -1,4 +1,4 @@
-"""The README says what the recorded results say: every row of its tables, from reports/results/, to the last digit."""
+"""The README says what is recorded: models, means over seeds, twins and RecBole's side, to the last digit; its tree."""
 from __future__ import annotations
 
 import json
@@ -91,7 +91,19 @@ def test_files_that_the_readme_links_exist() -> None:
 
 def test_the_tree_lists_what_there_is() -> None:
     tree = README[README.index("## The tree"):]
-    for folder in ("stages", "stages/llmgr"):
-        for path in sorted(Path(ROOT, folder).glob("*.py")):
-            if path.name != "__init__.py":
-                assert re.search(rf"(?<![\w.]){re.escape(path.name)}(?!\w)", tree), path
+    for indent, folder in ((2, "stages"), (4, "stages/llmgr")):
+        listed = re.findall(rf"^ {{{indent}}}((?:\w+\.py +)+)", tree, re.M)
+        assert {name for names in listed for name in names.split()} == {
+            path.name for path in Path(ROOT, folder).glob("*.py")} - {"__init__.py"}
+
+
+def test_recboles_side_is_the_recorded_comparison() -> None:
+    table = {name: cells for name, *cells in rows((ROOT / "reports/results/office/recbole.md").read_text())}
+    found = {name.strip("`"): cells for name, *cells in rows(README[README.index("### Baselines"):])}
+    assert {name for name in found if re.match("0", found[name][2])} == set(table)
+    for name, (ours, theirs, _, ndcg, their_ndcg, *_) in table.items():
+        assert found[name][2:] == [f"{ours} / {ndcg}", f"{theirs} / {their_ndcg}"], name
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"\b(?:[A-Z]{2,}_TABLE|SCORED|TODO|TBD|FIXME)\b", README)

@@ -219,7 +219,7 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     assert report.describe("gcsan-text", VIEW) == "gcsan with item texts: the control"
     assert report.describe("gcsan-shuffled", VIEW) == "gcsan with other items' texts"
     assert report.describe("gcsan-linear", VIEW) == (
-        "gcsan with item texts, over the linear model of clicks and words: LLMGR without its language model")
+        "gcsan with item texts, over the linear model of clicks and words: no language model tuned")
 
 
 def test_a_difference_is_one_only_where_the_corrected_p_is_small() -> None:
@@ -292,6 +292,11 @@ def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
     assert spent["gcsan"] == took["gcsan"] and spent["gcsan-text"] == took["gcsan-text"] + took["backbone"]
     assert spent["llmgr"] == pytest.approx(sum(took[part] for part in ("gcsan", "backbone", "align", "tune")))
     assert "pop" not in spent
+    gate = {"seconds": 9.0, "seconds_by_model": {"gated-llmgr": 1.5, "llmgr": 4.0}}
+    more = {**found, "cost": {**found["cost"], "gate": gate},
+            "buckets": {**found["buckets"], "gated-llmgr": found["buckets"]["llmgr"]}}
+    fitted = report.training_seconds(more, VIEW)
+    assert fitted["gated-llmgr"] == pytest.approx(spent["llmgr"] + 1.5) and fitted["llmgr"] == spent["llmgr"]
 
 
 def test_recorded_results_are_the_reports_numbers(project: Path) -> None:

@@ -140,6 +140,17 @@ def test_a_name_that_is_no_model_and_a_path_without_dvc_are_one_sentence(monkeyp
         pick.main(load(DEFAULTS), "gru4rec", "office")
 
 
+def test_trials_on_other_data_do_not_compare(grid: Repository) -> None:
+    for deps in ("outs", "deps"):
+        for name in ("split", "pretrain@gcsan"):
+            for entry in grid.locks["exp-2-revision"]["stages"][name].get(deps, ()):
+                if entry["path"] == "data/sessions":
+                    entry["md5"] = "another mirror's"
+    assert len(grid.trials()) == 3
+    with pytest.raises(UserError, match="trained gcsan did so on other data"):
+        search.search(grid.trials(), "gcsan")
+
+
 def test_rewriting_changes_the_values_and_nothing_else() -> None:
     text = DEFAULTS.read_text().replace("  omega: 0.6", "  omega: 0.6   # of attention, not GNN", 1)
     changes = {LR: 1e-05, LAYERS: 3, "encoder.gcsan.omega": 0.25, "bucket.practice": [5, 20],

@@ -89,18 +89,17 @@ def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], ours: str, resamples:
 def pooled(ranks: Mapping[str, Ranks], ours: str, resamples: int, seed: int) -> dict[str, dict[str, dict]]:
     """Paired differences of the model `ours` over all targets, of every session's mean over the seeds of the training.
 
-    `ranks` are those of every seed, of the same sessions; models that a seed lacks are left out. Returns `{other:
-    {convention: {metric: {"difference", "low", "high", "p", "relative", "p_holm"}}}}`: the chance of the sessions is
-    resampled, that of the training averaged over. UserError where the seeds have other sessions.
+    `ranks` are those of every seed, each beside the `target` it is of; models that a seed lacks are left out. Returns
+    `{other: {convention: {metric: {"difference", "low", "high", "p", "relative", "p_holm"}}}}`; sessions are resampled,
+    so that an interval holds for these seeds. UserError where the seeds have other sessions.
     """
     first, *others = ranks.values()
     models = [model for model in first if all(model in by for by in others)]
     tables = {}
     for model, convention in itertools.product(models, COLUMNS):
-        every = [by[model][convention] for by in ranks.values()]
-        if len({len(rank) for rank in every}) > 1:
+        if not all(np.array_equal(first[model]["target"], by[model]["target"]) for by in others):
             raise UserError("the experiments at other seeds ranked other sessions: run them anew with one data section")
-        tables[model, convention] = np.mean([ranking.gains(rank) for rank in every], 0)
+        tables[model, convention] = np.mean([ranking.gains(by[model][convention]) for by in ranks.values()], 0)
     if ours not in models:
         return {}
     resampled = ranking.resampled_means(tables, resamples, seed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llmgr.artifacts import load_tensors, read_json, save_tensors, write_json
+from llmgr.artifacts import load_tensors, read_json, rounded, save_tensors, write_json
 from llmgr.backbone import add_adapters, is_causal, load_language_model, position_offset
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch
@@ -225,7 +225,7 @@ def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
     if config["items"] != len(model.vectors) - 1 or config["backbone"] != backbone_digest():
         raise UserError(f"{folder} belongs to another backbone or catalogue: run `dvc repro` to train it anew")
     for key, value in vars(params).items():
-        if key not in ("dropout", "lora_dropout") and config["model"].get(key) != value:
+        if key not in ("dropout", "lora_dropout") and config["model"].get(key) != rounded(value):
             raise UserError(f"{folder} was trained with model.{key}={config['model'].get(key)}, not {value}: run `dvc "
                             "repro` to train it anew")
     tensors = load_tensors(folder / "llmgr.safetensors")

@@ -23,6 +23,7 @@ from llmgr.errors import UserError
 PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held (llmgr.linear)
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
+STAGES = ("backbone", "align", "tune", "gate", "evaluate")  # whose cost files stand beside those of models
 
 
 @dataclass(frozen=True)
@@ -695,8 +696,9 @@ class Params:
                             "encoder.names or encoder.controls")
         models = [*FLOORS, *trained(self.encoder), "llmgr"]
         for name, parts in self.gate.fuse.items():
-            if name in models:
-                raise UserError(f"gate.fuse names a gate {name}, which is a model already: choose another name")
+            if name in (*models, "repeat", *STAGES):
+                raise UserError(f"gate.fuse names a gate {name}, which is a model or a stage already: choose another "
+                                "name")
             for part in parts:
                 _one_of([*models, "repeat"], part, f"gate.fuse.{name}", "which scores nothing here",
                         f", or leave the gate out with -S '~gate.fuse.{name}'")

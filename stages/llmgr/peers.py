@@ -71,13 +71,13 @@ def fit(folder: Path, dataset: str, model: str, epochs: int, minutes: float, set
     """
     import torch
 
-    load = torch.load
-    torch.load = lambda *a, **k: load(*a, **{**k, "weights_only": False})  # RecBole predates torch 2.6's default
     try:
         from recbole.config import Config
     except ImportError:
         raise UserError("RecBole is not installed here: it wants an environment of its own (python stages/peers.py "
                         "--help)") from None
+    load = torch.load
+    torch.load = lambda *a, **k: load(*a, **{**k, "weights_only": False})  # RecBole predates torch 2.6's default
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 

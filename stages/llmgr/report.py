@@ -31,7 +31,7 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "slit": "linear item-item model of clicks, closed form",
          "slit-text": "the same, shrunk to the likeness of the items' words"}
 CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
-            "linear": "item texts, over the linear model of clicks and words: LLMGR without its language model"}
+            "linear": "item texts, over the linear model of clicks and words: no language model tuned"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
 
 
@@ -166,7 +166,8 @@ def describe(model: str, params: Any) -> str:
 
 
 def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
-    """Training time by model, with everything that it needs: a control its text vectors, LLMGR its base and stages."""
+    """Training time by model, with everything that it needs: a control its text vectors, LLMGR its base and stages, a
+    gate what it fuses and its own fit."""
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
     needs = {model: [model, *(["backbone"] if "-" in model else [])] for model in found["buckets"] if model in took}
     if MAIN in found["buckets"]:
@@ -174,7 +175,9 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:
             needs[gate] = ["backbone"] * ("text-knn" in fused) + [p for name in fused for p in needs.get(name, ())]
-    return {model: sum(took.get(part, 0.0) for part in set(parts)) for model, parts in needs.items()}
+    fits = found["cost"].get("gate", {}).get("seconds_by_model", {})
+    return {model: sum(took.get(part, 0.0) for part in set(parts)) + fits.get(model, 0.0) * (model in params.gate.fuse)
+            for model, parts in needs.items()}
 
 
 def ranking_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
@@ -370,7 +373,7 @@ def seed_tables(found: Mapping[str, Any], params: Any) -> list[tuple[str, list[s
     for convention, words in CONVENTIONS.items() if found.get("ours") == ours and found["differences"] else ():
         tables.append((f"{title_of(ours)} minus the other model, every session's mean over {number}, {words.lower()} "
                        "(paired 95% interval, p, Holm-corrected p)", list(map(pretty, HEADLINE)),
-                       {model: [_gap(by[convention][metric], params.bucket.resamples) for metric in HEADLINE]
+                       {model: [_gap(by[convention][metric], found["resamples"]) for metric in HEADLINE]
                         for model, by in found["differences"].items()}))
     return tables
 

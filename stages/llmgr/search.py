@@ -22,11 +22,13 @@ MEANS = ("launch.", "data.mirror", "data.retries", "data.timeout")  # how someth
 
 
 class Trial(NamedTuple):
-    """An experiment that trained the model: its name in DVC, all parameters by dotted key, the model's metrics."""
+    """An experiment that trained the model: its name in DVC, all parameters by dotted key, the model's metrics, and
+    digests of what it was trained on."""
 
     name: str
     parameters: dict[str, Any]
     metrics: dict[str, Any]
+    data: tuple[str | None, ...] = ()
 
 
 class Search(NamedTuple):
@@ -52,7 +54,7 @@ def lock_of(revision: str) -> dict[str, Any]:
 
 
 def ranks_of(revision: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Ranks of the test targets by model and convention, as an experiment left them in DVC's cache."""
+    """Test targets and their ranks by model and convention, as an experiment left them in DVC's cache."""
     import polars as pl
     from dvc.api import DVCFileSystem
 
@@ -64,9 +66,10 @@ def ranks_of(revision: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
         try:
             frame = pl.read_parquet(io.BytesIO(files.read_bytes(path)))
         except FileNotFoundError:
-            raise UserError(f"{path} of {revision[:7]} is not in DVC's cache: `dvc fetch` it or run the experiment "
-                            "anew") from None
+            raise UserError(f"{path} of {revision[:7]} is not in DVC's cache: run the experiment anew, or `dvc exp "
+                            "pull` it") from None
         found[model] = {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}
+        found[model]["target"] = frame["target"].to_numpy()
     return found
 
 
@@ -93,11 +96,18 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
         if not content or content["data"]["dataset"] != dataset or not metrics or "valid" not in metrics:
             continue
         if trained(lock(state["rev"]), stage_of(model), content):
+            data_of = digests(lock(state["rev"]))
             cost = data["metrics"].get(f"reports/metrics/cost/{Path(part).name}.json", {}).get("data") or {}
             found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
                                {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
-                                "seconds": cost.get("seconds")}))
+                                "seconds": cost.get("seconds")}, data_of))
     return found
+
+
+def digests(lock: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Digests of the catalogue and the sessions that a lock's stages worked on."""
+    outs = {out["path"]: out.get("md5") for stage in lock.get("stages", {}).values() for out in stage.get("outs", ())}
+    return outs.get("data/core"), outs.get("data/sessions")
 
 
 def finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -148,6 +158,9 @@ def search(found: Sequence[Trial], model: str) -> Search:
         if _role(key, model) == "fixed":
             raise UserError(f"the experiments that trained {model} differ in {key} ({', '.join(values[key])}), so "
                             "their figures do not compare: take those of one value away with `dvc exp remove`")
+    if len({trial.data for trial in found}) > 1:
+        raise UserError(f"the experiments that trained {model} did so on other data, so their figures do not compare: "
+                        "take those of one data/sessions away with `dvc exp remove`")
     if not searched:
         grid = Path(__file__).resolve().parent.parent / "presets" / "grid" / f"{model}.txt"
         how = f"queue stages/presets/grid/{model}.txt" if grid.exists() else (

@@ -164,8 +164,8 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
     """
     values, identity = metrics(reports), key(parameters, reports)
     name = os.environ.get("DVC_EXP_NAME") or f"{parameters['data.dataset']}-{identity[:8]}"
-    with _opened(experiment, uri) as (client, experiment_id):
-        run = _published(client, experiment_id, identity, name, tags(identity), lambda run_id: _fill(
+    with _opened(experiment, uri, "dvc repro track") as (client, experiment_id):
+        run = _published(client, experiment_id, identity, name, {}, lambda run_id: _fill(
             client, run_id, parameters, values, reports))
     return {"run_id": run.info.run_id, "experiment": experiment, "name": run.info.run_name, "key": identity,
             "store": store(uri).split(":", 1)[0]}
@@ -174,11 +174,12 @@ def publish(parameters: Mapping[str, Any], experiment: str, uri: str | None, rep
 def publish_trials(model: str, trials: Iterable[Trial], experiment: str, uri: str | None) -> None:
     """Publish the trials of a model's search, each a run of its own (tag `llmgr.search`), those that are not there yet.
 
-    Metrics are `valid.NDCG` and its like, best epoch and seconds: no test session was scored. UserError as `publish`.
+    Metrics are `valid.ndcg_at_20` and its like, best epoch and seconds: no test session was scored. UserError as
+    `publish`.
     """
     from mlflow.entities import Metric
 
-    with _opened(experiment, uri) as (client, experiment_id):
+    with _opened(experiment, uri, f"python stages/pick.py --model {model} --dataset ...") as (client, experiment_id):
         for trial in trials:
             logged = {name: value for name, value in trial.parameters.items() if not name.startswith("track.")}
             values = {f"valid.{name}" if name.startswith(("hr_", "ndcg_", "mrr_")) else name: value
@@ -192,12 +193,15 @@ def publish_trials(model: str, trials: Iterable[Trial], experiment: str, uri: st
                 client.log_batch(run_id, metrics=[Metric(legal(name), value, now, 0) for name, value in values.items()])
 
             _published(client, experiment_id, identity, f"{model}-{trial.name}",
-                       tags(identity) | {"llmgr.search": model, "dvc.experiment": trial.name}, fill)
+                       {"llmgr.search": model, "dvc.experiment": trial.name}, fill)
 
 
 @contextlib.contextmanager
-def _opened(experiment: str, uri: str | None) -> Iterator[tuple[Any, str]]:
-    """A client of the store and the experiment's id, while no other process publishes; UserError where that fails."""
+def _opened(experiment: str, uri: str | None, again: str) -> Iterator[tuple[Any, str]]:
+    """A client of the store and the experiment's id, while no other process publishes.
+
+    UserError where that fails; `again` is the command that repeats it.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import filelock
@@ -215,21 +219,21 @@ def _opened(experiment: str, uri: str | None) -> Iterator[tuple[Any, str]]:
             yield client, _experiment(client, experiment, address)
     except filelock.Timeout:
         raise UserError(f".mlflow.lock has been held for {LOCK_SECONDS} s by another process that publishes: wait for "
-                        "it, then run `dvc repro track` again") from None
+                        f"it, then run `{again}` again") from None
     except (MlflowException, OSError) as error:
         if disk_is_full(error):
             raise
         told = f"the MLflow store ({shown}) did not take the run ({' '.join(str(error).split())[:160]})"
         raise UserError(re.sub(r"//[^/@\s]*@", "//", told) + ": mend track.uri or MLFLOW_TRACKING_URI, or start the "
-                        "server, and run `dvc repro track` again") from None  # no password in a message
+                        f"server, and run `{again}` again") from None  # no password in a message
 
 
-def _published(client: Any, experiment_id: str, identity: str, name: str, tags: dict[str, str],
+def _published(client: Any, experiment_id: str, identity: str, name: str, further: Mapping[str, str],
                fill: Callable[[str], None]) -> Any:
-    """The finished run with this key, made and filled where there is none."""
+    """The finished run with this key, made with `further` tags and filled where there is none."""
     run = _finished(client, experiment_id, identity)
     if run is None:
-        run = client.create_run(experiment_id, tags=tags, run_name=name)
+        run = client.create_run(experiment_id, tags=tags(identity) | further, run_name=name)
         fill(run.info.run_id)
         client.set_terminated(run.info.run_id, "FINISHED")
     return run

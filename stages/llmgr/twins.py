@@ -9,7 +9,7 @@ import yaml
 
 from llmgr.errors import UserError
 from llmgr.params import Params, build, changed, flat
-from llmgr.search import LATER, LISTS, MEANS, TUNED, finished, trained
+from llmgr.search import LATER, LISTS, MEANS, TUNED, digests, finished, trained
 from llmgr.seeds import Figures
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
@@ -43,7 +43,7 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
     keys = {name: decisive(changed(content, values)) for name, values in wanted.items()}
     keys = {name: expected for name, expected in keys.items() if name == TUNED or expected != keys[TUNED]}
     found: dict[str, dict[str, Any]] = {}
-    for state in finished(states):
+    for state in _comparable(states, content, lock):
         own = state["data"]["params"].get("params.yaml", {}).get("data")
         figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data", {}).get(TUNED)
         if not own or not figures:
@@ -65,7 +65,7 @@ def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
     counts only where it fuses what it fuses here.
     """
     expected, found = _fixed(content), {}
-    for state in finished(states):
+    for state in _comparable(states, content, lock):
         own = state["data"]["params"].get("params.yaml", {}).get("data")
         figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data")
         if not own or not figures or _fixed(own) != expected or not trained(lock(state["rev"]), "evaluate", own):
@@ -78,6 +78,15 @@ def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
                     for convention, by in conventions.items() if convention in ("test", "test_unseen")}
             for model, conventions in figures.items() if model not in other}))
     return {seed: found[seed] for seed in sorted(found, key=int)}
+
+
+def _comparable(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
+                lock: Callable[[str], Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The states whose data are those of the first with the parameters of `content`, where there is one."""
+    done = list(finished(states))
+    own = [state for state in done if (found := state["data"]["params"].get("params.yaml", {}).get("data"))
+           and decisive(found) == decisive(content)]
+    return [state for state in done if digests(lock(state["rev"])) == digests(lock(own[0]["rev"]))] if own else done
 
 
 def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:

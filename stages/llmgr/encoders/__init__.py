@@ -26,7 +26,7 @@ REGISTRY = {
     "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
 """Class by encoder; the file has the encoder's name."""
 TEXTS = ("text", "shuffled", "linear")
-"""What a control reads: its own texts, those of other items, or its own beside LLMGR's linear part."""
+"""What a control reads: its own texts, those of other items, or its own with LLMGR's linear start."""
 
 
 class Recommender(nn.Module):
