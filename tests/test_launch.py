@@ -169,7 +169,11 @@ def test_two_processes_make_the_steps_of_one(alone, together, case: str, strateg
     for ours, theirs in zip(two["epochs"], one["epochs"]):
         assert bf16 or ours == pytest.approx(theirs, rel=1e-5)
     for name, weight in one["weights"].items():
-        assert bf16 or torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-5) is None, name
+        pair = two["weights"][name], weight
+        if name.endswith("key_value.bias"):  # a key's bias moves no softmax: its gradient is rounding, scaled by Adam
+            pair = pair[0].chunk(2)[1], pair[1].chunk(2)[1]
+        if not bf16:
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
