@@ -15,18 +15,17 @@ READS = ("split.selection", "seed", "evaluate", "gate", "model", "tune", "slit",
 
 def main(params) -> None:
     import time
-    from pathlib import Path
 
     import polars as pl
 
     from llmgr.artifacts import replacing_folder, write_json, write_table
     from llmgr.errors import UserError
-    from llmgr.evaluation import loaded, seen_items
+    from llmgr.evaluation import loaded, scoring_cost, seen_items
     from llmgr.graph import read_split
     from llmgr.pretraining import rank_models
     from llmgr.ranking import metrics
     from llmgr.stage import say
-    from llmgr.training import Bar, device_of, hardware, peak_memory_mb
+    from llmgr.training import Bar, device_of
 
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: name gate as the "
@@ -54,12 +53,8 @@ def main(params) -> None:
         say(f"{name}: HR@20 {by['test']['all']['hr_at_20']:.4f}  NDCG@20 {by['test']['all']['ndcg_at_20']:.4f}  "
             f"({seconds[name]:.1f} s)")
     write_json("reports/metrics/evaluate.json", found)
-    total = time.monotonic() - start
-    sessions = sum(len(s) for s, _ in tables.values())
-    write_json(Path("reports/metrics/cost/evaluate.json"), {
-        "seconds": total, "seconds_by_model": seconds, "samples_per_second": sessions * len(seconds) / total,
-        "tokens_per_second": None, "peak_memory_mb": peak_memory_mb(), "trainable_parameters": 0,
-        "total_parameters": 0, "hardware": hardware()})
+    scored = sum(len(sessions) for sessions, _ in tables.values()) * len(seconds)
+    write_json("reports/metrics/cost/evaluate.json", scoring_cost(start, seconds, scored))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ def main(params) -> None:
     import time
 
     from llmgr.artifacts import replacing_folder, write_json
-    from llmgr.evaluation import parts, seen_items, training_interactions
+    from llmgr.evaluation import parts, scoring_cost, seen_items, training_interactions
     from llmgr.gate import bands, cross_fitted, draw, fit_gate, score_tables
     from llmgr.graph import read_split
     from llmgr.stage import say
-    from llmgr.training import device_of, hardware, peak_memory_mb
+    from llmgr.training import device_of
 
     device, settings = device_of(), params.gate
     start = time.monotonic()
@@ -44,12 +44,8 @@ def main(params) -> None:
             say(f"{name}: validation, cross-fitted, " + "  ".join(
                 f"{metric} {found[name]['valid'][metric]:.4f}" for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")))
     write_json("reports/metrics/gate.json", found)
-    total = time.monotonic() - start
     numbers = sum(len(fused) + 1 for fused in settings.fuse.values()) * (len(settings.edges) + 1)
-    write_json("reports/metrics/cost/gate.json", {
-        "seconds": total, "seconds_by_model": seconds, "samples_per_second": len(valid) * len(makers) / total,
-        "tokens_per_second": None, "peak_memory_mb": peak_memory_mb(), "trainable_parameters": numbers,
-        "total_parameters": numbers, "hardware": hardware()})
+    write_json("reports/metrics/cost/gate.json", scoring_cost(start, seconds, len(valid) * len(makers), numbers))
 
 
 if __name__ == "__main__":

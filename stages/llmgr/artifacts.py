@@ -168,6 +168,7 @@ def _last_used(folder: Path) -> float:
 
 
 def rounded(value: Any) -> Any:
+    """A value as `write_json` keeps it: every float in it to six significant digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from llmgr.params import trained
 from llmgr.pretraining import Score, scoring
 from llmgr.sessions import training_counts
 from llmgr.text_vectors import principal_components
+from llmgr.training import hardware, peak_memory_mb
 
 if TYPE_CHECKING:
     import polars as pl
@@ -255,3 +257,11 @@ def seen_items(frame: pl.DataFrame) -> Tensor:
     import polars as pl
 
     return padded(frame.select(pl.concat_list("earlier", "items").alias("seen"))["seen"])
+
+
+def scoring_cost(start: float, seconds: dict[str, float], scored: int, parameters: int = 0) -> dict[str, Any]:
+    """The cost file, as training.cost, of what began at `start` (monotonic) and scored so many sessions in all."""
+    total = time.monotonic() - start
+    return {"seconds": total, "seconds_by_model": seconds, "samples_per_second": scored / total,
+            "tokens_per_second": None, "peak_memory_mb": peak_memory_mb(), "trainable_parameters": parameters,
+            "total_parameters": parameters, "hardware": hardware()}
