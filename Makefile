@@ -31,6 +31,7 @@ grid: $(VENV)/.installed  # search a model's parameters in the background: make 
 	$(BIN)/dvc queue start -j 1
 
 pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the best by validation into params.yaml
+	@test -n "$(MODEL)" -a -n "$(DATASET)" || { echo "error: give both, such as MODEL=gcsan DATASET=office" >&2; exit 2; }
 	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
 
 twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/twins.py
@@ -38,6 +39,7 @@ twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background;
 	$(BIN)/dvc queue start -j 1
 
 seeds: $(VENV)/.installed  # the same at other seeds, in the background: make seeds SEEDS="1 2"; then python stages/seeds.py
+	@test -n "$(SEEDS)" || { echo "error: SEEDS is not given, such as SEEDS=\"1 2\"" >&2; exit 2; }
 	for seed in $(SEEDS); do $(BIN)/dvc exp run --queue bucket -S seed=$$seed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 

@@ -3,7 +3,7 @@
 Reads:  reports/ranks/<model>.parquet, data/core/items.parquet, data/sessions/{train,test}.parquet
 Writes: reports/metrics/buckets.json      HR, NDCG, MRR at 5, 10, 20 by model, convention and bucket, with n
         reports/metrics/intervals.json    95% bootstrap intervals of the same
-        reports/metrics/differences.json  LLMGR minus every other model, paired: interval, p, Holm-corrected p
+        reports/metrics/differences.json  bucket.ours minus every other model, paired: interval, p, Holm-corrected p
         reports/plots/buckets.csv         the table behind `dvc plots`
 Params: seed, bucket
 """

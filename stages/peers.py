@@ -60,10 +60,21 @@ def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minute
     if model not in peers.NAMES.values():
         near = difflib.get_close_matches(model, peers.NAMES.values(), 1, 0.0)[0]
         raise UserError(f"{model} is none of RecBole's models that stand here: the nearest is {near}")
-    if not (epochs.isdecimal() and minutes.replace(".", "", 1).isdecimal()):
-        raise UserError(f"--do 'fit {model} {epochs} {minutes}': give a number of epochs and one of CPU minutes")
+    if not (epochs.isdecimal() and int(epochs) and minutes.replace(".", "", 1).isdecimal() and float(minutes)):
+        raise UserError(f"--do 'fit {model} {epochs} {minutes}': give a number of epochs and one of CPU minutes, both "
+                        "above 0")
+    changed = {}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        try:
+            changed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            sign = ""
+        if not (key and sign and value):
+            raise UserError(f"--do 'fit {model}': {setting} is no key=value")
+    if not (folder / dataset / f"{dataset}.inter").exists():
+        raise UserError(f"{folder / dataset} has no sessions for RecBole: run `python stages/peers.py --do write`")
     training = params.encoder.training
-    changed = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in settings)}
     lean = changed.pop("lean", False)
     found = peers.fit(folder, dataset, model, int(epochs), float(minutes), changed, dim=params.encoder.dim,
                       max_session=params.data.max_session, batch_size=training.batch_size, patience=training.patience,
@@ -109,7 +120,7 @@ def table(params: Any, folder: Path, dataset: str) -> None:
             continue
         ranks = rank_sessions(encoder(name, items, torch.device("cpu"))(test), test, params.evaluate.batch_size)
         settings = read_json(Path("models/encoders", name, "config.json"))["settings"]
-        settings = {key: settings[key] for key in ("lr", "gnn_layers") if key in settings}
+        settings = {key: settings[key] for key in ("lr", "gnn_layers", "length") if key in settings}
         found.append(peers.Ours(name, read_json(trained)["valid"], metrics(ranks), peers.standard_errors(ranks),
                                 settings, read_json(trained)["epochs"], read_json(timed)))
     if not found:

@@ -30,7 +30,7 @@ def main(params: Any, model: str, dataset: str) -> None:
     from llmgr import search, tracking
     from llmgr.artifacts import write_text
     from llmgr.encoders import family
-    from llmgr.params import Params, build
+    from llmgr.params import Params, build, flat
 
     if model != search.TUNED:
         family(model)
@@ -39,8 +39,12 @@ def main(params: Any, model: str, dataset: str) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    text = Path("params.yaml").read_text()
-    chosen = {key: result.trials[0].parameters[key] for key in result.keys}
+    text, best = Path("params.yaml").read_text(), result.trials[0].parameters
+    chosen = {key: best[key] for key in result.keys}
+    for key, value in flat(build(Params, yaml.safe_load(text), "")).items():
+        if key not in chosen and not key.startswith("data.") and best.get(key, value) != value and search.role(
+                key, model, [best["model.base"]]) != "ignored":
+            stage.say(f"warning: the trials had {key}={best[key]}, which was not searched; params.yaml keeps {value}")
     changed = search.rewritten(text, chosen)
     build(Params, yaml.safe_load(changed), "")
     buffer = io.StringIO()

@@ -38,6 +38,8 @@ def main(params) -> None:
         say(f"{model}: HR@20 {mean:.4f}, deviation {deviation:.4f}" + (
             f"; {ours} minus it {gaps[model]['test']['hr_at_20']['difference']:+.4f}, p "
             f"{gaps[model]['test']['hr_at_20']['p']:.2g}" if model in gaps else ""))
+    if str(params.seed) not in found:
+        say(f"warning: {twins.UNCOMMITTED}")
     say(f"reports/seeds.json has seeds {', '.join(found) or 'none'}" + (
         "" if len(found) > 1 else ': make seeds SEEDS="1 2"'))
 

@@ -28,6 +28,8 @@ def main(params) -> None:
         figures = twin["figures"]["test"]["all"]
         say(f"{name}: HR@20 {figures['hr_at_20']:.4f}  NDCG@20 {figures['ndcg_at_20']:.4f}")
     missing = [path.stem for path in sorted(twins.PRESETS.glob("*.txt")) if path.stem not in found]
+    if search.TUNED not in found:
+        say(f"warning: {twins.UNCOMMITTED}")
     say(f"reports/twins.json has {len(found)} of {len(found) + len(missing)}"
         + (f"; not run with these parameters: {', '.join(missing)} (make twins)" if missing else ""))
 

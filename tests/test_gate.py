@@ -1,12 +1,15 @@
 """The gate: Newton against autograd, what bands buy, what is masked, and that halves do not see each other."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from llmgr.errors import UserError
-from llmgr.gate import RIDGE, Gate, bands, cross_fitted, draw, fit_gate
+from llmgr.gate import RIDGE, Gate, bands, cross_fitted, draw, fit_gate, score_tables
+from llmgr.graph import Sessions
 from llmgr.ranking import metrics, ranks
 
 ITEMS, SESSIONS, EDGES = 40, 300, [1, 5]
@@ -104,3 +107,16 @@ def test_a_scorer_that_says_nothing_is_named():
 
 def test_bands_begin_at_their_edges():
     assert bands(torch.tensor([0, 1, 4, 5, 99]), EDGES).tolist() == [0, 1, 1, 2, 2]
+
+
+def test_a_row_of_a_score_table_is_its_sessions_own() -> None:
+    length = torch.tensor([3, 1, 5, 2, 1, 4, 2])
+    items = torch.where(torch.arange(5) < length[:, None], torch.arange(1, 36).view(7, 5), 0).int()
+    sessions = Sessions(items, torch.arange(7), length, torch.ones(7, dtype=torch.long))
+
+    def make() -> Callable[[Sessions], Callable[[torch.Tensor], torch.Tensor]]:
+        return lambda given: lambda samples: given.items[given.row[samples], :1] + torch.arange(ITEMS + 1)
+
+    tables, seconds = score_tables({"first click": make}, sessions, 3)
+    assert torch.equal(tables["first click"], (items[:, :1] + torch.arange(ITEMS + 1)).half())
+    assert list(seconds) == ["first click"]

@@ -137,9 +137,12 @@ def test_the_command_line_writes_times_and_tables(tmp_path: Path, capsys: pytest
     set_up(tmp_path, encoder__narm__lr=0.02, encoder__training__epochs=3)
     for wrong, words in [("draw", "no job"), ("", "no job"), ("fit SRGNN", "no job"), ("speed", "no job"),
                          ("fit SRGN 1 1", "the nearest is SRGNN"), ("fit SRGNN one 1", "a number of epochs"),
-                         ("fit SRGNN 1 1", "RecBole is not installed")]:
-        assert stage("peers", "--do", wrong, root=tmp_path) == 2
-        assert words in capsys.readouterr().err
+                         ("fit SRGNN 0 1", "both above 0"), ("fit SRGNN 1 0.0", "both above 0"),
+                         ("fit SRGNN 1 1 learning_rate", "learning_rate is no key=value"),
+                         ("fit SRGNN 1 1 learning_rate=[1", r"learning_rate=[1 is no key=value"),
+                         ("fit SRGNN 1 1", "no sessions for RecBole: run `python stages/peers.py --do write`")]:
+        assert stage("peers", "--do", wrong, root=tmp_path) == 2, wrong
+        assert words in capsys.readouterr().err, wrong
     set_up(tmp_path, split__selection=True)
     assert stage("peers", "--do", "table", root=tmp_path) == 2
     assert "split.selection=true" in capsys.readouterr().err
@@ -149,6 +152,7 @@ def test_the_command_line_writes_times_and_tables(tmp_path: Path, capsys: pytest
     lines = (tmp_path / "data/peers/sample/sample.inter").read_text().splitlines()
     assert lines[:3] == ["user_id:token\titem_id:token\ttimestamp:float", "u00\t1\t0", "u00\t2\t1"]
     assert len(lines) == 1 + 40 * 5
+    assert "RecBole is not installed" in run(tmp_path, "peers.py", "--do", "fit SRGNN 1 1", status=2)
     run(tmp_path, "pretrain.py", "--encoder", "narm")
     run(tmp_path, "peers.py", "--do", "speed narm")
     timed = read_json(tmp_path / "data/peers/sample/speed/narm.json")

@@ -55,8 +55,13 @@ class Repository:
     def shown(self) -> list[dict]:
         groups = [{"revs": [state], "executor": {"state": "success"}, "name": state["name"]}
                   for state in self.experiments]
-        waiting = {"rev": "f" * 40, "name": "late", "data": None, "error": None, "experiments": None}
-        groups.append({"revs": [waiting], "executor": {"state": "queued"}, "name": "late"})
+        for kind in ("queued", "running", "failed"):  # as DVC shows them: their parameters, the commit's figures
+            data = copy.deepcopy(self.base["data"])
+            data["params"]["params.yaml"]["data"] = changed(CONTENT, {"data.dataset": "office", LR: "fast"})
+            late = {"rev": kind * 5, "name": kind, "data": data, "error": None, "experiments": None}
+            groups.append({"revs": [late], "executor": {"state": kind}, "name": kind})
+        wrong = {**self.base, "rev": "wrong", "data": None, "error": {"msg": "unreadable", "type": ""}}
+        groups.append({"revs": [wrong], "executor": None, "name": "wrong"})
         return [{**self.base, "rev": "workspace"}, {**self.base, "experiments": groups}]
 
     def trials(self, model: str = "gcsan", dataset: str = "office") -> list[search.Trial]:
@@ -107,17 +112,22 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
                        "llm.max_text_tokens": 9, "encoder.control_texts": ["text"]}, 0.051)
     result = search.search(grid.trials(), "gcsan")
     assert result.keys == [LR, LAYERS] and len(result.trials) == 3
-    assert search._role("encoder.narm.lr", "gcsan") == search._role("llm.name", "gcsan") == "ignored"
-    assert search._role("encoder.text_lr", "narm") == "ignored"
-    for key, model in (("encoder.text_lr", "narm-text"), ("encoder.narm.lr", "narm-text"), ("encoder.dim", "narm")):
-        assert search._role(key, model) == "searched"
-    roles = [search._role("slit.ridge", model) for model in ("narm", "narm-text", "narm-linear", "llmgr")]
+    assert search.role("encoder.narm.lr", "gcsan") == search.role("llm.name", "gcsan") == "ignored"
+    assert search.role("encoder.text_lr", "narm") == "ignored"
+    for key, model in (("encoder.text_lr", "narm-text"), ("encoder.narm.hidden", "narm-text"), ("encoder.dim", "narm"),
+                       ("encoder.narm.lr", "narm")):
+        assert search.role(key, model) == "searched"
+    roles = [search.role("slit.ridge", model) for model in ("narm", "narm-text", "narm-linear", "llmgr")]
     assert roles == ["ignored", "ignored", "searched", "searched"]
     assert [search.stage_of(model) for model in ("narm", "narm-text", "narm-linear", "llmgr")] == [
         "pretrain@narm", "control@narm-text", "linear@narm", "tune"]
-    assert search._role("llm.name", "narm-text") == search._role("encoder.dim", "llmgr") == "fixed"
+    assert search.role("encoder.narm.lr", "narm-text") == "ignored", "a control learns at encoder.text_lr"
+    assert search.role("llm.name", "narm-text") == search.role("encoder.dim", "llmgr", ["narm"]) == "fixed"
+    assert [search.role(key, "llmgr", ["narm-text"]) for key in (
+        "encoder.narm.hidden", "encoder.narm.lr", "encoder.text_lr", "encoder.gcsan.lr")] == [
+        "fixed", "ignored", "fixed", "ignored"], "what LLMGR's base is trained with"
     for key in ("launch.processes", "data.mirror", "data.retries", "data.timeout"):
-        assert search._role(key, "narm") == search._role(key, "llmgr") == "ignored"
+        assert search.role(key, "narm") == search.role(key, "llmgr") == "ignored"
 
 
 def test_what_is_no_search_is_refused(grid: Repository) -> None:
@@ -201,7 +211,11 @@ def test_the_choice_is_printed_recorded_and_written_back(grid: Repository, tmp_p
     assert [float(row["valid.ndcg_at_20"]) for row in rows] == [0.055, 0.053, 0.051]
     assert [float(row[LR]) for row in rows] == [1e-5, 0.001, 0.001]
     said = capsys.readouterr()
-    assert said.out.count("\n") == 4 and "the best of 3" in said.err
+    assert said.out.count("\n") == 4 and "the best of 3" in said.err and "warning" not in said.err
+    Path("params.yaml").write_text(yaml.safe_dump(changed(CONTENT, {"encoder.dim": 32, "tune.lr": 0.5})))
+    pick.main(load(DEFAULTS), model="gcsan", dataset="office")
+    assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
+        "warning: the trials had encoder.dim=64, which was not searched; params.yaml keeps 32"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "stages/presets/grid").glob("*.txt")), ids=lambda p: p.stem)
@@ -213,6 +227,6 @@ def test_every_grid_searches_known_keys_with_values_that_load(path: Path) -> Non
         key, values = assignment.split("=", 1)
         assert option == "-S" and key in flat(load(DEFAULTS))
         if key not in search.LISTS:
-            assert search._role(key, path.stem) == "searched" and "," in values
+            assert search.role(key, path.stem) == "searched" and "," in values
             for value in values.split(","):
                 build(Params, changed(CONTENT, {key: yaml.safe_load(value)}), "")

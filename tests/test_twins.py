@@ -36,9 +36,10 @@ def state(name: str, content: dict, hit: float) -> dict:
 
 
 def lock(content: dict) -> dict:
-    """A dvc.lock that says that evaluate ran with these parameters."""
+    """A dvc.lock that says that evaluate and bucket ran with these parameters."""
     keys = {"tune.lr": content["tune"]["lr"], "model": content["model"], "seed": content["seed"]}
-    return {"stages": {"evaluate": {"params": {"params.yaml": keys}}}}
+    return {"stages": {"evaluate": {"params": {"params.yaml": keys}, "outs": [{"path": "reports/ranks", "md5": "r"}]},
+                       "bucket": {"deps": [{"path": "reports/ranks", "md5": "r"}], "params": {"params.yaml": {}}}}}
 
 
 def test_experiments_are_matched_by_what_decides_their_figures():
@@ -68,6 +69,43 @@ def test_experiments_on_other_data_are_left_out():
     made["exp-random"]["stages"]["split"]["outs"][0]["md5"] = "a"
     assert list(twins.at_seeds(states, BASE, made.get)) == ["2026"]
     assert list(twins.collected(states, BASE, made.get)) == ["llmgr", "random-weights"]
+
+
+def test_figures_that_an_experiment_did_not_make_are_left_out():
+    second = changed(BASE, {"seed": 7})
+
+    def with_encoder(content: dict, md5: str) -> dict:
+        made = lock(content)
+        made["stages"]["pretrain@gcsan"] = {"outs": [{"path": "models/encoders/gcsan", "md5": md5}]}
+        return made
+
+    def kept(states: list, locks: dict) -> list:
+        return list(twins.at_seeds(states, BASE, locks.get))
+
+    states = [state("abc", BASE, 0.3), state("exp-7", second, 0.4)]
+    assert kept(states, {"abc": lock(BASE), "exp-7": lock(second)}) == ["7", "2026"]
+    stale = lock(second)
+    stale["stages"]["evaluate"]["outs"][0]["md5"] = "ranks that bucket has not read"
+    assert kept(states, {"abc": lock(BASE), "exp-7": stale}) == ["2026"]
+    picked = changed(BASE, {"encoder.gcsan.lr": 0.5})
+    locks = {"abc": with_encoder(BASE, "before"), "trial": with_encoder(picked, "trained anew")}
+    states = [states[0], state("trial", picked, 0.5)]
+    assert not twins.at_seeds(states, picked, locks.get), "its encoder was not scored: the ranks are the commit's"
+    for entry in ("outs", "deps"):
+        locks["trial"]["stages"]["evaluate" if entry == "outs" else "bucket"][entry][0]["md5"] = "scored"
+    assert list(twins.at_seeds(states, picked, locks.get)) == ["2026"]
+    for key, value in (("evaluate.decay", 0.1), ("bucket.cold", [5, 20])):
+        other = changed(second, {key: value})
+        assert kept([states[0], state("exp-7", other, 0.4)], {"abc": lock(BASE), "exp-7": lock(other)}) == ["2026"], key
+        assert list(twins.at_seeds([states[0], state("e", changed(second, {"evaluate.batch_size": 7}), 0.4)], BASE, {
+            "abc": lock(BASE), "e": lock(second)}.get)) == ["7", "2026"]
+
+
+def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys):
+    content = changed(BASE, {"encoder.controls": [], "model.base": "gcsan", "gate.fuse": {}})
+    found = twins.collected([state("abc", content, 0.3)], content, {"abc": lock(content)}.get)
+    assert list(found) == ["llmgr"]
+    assert "shuffled-texts is no twin of these parameters: " in capsys.readouterr().err
 
 
 def test_every_preset_changes_parameters_that_exist():
@@ -160,6 +198,13 @@ def test_the_scripts_collect_figures_and_ranks_from_experiments(tmp_path, monkey
     assert "llmgr minus it +0." in capsys.readouterr().err
     importlib.import_module("twins").main(params)
     assert list(read_json("reports/twins.json")) == ["llmgr"]
+    assert "no commit and no experiment" not in capsys.readouterr().err
+    monkeypatch.setattr(search, "shown", lambda: states[:1])
+    for script in ("seeds", "twins"):
+        importlib.import_module(script).main(params)
+        assert "params.yaml asks for is itself no commit and no experiment" in capsys.readouterr().err, script
+    monkeypatch.setattr(search, "shown", lambda: states)
+    importlib.import_module("twins").main(params)
     shutil.rmtree(".dvc/cache")
     shutil.rmtree("reports/ranks")
     capsys.readouterr()
@@ -183,5 +228,8 @@ def test_the_report_shows_twins_of_these_results_alone(tmp_path):
     assert list(report._own_twins(tmp_path / "twins.json", main)) == ["llmgr", "without-lora"]
     assert report._own_twins(tmp_path / "twins.json", figures(0.4)) == {}
     assert report._own_twins(tmp_path / "none.json", main) == {}
+    none = copy.deepcopy(content)
+    none["without-lora"]["figures"]["test"]["cold"] = {"n": 0}
+    assert "| 0.2000 | 0.1000 | – | – |" in report._twins({"twins": none}, load(DEFAULTS))
     text = report._twins({"twins": content}, load(DEFAULTS))
     assert "| without-lora | model.lora_r=0 | 0.2000 | 0.1000 |" in text and "| llmgr | – | 0.3000 |" in text

@@ -287,7 +287,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     found = arranged(found, params)
     said, ours = verdicts(found, params), params.bucket.ours
-    environment.filters |= {f.__name__.strip("_"): f for f in (pretty, duration, signed, _number, _value)}
+    environment.filters |= {f.__name__.strip("_"): f for f in (pretty, duration, signed, _number, _value, _four)}
     return environment.get_template("report.html.j2").render(
         found=found, params=params, drawn=drawn, verdicts=said, sentence=sentence(said, ours),
         blind=least_p(params.bucket.resamples) * len(found["differences"]) >= LEVEL,
@@ -348,10 +348,15 @@ def _bucket(found: Mapping, params: Any, convention: str, bucket: str) -> str:
 
 
 def _twins(found: Mapping, params: Any) -> str:
-    rows = [[name, _changes(twin), *(f"{twin['figures'][c][b][m]:.4f}" for c, b, m in TWIN_COLUMNS
-                                     if b in twin["figures"][c])] for name, twin in found["twins"].items()]
+    rows = [[name, _changes(twin), *(_four(twin["figures"][c].get(b, {}).get(m)) for c, b, m in TWIN_COLUMNS)]
+            for name, twin in found["twins"].items()]
     head = [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}" for c, b, m in TWIN_COLUMNS]
     return _table("LLMGR's twins: the same with one thing taken away", ["twin", "changed", *head], rows)
+
+
+def _four(value: float | None) -> str:
+    """A metric; a dash where its bucket has no session."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def seed_tables(found: Mapping[str, Any], params: Any) -> list[tuple[str, list[str], dict[str, list[str]]]]:

@@ -1,6 +1,7 @@
 """A hyperparameter search made of DVC experiments: which trained a model, on what, how well, and the best of them."""
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -47,6 +48,7 @@ def shown() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+@functools.cache
 def lock_of(revision: str) -> dict[str, Any]:
     """dvc.lock as an experiment left it."""
     done = _said("git", "show", f"{revision}:dvc.lock")
@@ -111,10 +113,14 @@ def digests(lock: Mapping[str, Any]) -> tuple[str | None, ...]:
 
 
 def finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The commits and experiments of `shown` that have figures, one by one."""
+    """The commits and experiments of `shown` that have figures, one by one.
+
+    DVC shows what waits, runs or failed with its own parameters and the figures of the commit it started from.
+    """
     for state in states:
-        inner = [revision for group in state.get("experiments") or () for revision in group["revs"]]
-        yield from (s for s in (state, *inner) if s["rev"] != "workspace" and s.get("data"))
+        inner = [revision for group in state.get("experiments") or () for revision in group["revs"]
+                 if (group.get("executor") or {}).get("state") not in ("queued", "running", "failed")]
+        yield from (s for s in (state, *inner) if s["rev"] != "workspace" and s.get("data") and not s.get("error"))
 
 
 def stage_of(model: str) -> str:
@@ -153,9 +159,11 @@ def search(found: Sequence[Trial], model: str) -> Search:
     values = {key: sorted({json.dumps(trial.parameters[key]) for trial in found}) for key in
               (found[0].parameters if found else ())}
     differing = [key for key, seen in values.items() if len(seen) > 1]
-    searched = [key for key in differing if _role(key, model) == "searched"]
+    bases = {trial.parameters["model.base"] for trial in found}
+    roles = {key: role(key, model, bases) for key in differing}
+    searched = [key for key in differing if roles[key] == "searched"]
     for key in differing:
-        if _role(key, model) == "fixed":
+        if roles[key] == "fixed":
             raise UserError(f"the experiments that trained {model} differ in {key} ({', '.join(values[key])}), so "
                             "their figures do not compare: take those of one value away with `dvc exp remove`")
     if len({trial.data for trial in found}) > 1:
@@ -173,18 +181,23 @@ def search(found: Sequence[Trial], model: str) -> Search:
     return Search(searched, list(best.values()))
 
 
-def _role(key: str, model: str) -> str:
-    """`searched` for the model's own parameters, `fixed` for what makes figures comparable, else `ignored`."""
+def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
+    """`searched` for the model's own parameters, `fixed` for what makes figures comparable, else `ignored`.
+
+    `bases` are the encoders that LLMGR reads: what they are trained with is fixed for it.
+    """
     section, *rest = key.split(".")
     base, _, text = model.partition("-")
     if section in LATER or key in LISTS or key.startswith(MEANS):
         return "ignored"
+    if model == TUNED and section == "encoder":
+        return "fixed" if any(role(key, base) == "searched" for base in bases) else "ignored"
     if model == TUNED:
         return "searched" if section in ("model", "align", "tune", "slit") else "fixed"
     if section == "slit":
         return "searched" if text == "linear" else "ignored"
-    if key in ("encoder.text_dim", "encoder.text_lr") and not text:
-        return "ignored"
+    if key in (("encoder.text_dim", "encoder.text_lr") if not text else (f"encoder.{base}.lr",)):
+        return "ignored"  # a control learns at encoder.text_lr
     if section == "encoder":
         return "ignored" if len(rest) > 1 and rest[0] not in ("training", base) else "searched"
     return "ignored" if section in ("model", "align", "tune") or (section == "llm" and not text) else "fixed"

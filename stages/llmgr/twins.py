@@ -11,9 +11,13 @@ from llmgr.errors import UserError
 from llmgr.params import Params, build, changed, flat
 from llmgr.search import LATER, LISTS, MEANS, TUNED, digests, finished, trained
 from llmgr.seeds import Figures
+from llmgr.stage import say
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
 BUCKETS = ("all", "cold", "warm")
+UNCOMMITTED = ("what params.yaml asks for is itself no commit and no experiment, so the report will not show these: "
+               "`dvc exp run`, or commit what `dvc repro` left")
+COUNTED = ("bucket.cold", "bucket.warm")  # which sessions the buckets hold
 
 
 def changes(path: Path) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def changes(path: Path) -> dict[str, Any]:
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that decide LLMGR's figures, by dotted key."""
     return {key: value for key, value in flat(build(Params, dict(content), "")).items()
-            if key.split(".")[0] not in LATER and not key.startswith(MEANS)}
+            if key in COUNTED or (key.split(".")[0] not in LATER and not key.startswith(MEANS))}
 
 
 def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
@@ -37,10 +41,17 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
 
     `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
     `dvc exp show`, `lock` gives a revision's dvc.lock: figures of other parameters or inputs do not count. A preset
-    that changes nothing here is no twin.
+    that changes nothing here, or asks for what these parameters do not have, is no twin.
     """
     wanted = {TUNED: {}} | {path.stem: changes(path) for path in sorted(presets.glob("*.txt"))}
-    keys = {name: decisive(changed(content, values)) for name, values in wanted.items()}
+    keys = {}
+    for name, values in wanted.items():
+        try:
+            keys[name] = decisive(changed(content, values))
+        except UserError as error:
+            if name == TUNED:
+                raise
+            say(f"warning: {name} is no twin of these parameters: {error}")
     keys = {name: expected for name, expected in keys.items() if name == TUNED or expected != keys[TUNED]}
     found: dict[str, dict[str, Any]] = {}
     for state in _comparable(states, content, lock):
@@ -50,7 +61,7 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
             continue
         parameters = decisive(own)
         for name, expected in keys.items():
-            if parameters == expected and name not in found and trained(lock(state["rev"]), "evaluate", own):
+            if parameters == expected and name not in found and trained(lock(state["rev"]), "bucket", own):
                 found[name] = {"changed": wanted[name], "figures": {
                     convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
                     for convention, by in figures.items()}}
@@ -64,11 +75,16 @@ def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
     Which encoders an experiment trained does not matter; `states` and `lock` as in `collected`. A gate
     counts only where it fuses what it fuses here.
     """
+    states = list(states)
+    first = next(finished(states), None)
+    start = lock(first["rev"]) if first else {}
     expected, found = _fixed(content), {}
     for state in _comparable(states, content, lock):
         own = state["data"]["params"].get("params.yaml", {}).get("data")
         figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data")
-        if not own or not figures or _fixed(own) != expected or not trained(lock(state["rev"]), "evaluate", own):
+        if not own or not figures or _fixed(own) != expected or not trained(lock(state["rev"]), "bucket", own):
+            continue
+        if _encoders_since(lock(state["rev"]), start):
             continue
         here, there = content["gate"], own["gate"]
         other = {name for name in there["fuse"] if there["fuse"][name] != here["fuse"].get(name) or any(
@@ -89,5 +105,17 @@ def _comparable(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
     return [state for state in done if digests(lock(state["rev"])) == digests(lock(own[0]["rev"]))] if own else done
 
 
+def _encoders_since(lock: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Whether an encoder was trained anew after the start, but evaluate, which reads them all, did not run."""
+    def outs(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {out["path"]: out.get("md5") for entry in of.get("stages", {}).values() for out in entry.get("outs", ())
+                if out["path"].startswith("models/encoders/")}
+
+    same = lock.get("stages", {}).get("evaluate") == start.get("stages", {}).get("evaluate")
+    return same and outs(lock) != outs(start)
+
+
 def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in decisive(content).items() if key not in ("seed", *LISTS)}
+    scored = {key: value for key, value in flat(build(Params, dict(content), "")).items()
+              if key.startswith("evaluate.") and key != "evaluate.batch_size"}
+    return scored | {key: value for key, value in decisive(content).items() if key not in ("seed", *LISTS)}
