@@ -32,7 +32,7 @@ def rows(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("head", HEADS)
 def test_the_tables_hold_the_recorded_figures(head: str) -> None:
     table = rows(README[README.index(f"**{head}**, "):])
-    encoders, without, now = (recorded(f"{HEADS[head]}{run}")["buckets"] for run in ("-encoders", "-without-linear", ""))
+    encoders, without, now = (recorded(HEADS[head] + run)["buckets"] for run in ("-encoders", "-without-linear", ""))
     seen = set()
     for name, *cells in table:
         model, _, lacks = name.partition(", ")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from machine import DEFAULTS
 
-from llmgr import report, search, seeds, twins
+from llmgr import buckets, report, search, seeds, twins
 from llmgr.artifacts import read_json, write_json, write_table
 from llmgr.errors import UserError
 from llmgr.params import changed, load
@@ -52,7 +52,7 @@ def test_experiments_are_matched_by_what_decides_their_figures():
     found = twins.collected(states, BASE, locks.get)
     assert list(found) == ["llmgr", "random-weights"]
     assert found["llmgr"] == {"changed": {}, "figures": {
-        c: {b: f for b, f in by.items() if b in twins.BUCKETS} for c, by in figures(0.3).items()}}
+        c: {b: f for b, f in by.items() if b in buckets.COMPARED} for c, by in figures(0.3).items()}}
     assert found["random-weights"]["changed"] == {"model.weights": "random"}
     assert found["random-weights"]["figures"]["test"]["cold"]["hr_at_20"] == 0.2
 

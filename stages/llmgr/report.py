@@ -10,13 +10,12 @@ import polars as pl
 
 from llmgr import figures, seeds
 from llmgr.artifacts import left_behind, read_json
-from llmgr.buckets import FLOORS, LEVEL, order
+from llmgr.buckets import FLOORS, HEADLINE, LEVEL, order
 from llmgr.figures import count, duration, pretty, signed
 from llmgr.params import flat
 from llmgr.ranking import least_p, names
 
 CONVENTIONS = {"test": "Seen items kept", "test_unseen": "Seen items excluded"}
-HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
 REQUIRED = ("buckets", "intervals", "differences")
 FACTS = ("filter", "split", "backbone", "align", "tune", "gate")
 MAIN = "llmgr"  # without a gate

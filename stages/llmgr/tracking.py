@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr.artifacts import digest, home, left_behind, read_json, replacing
+from llmgr.buckets import HEADLINE
 from llmgr.errors import UserError
 from llmgr.stage import disk_is_full
 
@@ -32,7 +33,6 @@ PACKAGES = ("torch", "transformers", "peft", "polars", "numpy", "mlflow", "dvc")
 RESULTS = ("metrics", "curves", "plots", "ranks")
 TIMED = "metrics/cost/"  # differs between two runs of the same experiment
 POINTS = 1000  # of a curve; the whole of it is among the artifacts
-HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
 PROBE_SECONDS = "5"
 LOCK_SECONDS = 600
 

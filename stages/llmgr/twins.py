@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from llmgr.buckets import COMPARED
 from llmgr.errors import UserError
 from llmgr.params import Params, build, changed, flat
 from llmgr.search import LATER, LISTS, MEANS, TUNED, digests, finished, trained
@@ -14,7 +15,6 @@ from llmgr.seeds import Figures
 from llmgr.stage import say
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "twins"
-BUCKETS = ("all", "cold", "warm")
 UNCOMMITTED = ("what params.yaml asks for is itself no commit and no experiment, so the report will not show these: "
                "`dvc exp run`, or commit what `dvc repro` left")
 COUNTED = ("bucket.cold", "bucket.warm")  # which sessions the buckets hold
@@ -63,7 +63,7 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
         for name, expected in keys.items():
             if parameters == expected and name not in found and trained(lock(state["rev"]), "bucket", own):
                 found[name] = {"changed": wanted[name], "figures": {
-                    convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
+                    convention: {bucket: by[bucket] for bucket in COMPARED if bucket in by}
                     for convention, by in figures.items()}}
     return {name: found[name] for name in wanted if name in found}
 
@@ -90,7 +90,7 @@ def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
         other = {name for name in there["fuse"] if there["fuse"][name] != here["fuse"].get(name) or any(
             there[key] != here[key] for key in ("edges", "sessions"))}
         found.setdefault(str(own["seed"]), (state["rev"], {
-            model: {convention: {bucket: by[bucket] for bucket in BUCKETS if bucket in by}
+            model: {convention: {bucket: by[bucket] for bucket in COMPARED if bucket in by}
                     for convention, by in conventions.items() if convention in ("test", "test_unseen")}
             for model, conventions in figures.items() if model not in other}))
     return {seed: found[seed] for seed in sorted(found, key=int)}
