@@ -189,6 +189,10 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
         assert f"Does LLMGR beat the text control? {word}LLMGR ranks the next item" in text
     assert "no difference can be called one" not in text
     assert "which the control lacks" not in text
+    (gap,) = (v["unseen"]["gaps"]["all"]["ndcg_at_20"] for v in said if v["model"] == "gcsan-text")
+    assert f"NDCG@20 {report.signed(100 * gap['relative'], '.1f')}%, Holm p" in text
+    turned = dict(said[0], unseen={**said[0]["unseen"], "word": "no clear difference"})
+    assert report.answer([turned], view) == f"With seen items kept {word.lower()[:-2]}, with them excluded not clearly"
     view.tune = dataclasses.replace(PARAMS.tune, linear=True)
     text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "which the control lacks. A control over the same linear model tells the two apart" in text

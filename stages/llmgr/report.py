@@ -207,12 +207,19 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
 
 def _verdict(found: Mapping[str, Any], ours: str, model: str, role: str) -> dict[str, Any]:
     gaps = found["differences"][model]["test"]
-    calls = {metric: call(gaps["all"][metric]) for metric in HEADLINE}
-    kinds = set(calls.values())
-    word = kinds.pop() if len(kinds) == 1 else "mixed"
+    word, calls = _calls(gaps)
+    excluded = found["differences"][model]["test_unseen"]
     return {"model": model, "role": role, "word": word, "calls": calls,
+            "unseen": {"word": _calls(excluded)[0], "calls": _calls(excluded)[1], "gaps": excluded},
             "ours": found["buckets"][ours]["test"]["all"], "theirs": found["buckets"][model]["test"]["all"],
             "gaps": gaps, "cold": call(gaps["cold"]["hr_at_20"]) if "cold" in gaps else None}
+
+
+def _calls(gaps: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """What a difference over all targets is called, and by metric."""
+    calls = {metric: call(gaps["all"][metric]) for metric in HEADLINE}
+    kinds = set(calls.values())
+    return kinds.pop() if len(kinds) == 1 else "mixed", calls
 
 
 def sentence(said: list[dict[str, Any]], ours: str) -> str:
@@ -226,8 +233,11 @@ def sentence(said: list[dict[str, Any]], ours: str) -> str:
 
 
 def answer(said: list[dict[str, Any]], params: Any) -> str:
-    """Whether the model beats the text control, in a word or two; empty where that is not known."""
-    return next((ANSWERS[v["word"]] for v in said if v["model"] == _control(params)), "")
+    """Whether the model beats the text control, under both conventions; empty where that is not known."""
+    kept, excluded = next(((ANSWERS[v["word"]], ANSWERS[v["unseen"]["word"]]) for v in said
+                           if v["model"] == _control(params)), ("", ""))
+    return kept if kept == excluded else (
+        f"With seen items kept {kept[0].lower()}{kept[1:]}, with them excluded {excluded[0].lower()}{excluded[1:]}")
 
 
 def title_of(model: str) -> str:
