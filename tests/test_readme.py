@@ -86,6 +86,21 @@ def test_the_twins_hold_the_recorded_figures() -> None:
         assert cold == f"{figures['cold']['hr_at_20']:.4f}", name
 
 
+def test_office_is_compared_as_the_recorded_seeds_say() -> None:
+    text = " ".join(README[README.index("### What the figures say"):].split())
+    record = recorded("office")
+    gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
+    assert f"for the {len(gaps)} models compared" in text and record["seeds"]["ours"] == "llmgr"
+    control, linear = gaps["gcsan-text"], gaps["gcsan-linear"]
+    assert (f"{control['hr_at_20']['relative']:.1%} on Office (p {control['hr_at_20']['p_holm']:.2f}; NDCG@20 "
+            f"{control['ndcg_at_20']['relative']:+.1%}, p < 0.01)") in text and control["ndcg_at_20"]["p_holm"] < 0.01
+    assert (f"Office HR@20 {linear['hr_at_20']['relative']:+.1%} (p {linear['hr_at_20']['p']:.2g} before correction), "
+            f"NDCG@20 {linear['ndcg_at_20']['relative']:+.1%} (p {linear['ndcg_at_20']['p']:.1g})") in text
+    paper, other = (recorded("office-paper")["buckets"][model]["test_unseen"]["all"] for model in ("llmgr", "gcsan"))
+    for figures in (paper, other):
+        assert f"{figures['hr_at_20']:.4f} / {figures['ndcg_at_20']:.4f}" in text.replace("[", "").replace("]", "")
+
+
 def test_files_that_the_readme_links_exist() -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert len(links) > 5
