@@ -12,7 +12,6 @@ from llmgr import ranking
 from llmgr.errors import UserError
 from llmgr.params import FLOORS
 
-HEADLINE = tuple(ranking.names((20,)))
 LEVEL = 0.05  # a difference is called one where its corrected p is below
 COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
 COLUMNS = {"test": "rank", "test_unseen": "rank_unseen"}  # convention -> column of reports/ranks/<model>.parquet

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from llmgr.errors import UserError
 
 PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held (llmgr.linear)
+HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")  # what tables and pages show first
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
 STAGES = ("backbone", "align", "tune", "gate", "evaluate")  # whose cost files stand beside those of models

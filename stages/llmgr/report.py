@@ -10,9 +10,9 @@ import polars as pl
 
 from llmgr import figures, seeds
 from llmgr.artifacts import left_behind, read_json
-from llmgr.buckets import FLOORS, HEADLINE, LEVEL, order
+from llmgr.buckets import FLOORS, LEVEL, order
 from llmgr.figures import count, duration, pretty, signed
-from llmgr.params import flat
+from llmgr.params import HEADLINE, flat
 from llmgr.ranking import least_p, names
 
 CONVENTIONS = {"test": "Seen items kept", "test_unseen": "Seen items excluded"}

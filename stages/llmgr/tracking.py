@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr.artifacts import digest, home, left_behind, read_json, replacing
-from llmgr.buckets import HEADLINE
 from llmgr.errors import UserError
+from llmgr.params import HEADLINE
 from llmgr.stage import disk_is_full
 
 if TYPE_CHECKING:
