@@ -209,8 +209,9 @@ def _verdict(found: Mapping[str, Any], ours: str, model: str, role: str) -> dict
     gaps = found["differences"][model]["test"]
     word, calls = _calls(gaps)
     excluded = found["differences"][model]["test_unseen"]
+    word_unseen, calls_unseen = _calls(excluded)
     return {"model": model, "role": role, "word": word, "calls": calls,
-            "unseen": {"word": _calls(excluded)[0], "calls": _calls(excluded)[1], "gaps": excluded},
+            "unseen": {"word": word_unseen, "calls": calls_unseen, "gaps": excluded},
             "ours": found["buckets"][ours]["test"]["all"], "theirs": found["buckets"][model]["test"]["all"],
             "gaps": gaps, "cold": call(gaps["cold"]["hr_at_20"]) if "cold" in gaps else None}
 
