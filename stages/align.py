@@ -29,13 +29,15 @@ def main(params) -> None:
 
     settings = params.align
     resume = resume_folder("align", flat(params), INPUTS)
-    dtype = arithmetic(settings.precision)
+    dtype, place = arithmetic(settings.precision), device(params.launch)
     torch.manual_seed(params.seed)
-    model = build_llmgr(params.model, dtype, params.seed).to(device(params.launch))
+    model = build_llmgr(params.model, dtype, params.seed).to(place)
     progress, cut = Progress(), 0
     if settings.enabled:
         if settings.gradient_checkpointing:
             model.checkpoint_activations()
+        if params.launch.compile and place.type == "cuda":
+            model.compile_layers()
         shuffle = params.seed if params.model.texts == "shuffled" else None
         texts = item_texts(INPUTS[2], params.llm.item_text, shuffle)
         prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)

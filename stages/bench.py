@@ -4,17 +4,20 @@ Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{tr
         data/core/items.parquet: what `dvc repro align split` leaves
 Writes: nothing; prints tokens and sessions a second, operations a second as a share of the machine's, and what the
         rest of the time goes to
-Params: seed, model, tune, slit, data.max_session
+Params: seed, model, tune, slit, data.max_session, launch
+--shape CONFIG.json takes a language model of that shape with random weights instead of models/backbone's, from whose
+tokenizer the prompts are: what a step of the paper's LLaMA-2-7B costs, with its parameters (stages/presets/paper.txt)
+in params.yaml, needs none of its weights: python stages/bench.py --shape stages/presets/llama-2-7b.json
 The plain loop is what one writes first: a prompt a prefix, in random order, padded to its batch's longest.
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "slit", "data.max_session")
-STEPS = 12
+READS = ("seed", "model", "tune", "slit", "data.max_session", "launch")
+WARM, STEPS = 3, 12
 PLAIN_STEPS = 6
 
 
-def main(params) -> None:
+def main(params, shape: str | None) -> None:
     import dataclasses
     from pathlib import Path
 
@@ -25,18 +28,21 @@ def main(params) -> None:
     from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
-    from llmgr.training import arithmetic, device_of, hardware
+    from llmgr.training import arithmetic, device_of, hardware, peak_memory_mb
     from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
 
     device = device_of()
     dtype = arithmetic(params.tune.precision)
     sessions = [read_split(split, params.data.max_session)[0] for split in ("train", "valid")]
-    model = build_llmgr(params.model, dtype, params.seed)
-    load_llmgr(Path("models/aligned"), model, params.model)
+    model = build_llmgr(params.model, dtype, params.seed, shape, device)
+    if shape is None:
+        load_llmgr(Path("models/aligned"), model, params.model)
     model.unfreeze_encoder(params.tune.train_encoder)
     if params.tune.linear:
         model.linear_term = LinearTerm(left_out(params.slit, sessions[0], texts_shuffled(params)))
     model.to(device).train()
+    if params.launch.compile and device.type == "cuda":
+        model.compile_layers()
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 
     def job(**changes) -> BehaviourJob:
@@ -45,13 +51,16 @@ def main(params) -> None:
 
     ours, plain = job(), job(targets="prefix")
     generator = torch.Generator().manual_seed(params.seed)
-    batches = [micro for micros in ours.steps(0, generator)[:STEPS + 1] for micro in micros][:STEPS + 1]
+    batches = [micro for micros in ours.steps(0, generator)[:WARM + STEPS] for micro in micros][:WARM + STEPS]
     before = product_rate(device, dtype)
-    found = steps(ours, batches, optimizer)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = steps(ours, batches, optimizer, WARM)
+    held = peak_memory_mb()
     order = torch.randperm(len(plain.first), generator=generator)
     packs, model.packs = model.packs, False
-    loop = steps(plain, list(order[:params.tune.batch_size * (PLAIN_STEPS + 1)].split(params.tune.batch_size)),
-                 optimizer)
+    loop = steps(plain, list(order[:params.tune.batch_size * (WARM + PLAIN_STEPS)].split(params.tune.batch_size)),
+                 optimizer, WARM)
     model.packs = packs
     peak = max(before, product_rate(device, dtype))
     rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]
@@ -63,10 +72,11 @@ def main(params) -> None:
     ratio = second["prompts"] * each / plainly["prompts"]
     say(f"sessions/s: {second['prompts']:.1f}; plain loop {plainly['prompts'] / each:.1f} "
         f"({plainly['prompts']:.1f} prefixes/s): {ratio:.1f} times")
-    if device.type == "cpu":
-        say("a step's time: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares(ours, batches[:3])
-                                          if share >= 0.005))
+    say(f"peak memory: {held / 1024:.1f} GB {'of the process' if device.type == 'cpu' else 'of the GPU'}")
+    say("a step's time: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares(ours, batches[:3])
+                                      if share >= 0.005))
 
 
 if __name__ == "__main__":
-    run(main, __doc__, READS)
+    run(main, __doc__, READS, optional={"shape": "config.json of the language model to measure (default: "
+                                                 "models/backbone)"})

@@ -31,12 +31,12 @@ def main(params) -> None:
     known = parts(params, device)
     makers = {name: known[name] for names in settings.fuse.values() for name in names}
     tables, seconds = score_tables(makers, valid.to(device), params.evaluate.batch_size)
-    band_V = bands(training_interactions(), settings.edges)
+    band_V, target, seen = (t.to(device) for t in (bands(training_interactions(), settings.edges), valid.target, seen))
     found = {}
     with replacing_folder("models/gates") as folder:
         for name, fused in settings.fuse.items():
             begun = time.monotonic()
-            data = ([tables[part] for part in fused], valid.target, seen, band_V)
+            data = ([tables[part] for part in fused], target, seen, band_V)
             gate = fit_gate(fused, *data, settings.edges)
             gate.save(folder / f"{name}.json")
             found[name] = cross_fitted(fused, *data, settings.edges, params.seed, gate)

@@ -43,6 +43,8 @@ def main(params) -> None:
     formed = time.monotonic() - started
     if settings.gradient_checkpointing:
         model.checkpoint_activations()
+    if params.launch.compile and place.type == "cuda":
+        model.compile_layers()
     job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train.to(place), valid.to(place),
                        settings, params.seed, dtype, alike_items(params))
     progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)

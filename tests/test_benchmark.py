@@ -32,7 +32,7 @@ def test_operations_are_those_of_frozen_matrices_adapters_and_the_output():
 def test_steps_count_all_batches_but_the_first_and_shares_add_up():
     made = job()
     batches = [micros[0] for micros in made.steps(0, torch.Generator().manual_seed(0))]
-    found = benchmark.steps(made, batches, benchmark.trained(made.model))
+    found = benchmark.steps(made, batches, benchmark.trained(made.model), 1)
     assert found["prompts"] == sum(map(len, batches[1:])) and found["targets"] == sum(map(made.targets, batches[1:]))
     assert found["tokens"] > found["targets"] and found["seconds"] > 0
     shares = benchmark.shares(made, batches)

@@ -63,7 +63,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     params = SimpleNamespace(data=SimpleNamespace(max_session=50), slit=SimpleNamespace(
         ridge=ridge, decay=decay))
     sessions, frame = read_sessions("data/sessions/test.parquet", 50)
-    score = evaluation.slit(evaluation.linear_model(params), share, CPU)(sessions)
+    score = evaluation.slit(evaluation.linear_model(params, CPU), share)(sessions)
     expected = torch.from_numpy(dense(frame["items"].to_list(), decay) @ B).float()
     assert expected.abs().max() > 0.05
     torch.testing.assert_close(score(torch.arange(len(sessions))), expected, atol=2e-5, rtol=1e-4)
@@ -100,7 +100,7 @@ def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.chdir(root)
         catalogue()
         sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
-        found.append(evaluation.slit(evaluation.linear_model(params), 0.1, CPU)(sessions)(torch.arange(len(sessions))))
+        found.append(evaluation.slit(evaluation.linear_model(params, CPU), 0.1)(sessions)(torch.arange(len(sessions))))
     assert found[0].any()
     torch.testing.assert_close(*found)
 

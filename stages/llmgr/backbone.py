@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,12 @@ def _fetch(name: str, revision: str, folder: Path) -> str:
     return str(info.sha)
 
 
-def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, random: int | None = None) -> nn.Module:
+def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, random: int | None = None,
+                        place: torch.device | None = None) -> nn.Module:
     """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode.
 
-    With the seed `random` its architecture alone is taken and its weights are drawn, as before a pretraining.
+    With the seed `random` its architecture alone is taken (`folder` may then be a config.json by any name) and its
+    weights are drawn, as before a pretraining, at `place`.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
@@ -93,15 +96,15 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    require(Path(folder) / "config.json")
+    config = require(Path(folder) / "config.json" if Path(folder).is_dir() else folder)
     try:
         if random is None:
             model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
                                               trust_remote_code=False)
         else:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), place or nullcontext():
                 torch.manual_seed(random)
-                model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=dtype,
+                model = AutoModel.from_config(AutoConfig.from_pretrained(config), dtype=dtype,
                                               attn_implementation="sdpa", trust_remote_code=False)
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0][:200]}): choose another llm.name"
@@ -164,7 +167,11 @@ def add_adapters(model: nn.Module, params: Any) -> nn.Module:
                         lora_dropout=params.lora_dropout, bias="none")
     with warnings.catch_warnings():  # peft asks transformers for something by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast sees to it; peft would go by way of float32
+    return adapted
 
 
 class TextJob:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from llmgr.llmgr import Llmgr
@@ -55,19 +56,19 @@ def operations(model: Llmgr, tokens: int, targets: int) -> float:
     """Operations that a tuning step needs for its useful tokens and its targets, forward and backward.
 
     A frozen matrix takes 2 a weight and token forward and 2 for the gradient of its input; an adapter 2 more for its
-    own. A target takes 4 an item and width of the query (the item table is frozen). Attention over the few tokens of a
-    session, the graph encoder and everything elementwise count for nothing.
+    own. A target takes 4 an item and width of the query, 6 where the item table is trained. Attention over the few
+    tokens of a session, the graph encoder and everything elementwise count for nothing.
     """
     embedding = model.language_model.get_input_embeddings().weight
     matrices = [(p.numel(), "lora_" in name) for name, p in model.language_model.named_parameters()
                 if p.dim() == 2 and p is not embedding and "embeddings" not in name]
     table = getattr(model.output, "table", None)
-    items = table.numel() if table is not None else sum(p.numel() for p in model.output.parameters())
-    return tokens * sum(n * (6 if own else 4) for n, own in matrices) + targets * 4.0 * items
+    items = 4 * table.numel() if table is not None else 6 * sum(p.numel() for p in model.output.parameters())
+    return tokens * sum(n * (6 if own else 4) for n, own in matrices) + float(targets) * items
 
 
-def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Seconds, useful tokens, targets and prompts of one optimiser step a batch, the first one left out."""
+def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optimizer, warm: int) -> dict[str, float]:
+    """Seconds, useful tokens, targets and prompts of one optimiser step a batch, the first `warm` left out."""
     found: Counter[str] = Counter()
     device = job.device
     for number, batch in enumerate(batches):
@@ -78,24 +79,34 @@ def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optim
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if number:
+        if number >= warm:
             found.update(seconds=time.perf_counter() - start, tokens=loss.tokens, targets=loss.targets,
                          prompts=len(batch))
     return dict(found)
 
 
 def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
-    """What a step's time goes to on the CPU: matrix products first, then the rest, largest first, as shares."""
-    with profile(activities=[ProfilerActivity.CPU]) as watched:
+    """What a step's time goes to: matrix products first, then the rest, largest first, as shares.
+
+    On a GPU its own time counts, and what is left of the clock's is its waiting for the CPU.
+    """
+    gpu = job.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as watched:
+        start = time.perf_counter()
         for batch in batches:
             loss = job.loss(batch)
             (loss.total / loss.targets).backward()
             job.model.zero_grad(set_to_none=True)
+        if gpu:
+            torch.cuda.synchronize()
+        taken = 1e6 * (time.perf_counter() - start)
     spent: Counter[str] = Counter()
     for event in watched.key_averages():
         name = event.key.removeprefix("aten::").removeprefix("_").lower()
-        if event.self_cpu_time_total:
-            spent[kind_of(name)] += event.self_cpu_time_total
+        if event.device_type == DeviceType.CPU:  # a kernel's time counts with the operator that launched it
+            spent[kind_of(name)] += event.self_device_time_total if gpu else event.self_cpu_time_total
+    if gpu:
+        spent["waiting for the CPU"] = max(0.0, taken - sum(spent.values()))
     total = sum(spent.values())
     first = spent.pop("matrix products", 0)
     return [("matrix products", first / total), *((kind, t / total) for kind, t in spent.most_common())]

@@ -36,7 +36,7 @@ Formed = Callable[[int | None], LeftOut]
 def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
-    solved = functools.cache(lambda: linear_model(params))
+    solved = functools.cache(lambda: linear_model(params, device))
 
     @functools.cache
     def formed(shuffle: int | None) -> LeftOut:
@@ -49,8 +49,8 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
         "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
         "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device),
         "word-knn": lambda: word_knn(params.evaluate.decay, device),
-        "slit": lambda: slit(solved(), 0.0, device),
-        "slit-text": lambda: slit(solved(), params.slit.text, device)}
+        "slit": lambda: slit(solved(), 0.0),
+        "slit-text": lambda: slit(solved(), params.slit.text)}
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device, formed)
     found["llmgr"] = lambda: llmgr(params, device, formed)
@@ -135,23 +135,23 @@ def word_knn(decay: float, device: torch.device) -> Over:
     return _similar((matrix @ matrix.T).tocsr(), decay, device)
 
 
-def linear_model(params: Any) -> tuple[Slit, Over]:
+def linear_model(params: Any, device: torch.device) -> tuple[Slit, Over]:
     """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch."""
     decay = params.slit.decay
     train, _ = read_split("train", params.data.max_session)
-    model = fitted_slit(train, decay, params.slit.ridge, catalogue_size("data/core/items.parquet"))
+    model = fitted_slit(train, decay, params.slit.ridge, catalogue_size("data/core/items.parquet"), device)
     return model, functools.cache(lambda sessions: once(lambda samples: model.solved(
         last_clicks(sessions.graphs(samples), decay, model.items))))
 
 
-def slit(solved: tuple[Slit, Over], text_share: float, device: torch.device) -> Over:
+def slit(solved: tuple[Slit, Over], text_share: float) -> Over:
     """Scores of the linear item-item model SLIT (`linear_model`), with `text_share` shrunk to the likeness of words.
 
     Closed form, no gradient, no language model: how far clicks and words go without a network.
     """
     model, over = solved
     words = catalogue_words() if text_share else None
-    return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share).to(device)
+    return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share)
 
 
 def _similar(similarity: csr_array, decay: float, device: torch.device) -> Over:

@@ -71,7 +71,7 @@ def draw(sessions: int, most: int, seed: int) -> Tensor:
 @torch.no_grad()
 def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, batch_size: int
                  ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every scorer's scores of all items for all sessions, [S, V+1] in half precision on the CPU; and its seconds."""
+    """Every scorer's scores of all items for all sessions, [S, V+1] in half precision where they are; its seconds."""
     batches = torch.argsort(sessions.length, stable=True).split(batch_size)
     tables, seconds = {}, {}
     for name, make in makers.items():
@@ -79,8 +79,9 @@ def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, ba
         score, bar = make()(sessions), Bar(len(batches), 0, f"gate: {name}")
         for number, samples in enumerate(batches, 1):
             scores = score(samples)
-            table = tables.setdefault(name, torch.empty(len(sessions), scores.shape[1], dtype=torch.half))
-            table[samples.cpu()] = scores.half().cpu()
+            if name not in tables:
+                tables[name] = scores.new_empty(len(sessions), scores.shape[1], dtype=torch.half)
+            tables[name][samples] = scores.half()
             bar.show(number)
         bar.close()
         seconds[name] = time.monotonic() - start
@@ -103,7 +104,7 @@ def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S:
                         start)
         for rows in (~fitted).nonzero()[:, 0].split(CHUNK):
             fused = gate([t[rows] for t in scores_MSV], band_V)
-            rank[:, rows] = torch.stack(ranks_both(fused, target_S[rows], seen_SX[rows].long()))
+            rank[:, rows] = torch.stack(ranks_both(fused, target_S[rows], seen_SX[rows].long())).cpu()
     return {name: metrics(r) for name, r in zip(("valid", "valid_unseen"), rank)}
 
 
@@ -113,7 +114,7 @@ def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Ten
 
     `scores_MSV`: a table [S, V+1] of each scorer (half precision will do), `seen_SX`: items to mask, 0 pads. Starts
     from the first scorer alone, or from another gate, which saves steps and changes nothing else. UserError where a
-    scorer says the same of every item.
+    scorer says the same of every item. Sums are formed where the tables are, which the other tensors share.
     """
     if REPEAT in scorers:
         seen_SX = torch.zeros_like(seen_SX[:, :1])
@@ -153,11 +154,13 @@ def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, ta
     items of different bands meet in the second term alone.
     """
     width, count = theta.shape
-    weight_WV = theta.float()[:, band_V]
-    loss, gradient = 0.0, torch.zeros_like(theta)
-    second = torch.zeros(width, width, count, dtype=torch.double)
-    outer = torch.zeros(width * count, width * count, dtype=torch.double)
-    for rows in torch.arange(len(target_S)).split(CHUNK):
+    place = band_V.device
+    weight_WV = theta.float().to(place)[:, band_V]
+    gradient = torch.zeros_like(theta, device=place)
+    second = torch.zeros(width, width, count, dtype=torch.double, device=place)
+    outer = torch.zeros(width * count, width * count, dtype=torch.double, device=place)
+    loss = torch.zeros((), dtype=torch.double, device=place)
+    for rows in torch.arange(len(target_S), device=place).split(CHUNK):
         target = target_S[rows, None]
         x = [table[rows].float().div_(scale) for table, scale in zip(scores_MSV, spread)]
         z = weight_WV[-1].expand(len(rows), -1).clone()
@@ -167,7 +170,7 @@ def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, ta
         hidden.scatter_(1, target, False)[:, 0] = True
         z.masked_fill_(hidden, float("-inf"))
         top = z.logsumexp(1, keepdim=True)
-        loss += float((top - z.gather(1, target)).sum())
+        loss += (top - z.gather(1, target)).sum()
         p = (z - top).exp_()
         terms = [p * table for table in x] + [p]
         mean = torch.stack([t @ onehot_VN for t in terms], 1).double()  # [rows, M+1, N]
@@ -183,6 +186,7 @@ def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, ta
                     second[k, m] += product
         outer += mean.flatten(1).T @ mean.flatten(1)
     sessions = len(target_S)
+    loss, gradient, second, outer = float(loss), gradient.cpu(), second.cpu(), outer.cpu()
     hessian = torch.einsum("mkn,nq->mnkq", second, torch.eye(count, dtype=torch.double)).reshape_as(outer) - outer
     ridge = RIDGE * theta
     return (loss / sessions + float(0.5 * (ridge * theta).sum()), gradient / sessions + ridge,

@@ -38,15 +38,15 @@ class Slit:
     the diagonal), so that memory grows with the clicks and a batch, not with V squared.
     """
 
-    def __init__(self, clicks: csr_array, target: np.ndarray, ridge: float) -> None:
+    def __init__(self, clicks: csr_array, target: np.ndarray, ridge: float, place: torch.device | None = None) -> None:
         targets = csr_array((np.ones(len(target)), (np.arange(len(target)), target)), shape=clicks.shape)
         self.items, self.ridge = clicks.shape[1] - 1, ridge
-        self.products, self.following = _sparse(clicks.T @ clicks), _sparse(targets.T @ clicks)
-        self.diagonal = torch.from_numpy(clicks.multiply(clicks).sum(0)).float()[:, None] + ridge
+        self.products, self.following = (_sparse(m).to(place) for m in (clicks.T @ clicks, targets.T @ clicks))
+        self.diagonal = torch.from_numpy(clicks.multiply(clicks).sum(0)).float().to(place)[:, None] + ridge
 
     def solved(self, clicks: csr_array) -> Tensor:
         """(S'S + ridge)^-1 c of the rows c of `clicks`, as columns [V+1, B]; UserError where the ridge is too small."""
-        residual = torch.from_numpy(np.ascontiguousarray(clicks.toarray().T)).float()
+        residual = torch.from_numpy(np.ascontiguousarray(clicks.toarray().T)).float().to(self.diagonal.device)
         solution = torch.zeros_like(residual)
         enough = CLOSE * residual.norm(dim=0)
         scaled = residual / self.diagonal
@@ -69,14 +69,14 @@ class Slit:
         """Scores [B, V+1] of clicks that `solved` solved; `words` is W, None where texts have no say."""
         scores = self.following @ solved_VB
         if words is not None:
-            told = words @ (words.T @ solved_VB.numpy())
-            scores.add_(torch.from_numpy(told), alpha=self.ridge * text_share)
+            told = words @ (words.T @ solved_VB.cpu().numpy())
+            scores.add_(torch.from_numpy(told).to(scores.device), alpha=self.ridge * text_share)
         return scores.T.contiguous()
 
 
-def fitted_slit(train: Sessions, decay: float, ridge: float, items: int) -> Slit:
-    """SLIT of all training prefixes, whose earlier clicks weigh `decay` less a step."""
-    return Slit(_prefixes(train, decay, items), train.target.cpu().numpy(), ridge)
+def fitted_slit(train: Sessions, decay: float, ridge: float, items: int, place: torch.device | None = None) -> Slit:
+    """SLIT of all training prefixes, whose earlier clicks weigh `decay` less a step; solves and scores at `place`."""
+    return Slit(_prefixes(train, decay, items), train.target.cpu().numpy(), ridge, place)
 
 
 class LeftOut:
@@ -113,19 +113,33 @@ class LeftOut:
             self.matrix += ridge * text_share * (words @ (words.T @ inverse)).T
         self.matrix, self.inverse = np.ascontiguousarray(self.matrix), inverse
         self.prepared: WeakKeyDictionary[Sessions, tuple[csr_array, csr_array, csr_array]] = WeakKeyDictionary()
+        self.moved: dict[torch.device, Tensor] = {}
 
-    def __call__(self, sessions: Sessions, samples: Tensor) -> tuple[Tensor, coo_array]:
-        """Scores [R, V+1] of samples [R], and how often every item is a target of the same user, [R, V+1].
+    def __call__(self, sessions: Sessions, samples: Tensor, place: torch.device | None = None
+                 ) -> tuple[Tensor, coo_array]:
+        """Scores [R, V+1] of samples [R] at `place`, and how often every item is a target of the same user, [R, V+1].
 
         What is left out is found for all samples when sessions are first met.
         """
         if sessions not in self.prepared:
             self.prepared[sessions] = self._prepare(sessions)
         clicks, told, own = (table[samples.cpu().numpy()] for table in self.prepared[sessions])
-        scores = torch.from_numpy(clicks @ self.matrix)
+        if place is None or place.type == "cpu":
+            scores = torch.from_numpy(clicks @ self.matrix)
+        else:
+            scores = self._product(clicks, place)
         told = coo_array(told)
-        scores[torch.from_numpy(told.row).long(), torch.from_numpy(told.col).long()] -= torch.from_numpy(told.data)
+        row, column, often = (torch.from_numpy(part).to(scores.device) for part in (told.row, told.col, told.data))
+        scores[row.long(), column.long()] -= often
         return scores, coo_array(own)
+
+    def _product(self, clicks: csr_array, place: torch.device) -> Tensor:
+        """`clicks @ matrix` on a GPU, which keeps a copy of the matrix: rows weighted and summed."""
+        if place not in self.moved:
+            self.moved[place] = torch.from_numpy(self.matrix).to(place)
+        item, start, weight = (torch.from_numpy(part).to(place) for part in (clicks.indices, clicks.indptr[:-1],
+                                                                              clicks.data))
+        return F.embedding_bag(item.long(), self.moved[place], start.long(), mode="sum", per_sample_weights=weight)
 
     def _prepare(self, sessions: Sessions) -> tuple[csr_array, csr_array, csr_array]:
         """For all samples c + w S_u, w T_u and the sum of the rows of T_u, each [samples, V+1]."""
@@ -183,11 +197,11 @@ class LinearTerm(nn.Module):
 
     def _read(self, sessions: Sessions, samples: Tensor) -> tuple[Tensor, ...]:
         """Scores [R, V+1]; place, band of items that the user's own targets hold; clicked items [R, N]."""
-        scores, own = self.model(sessions, samples)
         place = self.count.device
+        scores, own = self.model(sessions, samples, place)
         row, item, often = (torch.from_numpy(part).to(place) for part in (own.row, own.col, own.data))
         band = torch.bucketize(self.count[item.long()] - often, self.edges, right=True)
-        return (scores.to(place) * self.scale, row.long(), item.long(), band,
+        return (scores * self.scale, row.long(), item.long(), band,
                 sessions.graphs(samples).nodes_BN)
 
     def _weighted(self, scores: Tensor, row: Tensor, item: Tensor, band: Tensor, nodes: Tensor) -> Tensor:

@@ -204,6 +204,15 @@ class Llmgr(nn.Module):
         (base.get_base_model() if hasattr(base, "get_base_model") else base).gradient_checkpointing_enable(
             {"use_reentrant": False})
 
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the language model's layers with torch.compile, one program for all, for any batch and length.
+
+        What stands between their matrix products becomes a few kernels, which is what a GPU's step waits for.
+        """
+        blocks = max((m for m in self.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+        for block in blocks:
+            block.compile(dynamic=True, **options)
+
 
 def logits(query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None) -> Tensor:
     """Scores of all items [R, V+1]; column 0 is padding."""
@@ -245,10 +254,12 @@ def backbone_digest() -> str:
     return json.dumps(read_json("models/backbone/backbone.json")["sha256"], sort_keys=True)
 
 
-def build_llmgr(params: Any, dtype: torch.dtype, seed: int) -> Llmgr:
+def build_llmgr(params: Any, dtype: torch.dtype, seed: int, shape: str | None = None,
+                place: torch.device | None = None) -> Llmgr:
     """LLMGR over models/backbone and models/embeddings, untrained; `params` is the model section.
 
-    `seed` draws what the twins change: the language model's weights, whose text an item has.
+    `seed` draws what the twins change: the language model's weights, whose text an item has. With `shape`, the file of
+    a config.json, the language model is one of that shape with weights drawn at `place`, to measure what it would cost.
     """
     from llmgr.encoders import load_encoder
     from llmgr.text_vectors import principal_components, shuffled
@@ -259,4 +270,6 @@ def build_llmgr(params: Any, dtype: torch.dtype, seed: int) -> Llmgr:
     text_VT = principal_components(vectors, params.text_dim)
     encoder, vectors_VD = load_encoder("models/embeddings", len(text_VT) - 1)
     random = seed if params.weights == "random" else None
-    return Llmgr(load_language_model("models/backbone", dtype, random), encoder, vectors_VD, text_VT, params)
+    language_model = (load_language_model(shape, dtype, seed, place) if shape else
+                      load_language_model("models/backbone", dtype, random))
+    return Llmgr(language_model, encoder, vectors_VD, text_VT, params)

@@ -605,9 +605,15 @@ class Launch:
     optimiser's state, too, ZeRO-3 all weights. Results differ by rounding alone (and by where dropout strikes)."""
     device: Literal["auto", "cpu", "cuda"]
     """Where align and tune compute; `auto` takes the GPU where there is one."""
+    compile: bool
+    """Compile the language model's layers on a GPU (torch.compile): minutes at first, then a faster step. Not with
+    zero3. Results differ by rounding alone."""
 
     def check(self) -> None:
         positive(self, "launch", "processes")
+        if self.compile and self.strategy == "zero3":
+            raise UserError("launch.compile=true does not go with launch.strategy=zero3, which gathers a layer's "
+                            "weights as it runs: set launch.compile=false")
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ class EncoderJob:
         return len(micro)
 
     def loss(self, micro: Tensor) -> Loss:
-        groups = [group.to(self.train.row.device) for group in alike(micro, self.length)]
+        place = self.train.row.device
+        groups = [group.to(place) for group in alike(micro, self.length, place=place)]
         with torch.autocast(groups[0].device.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_VD = self.model.vectors()
             session_BD = torch.cat([self.model.encoder(self.train.graphs(group), vectors_VD) for group in groups])

@@ -17,23 +17,26 @@ WORKERS = "LLMGR_WORKERS"  # environment: the folder where workers of llmgr.laun
 
 
 def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None, *,
-        workers: bool = False) -> None:
+        optional: dict[str, str] | None = None, workers: bool = False) -> None:
     """Parse the command line, load the declared keys of params.yaml, run `main(params, **options)`.
 
     `doc` is the script's docstring and becomes `--help`; `reads` are the parameter keys that `main` may use
     (`tune`, `data.max_session`), the same ones that dvc.yaml declares; `options` maps further required options to
-    their help. A key may hold an option in braces: `encoder.{encoder}` is the section of the encoder given, whatever
-    follows its hyphen. With `workers` the stage runs in as many processes as `launch` says.
+    their help, `optional` those that are None where they are not given. A key may hold an option in braces:
+    `encoder.{encoder}` is the section of the encoder given, whatever follows its hyphen. With `workers` the stage runs
+    in as many processes as `launch` says.
     Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in (options or {}).items():
         parser.add_argument(f"--{name}", required=True, help=text)
+    for name, text in (optional or {}).items():
+        parser.add_argument(f"--{name}", help=text)
     arguments = vars(parser.parse_args())
     try:
         from llmgr.params import load
 
-        filled = {name: value.partition("-")[0] for name, value in arguments.items()}
+        filled = {name: value.partition("-")[0] for name, value in arguments.items() if value}
         params = load("params.yaml").view([key.format(**filled) for key in reads])
         if workers:
             from llmgr.launch import processes

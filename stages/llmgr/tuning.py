@@ -208,7 +208,7 @@ class BehaviourJob:
 
     def _sessions(self, sample_R: Tensor) -> Tensor:
         """The graph encoder's readouts [R, D], read in groups of like length."""
-        groups = alike(torch.arange(len(sample_R)), self.train.length[sample_R].cpu())
+        groups = alike(torch.arange(len(sample_R)), self.train.length[sample_R].cpu(), place=self.device)
         read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)])) for group in groups])
         return read[torch.argsort(torch.cat(groups)).to(self.device)]
 

@@ -83,9 +83,11 @@ def item_cross_entropy(query_RD: Tensor, vectors_VD: Tensor, target_R: Tensor, b
                        ) -> Tensor:
     """Summed softmax cross-entropy of the targets among all items (row 0 of the vectors is padding and left out).
 
-    In chunks of 128 targets, so that the logits stay in cache: on two CPU threads and 12,101 items 2.8 times as fast
-    as one product of 1,024 rows.
+    On a CPU in chunks of 128 targets, so that the logits stay in cache: on two threads and 12,101 items 2.8 times as
+    fast as one product of 1,024 rows, which a GPU prefers.
     """
+    if query_RD.is_cuda:
+        return F.cross_entropy(F.linear(query_RD, vectors_VD, bias_V)[:, 1:], target_R - 1, reduction="sum")
     return F.linear_cross_entropy(query_RD, vectors_VD[1:], target_R - 1, reduction="sum",
                                   linear_bias=None if bias_V is None else bias_V[1:],
                                   options=nn.LinearCrossEntropyOptions(batch_chunk_size=128))
