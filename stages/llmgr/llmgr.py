@@ -45,18 +45,18 @@ class HybridEncoding(nn.Module):
         embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
         for kind, source, added in ((NODE, self.nodes, noise_VD), (GRAPH, session_RD, None)):
             if source is not None:
-                slot_BL = prompts.kind_BL == kind
-                ref_R = prompts.ref_BL[slot_BL]
-                read_RD = self._wide(source[ref_R])
+                slot_N = prompts.slots(kind)
+                ref_N = prompts.ref_BL.flatten()[slot_N]
+                read_ND = self._wide(source[ref_N])
                 if added is not None:
-                    read_RD = read_RD + self._wide(added[ref_R])
-                filled = self.project(self.dropout(read_RD))
-                embeds_BLH = embeds_BLH.masked_scatter(slot_BL[..., None], filled.to(embeds_BLH.dtype))
+                    read_ND = read_ND + self._wide(added[ref_N])
+                filled_NH = self.project(self.dropout(read_ND)).to(embeds_BLH.dtype)
+                embeds_BLH = embeds_BLH.flatten(0, 1).index_copy(0, slot_N, filled_NH).view_as(embeds_BLH)
         return embeds_BLH
 
-    def _wide(self, read_RD: Tensor) -> Tensor:
+    def _wide(self, read_ND: Tensor) -> Tensor:
         """A node's columns; those of text are 0 where only a vector was read."""
-        return F.pad(read_RD, (0, self.nodes.shape[1] - read_RD.shape[1]))
+        return F.pad(read_ND, (0, self.nodes.shape[1] - read_ND.shape[1]))
 
 
 class LinearOutput(nn.Module):

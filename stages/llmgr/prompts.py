@@ -54,6 +54,13 @@ class PromptBatch:
     segment_BL: Tensor
     row_R: Tensor
     column_R: Tensor
+    slots_N: tuple[Tensor, ...] | None = None
+
+    def slots(self, kind: int) -> Tensor:
+        """Where the slots of NODE or GRAPH stand among the B x L tokens [N]."""
+        if self.slots_N is not None:
+            return self.slots_N[kind]
+        return (self.kind_BL == kind).flatten().nonzero()[:, 0]
 
     @property
     def tokens(self) -> int:
@@ -90,8 +97,6 @@ class PromptBatch:
             row_B[prompt], start_B[prompt], segment_B[prompt] = row, filled[row], held[row]
             filled[row] += size
             held[row] += 1
-        device = self.real_BL.device
-        row_B, start_B, segment_B = row_B.to(device), start_B.to(device), segment_B.to(device)
         prompt_N, column_N = self.real_BL.nonzero(as_tuple=True)
         at = (row_B[prompt_N], start_B[prompt_N] + column_N)
 
@@ -104,9 +109,12 @@ class PromptBatch:
         return PromptBatch(*fields_BL, moved(segment_B[prompt_N]), row_B[self.row_R],
                            start_B[self.row_R] + self.column_R)
 
-    def to(self, device: torch.device | str) -> PromptBatch:
-        """The same batch on another device."""
-        return PromptBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same batch on another device: prompts are laid out on the CPU, where a GPU would wait for every count."""
+        if self.real_BL.device == device:
+            return self
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "slots_N"}
+        return PromptBatch(**moved, slots_N=tuple(self.slots(kind).to(device) for kind in (TEXT, NODE, GRAPH)))
 
 
 @dataclass
@@ -114,11 +122,10 @@ class Assembly:
     """Pieces laid out one after another in every prompt; a piece is a padded table with a mask of its real entries."""
 
     rows: int
-    device: torch.device
 
     def __post_init__(self) -> None:
         self.pieces: list[tuple[Tensor, ...]] = []
-        self.end_B = torch.zeros(self.rows, dtype=torch.long, device=self.device)
+        self.end_B = torch.zeros(self.rows, dtype=torch.long)
 
     def add(self, kind: int | Tensor, value_BW: Tensor, real_BW: Tensor | None = None, branch_BW: Tensor | None = None,
             position_BW: Tensor | None = None, limit_BW: Tensor | None = None) -> Tensor:
@@ -126,7 +133,7 @@ class Assembly:
         value_BW = value_BW.expand(self.rows, -1)
         real_BW = torch.ones_like(value_BW, dtype=torch.bool) if real_BW is None else real_BW.expand_as(value_BW)
         column_BW = self.end_B[:, None] + real_BW.long().cumsum(1) - 1
-        kind_BW = torch.as_tensor(kind, device=self.device).expand_as(value_BW)
+        kind_BW = torch.as_tensor(kind).expand_as(value_BW)
         position_BW = column_BW if position_BW is None else position_BW
         limit_BW = position_BW + 1 if limit_BW is None else limit_BW
         branch_BW = torch.zeros_like(value_BW) if branch_BW is None else branch_BW
@@ -137,12 +144,12 @@ class Assembly:
     def text(self, ids: list[int]) -> None:
         """Append the same text tokens to every prompt."""
         if ids:
-            self.add(TEXT, torch.tensor(ids, device=self.device)[None])
+            self.add(TEXT, torch.tensor(ids)[None])
 
     def batch(self, row_R: Tensor, column_R: Tensor) -> PromptBatch:
         """All pieces as one padded batch."""
         width = int(self.end_B.max())
-        out = {name: torch.zeros(self.rows, width, dtype=torch.long, device=self.device)
+        out = {name: torch.zeros(self.rows, width, dtype=torch.long)
                for name in ("token", "kind", "ref", "branch", "position", "limit")}
         for column, kind, value, real, branch, position, limit in self.pieces:
             at = (real.nonzero()[:, 0], column[real])
@@ -150,7 +157,7 @@ class Assembly:
             out["ref"][at] = torch.where(kind == TEXT, 0, value)[real]
             for name, table in (("kind", kind), ("branch", branch), ("position", position), ("limit", limit)):
                 out[name][at] = table[real].long()
-        real_BL = torch.arange(width, device=self.device) < self.end_B[:, None]
+        real_BL = torch.arange(width) < self.end_B[:, None]
         out["limit"][~real_BL] = 1
         return PromptBatch(out["token"], out["kind"], out["ref"], out["position"], out["branch"], out["limit"], real_BL,
                            torch.zeros_like(real_BL, dtype=torch.long), row_R, column_R)
@@ -200,18 +207,17 @@ class AlignmentPrompts:
 
     def __call__(self, item_B: Tensor, candidates_BC: Tensor) -> PromptBatch:
         """Prompts for described items, given the nodes to list (the described one among them)."""
-        layout = Assembly(len(item_B), candidates_BC.device)
+        layout = Assembly(len(item_B))
         for piece in self.pieces:
             if piece == "nodes":
                 layout.add(NODE, candidates_BC)
             elif piece == "text":
-                count_B1 = self.count[item_B.cpu()].to(item_B.device)[:, None]
+                count_B1 = self.count[item_B][:, None]
                 width = max(1, int(count_B1.max()))
-                table = self.table[item_B.cpu(), :width].to(item_B.device)
-                layout.add(TEXT, table, torch.arange(width, device=item_B.device) < count_B1)
+                layout.add(TEXT, self.table[item_B, :width], torch.arange(width) < count_B1)
             else:
                 layout.text(piece)
-        return layout.batch(torch.arange(len(item_B), device=item_B.device), layout.end_B - 1)
+        return layout.batch(torch.arange(len(item_B)), layout.end_B - 1)
 
 
 class BehaviourPrompts:
@@ -253,8 +259,7 @@ class BehaviourPrompts:
 
         Readouts go session by session, prefix by prefix. Edge lists are those of the whole session.
         """
-        device = first_B.device
-        layout = Assembly(len(first_B), device)
+        layout = Assembly(len(first_B))
         end_BS = torch.zeros_like(graphs.items_BS)
         for piece in self.trunk:
             if piece == "nodes":
@@ -262,7 +267,7 @@ class BehaviourPrompts:
             else:
                 layout.text(piece)
         steps = graphs.items_BS.shape[1]
-        prefix_B1P = torch.arange(1, steps + 1, device=device)[None]
+        prefix_B1P = torch.arange(1, steps + 1)[None]
         asked_BP = (prefix_B1P >= first_B[:, None]) & (prefix_B1P <= graphs.length_B[:, None])
         readout_BP = (asked_BP.flatten().long().cumsum(0) - 1).view_as(asked_BP)
         if "edges" in self.branch:
@@ -275,10 +280,10 @@ class BehaviourPrompts:
         """Node slots, each followed by its title where titles are on; returns the column after each click."""
         if self.titles is None:
             return layout.add(NODE, graphs.items_BS, graphs.mask_BS()) + 1
-        table, count = (t.to(graphs.items_BS.device) for t in self.titles)
+        table, count = self.titles
         width = max(1, int(count[graphs.items_BS].max()))
         value = torch.cat((graphs.items_BS[..., None], table[graphs.items_BS][..., :width]), -1)
-        shown = torch.arange(width + 1, device=value.device) <= count[graphs.items_BS][..., None]
+        shown = torch.arange(width + 1) <= count[graphs.items_BS][..., None]
         kind = torch.full_like(value, TEXT)
         kind[..., 0] = NODE
         shown = shown & graphs.mask_BS()[..., None]
@@ -297,23 +302,23 @@ class BehaviourPrompts:
                 values += [torch.full_like(readout_BP, i) for i in piece]
         value = torch.stack(values, -1)
         width = value.shape[-1]
-        kind = torch.tensor(kinds, device=value.device).expand_as(value)
-        number = torch.arange(1, value.shape[1] + 1, device=value.device)[None, :, None].expand_as(value)
+        kind = torch.tensor(kinds).expand_as(value)
+        number = torch.arange(1, value.shape[1] + 1)[None, :, None].expand_as(value)
         limit = end_BP[..., None].expand_as(value)
-        position = limit + torch.arange(width, device=value.device)
+        position = limit + torch.arange(width)
         real = asked_BP[..., None].expand_as(value)
         column = layout.add(*(t.flatten(1) for t in (kind, value, real, number, position, limit)))
         return column.view_as(value)[..., -1]
 
     def _branch_with_edges(self, layout: Assembly, graphs: GraphBatch, readout_BP: Tensor, end_BS: Tensor) -> Tensor:
         last_B = graphs.length_B - 1
-        rows = torch.arange(len(last_B), device=last_B.device)
+        rows = torch.arange(len(last_B))
         for piece in self.branch:
             if piece == "edges":
                 source, target = graphs.items_BS[:, :-1], graphs.items_BS[:, 1:]
                 arrow = [torch.full_like(source, token) for token in self.arrow]
                 value = torch.stack((source, *arrow, target), -1)
-                kind = torch.tensor([NODE, *[TEXT] * len(arrow), NODE], device=value.device).expand_as(value)
+                kind = torch.tensor([NODE, *[TEXT] * len(arrow), NODE]).expand_as(value)
                 layout.add(kind.flatten(1), value.flatten(1),
                            graphs.mask_BS()[:, 1:, None].expand_as(value).flatten(1))
             elif piece == "graph":

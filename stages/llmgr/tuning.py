@@ -100,12 +100,13 @@ class AlignJob:
                             logits(query, table, bias)[:, 1:].argmax(1) + 1 == target), 1)
 
     def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        prompts = self.prompts(micro.to(self.device), candidates[micro].to(self.device))
+        prompts = self.prompts(micro, candidates[micro])
         if self.model.packs:
             prompts = prompts.packed(2 * PACKED)  # texts are long: one would not leave room for another
+        tokens = prompts.tokens
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            query, table, bias = self.model(prompts, None)
-        return query.float(), table, bias, prompts.tokens
+            query, table, bias = self.model(prompts.to(self.device), None)
+        return query.float(), table, bias, tokens
 
     @staticmethod
     def _among(query: Tensor, table: Tensor, bias: Tensor | None, shown: Tensor) -> Tensor:
@@ -139,6 +140,7 @@ class BehaviourJob:
                             "model.attention=causal or tune.targets=prefix")
         self.model, self.prompts, self.settings, self.dtype = model, prompts, settings, dtype
         self.train, self.device = train, model.vectors.device
+        self.laid_out = train.to("cpu")
         self.first, self.last, self.sample = spans(train, settings.targets == "positions")
         draw = torch.Generator().manual_seed(seed + 2)
         count = settings.valid_sessions or len(valid)
@@ -163,14 +165,14 @@ class BehaviourJob:
         count = (self.last[micro] - self.first[micro] + 1)
         within = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
         sample_R = (self.sample[micro].repeat_interleave(count) + within).to(self.device)
-        row_B = self.train.row[self.sample[micro].to(self.device)]
-        graphs = self.train.prefix_graphs(row_B, self.last[micro].to(self.device))
-        prompts = self.prompts(graphs, self.first[micro].to(self.device))
+        graphs = self.laid_out.prefix_graphs(self.laid_out.row[self.sample[micro]], self.last[micro])
+        prompts = self.prompts(graphs, self.first[micro])
         if self.model.packs:
             prompts = prompts.packed(PACKED)
+        tokens = prompts.tokens
         session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            query, table, bias = self.model(prompts, session_RD)
+            query, table, bias = self.model(prompts.to(self.device), session_RD)
         if self.prior is not None:
             bias = self.prior if bias is None else bias + self.prior
         target_R = self.train.target[sample_R]
@@ -180,7 +182,7 @@ class BehaviourJob:
             total = item_cross_entropy(query.float(), table, target_R, bias)
             if self.alike is not None:
                 total = total + self.settings.text_smoothing * self._ahead(query.float(), table, bias, target_R)
-        return Loss(total, len(sample_R), prompts.tokens)
+        return Loss(total, len(sample_R), tokens)
 
     def _loss(self, scores_RV: Tensor, sample_R: Tensor, target_R: Tensor) -> Tensor:
         """The summed loss where more than a product of vectors makes the logits, so that they are formed."""
@@ -208,7 +210,8 @@ class BehaviourJob:
 
     def _sessions(self, sample_R: Tensor) -> Tensor:
         """The graph encoder's readouts [R, D], read in groups of like length."""
-        groups = alike(torch.arange(len(sample_R)), self.train.length[sample_R].cpu(), place=self.device)
+        length = self.laid_out.length[sample_R.cpu()]
+        groups = alike(torch.arange(len(sample_R)), length, place=self.device)
         read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)])) for group in groups])
         return read[torch.argsort(torch.cat(groups)).to(self.device)]
 
@@ -223,14 +226,15 @@ class Scorer:
                  prior_V: Tensor | None = None) -> None:
         self.model, self.prompts, self.dtype, self.prior = model, prompts, dtype, prior_V
         self.sessions, _ = shortened(sessions, prompts, model.positions, "validation or test")
+        self.laid_out = self.sessions.to("cpu")
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Tensor:
         """Scores [B, V+1] of samples [B]."""
-        graphs = self.sessions.graphs(samples)
-        prompts, session_BD = self.prompts(graphs, graphs.length_B), self.model.sessions(graphs)
+        graphs, laid_out = self.sessions.graphs(samples), self.laid_out.graphs(samples.cpu())
+        prompts, session_BD = self.prompts(laid_out, laid_out.length_B), self.model.sessions(graphs)
         with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            query, table, bias = self.model(prompts, session_BD)
+            query, table, bias = self.model(prompts.to(samples.device), session_BD)
         scores = logits(query.float(), table.float(), bias)
         return scores if self.model.linear_term is None else scores + self.model.linear_term(self.sessions, samples)
 
