@@ -181,3 +181,4 @@ def test_groups_of_like_length_hold_every_sample_once_and_pad_little(count):
     assert all(len(group) for group in groups) and bounds == sorted(bounds)
     assert all(longest <= max(shortest, 1.5 * shortest) for shortest, longest in bounds)
     assert all(before < after for (_, before), (after, _) in itertools.pairwise(bounds))
+    assert [group.tolist() for group in alike(samples, length, place=torch.device("cuda"))] == [samples.tolist()]

@@ -124,6 +124,8 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
         samples = torch.arange(len(sessions)).flip(0)
         scores, own = model(sessions, samples)
         assert own.toarray().any()
+        clicks_MV = model.prepared[sessions][0]
+        np.testing.assert_allclose(model._product(clicks_MV, CPU), clicks_MV @ model.matrix, atol=1e-6, rtol=1e-5)
         for row, sample in enumerate(samples.tolist()):
             kept = user != asked["user"][sample]
             S, T = clicks[kept], target[kept]

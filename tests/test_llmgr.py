@@ -314,3 +314,13 @@ def test_noise_moves_item_vectors_on_both_sides_alike_and_in_training_alone(outp
     torch.testing.assert_close(found, scores(plain, prompts, session_RD), atol=1e-5, rtol=1e-5)
     assert (found - before).abs().max() > 1e-3 and not torch.equal(scores(model, prompts, session_RD), found)
     assert torch.equal(scores(model.eval(), prompts, session_RD), before), "the vectors themselves stay"
+
+
+def test_compiled_layers_compute_the_same_for_any_batch():
+    model = llmgr()
+    prompts, session_RD = prompted()
+    before = scores(model, prompts, session_RD)
+    model.compile_layers(backend="eager", fullgraph=True)  # what torch.compile traces, without its compiler
+    torch.testing.assert_close(scores(model, prompts, session_RD), before)
+    torch.testing.assert_close(scores(model, prompts.packed(64), session_RD), before, atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == set(llmgr().state_dict()), "files have the same names"

@@ -113,6 +113,8 @@ def test_every_committed_key_arrives_with_its_value():
     ({"gate__fuse": {"tune": ["item-knn"]}}, ("gate.fuse names a gate tune, which is a model or a stage already",)),
     ({"encoder__controls": ["sasrec"]}, ("gate.fuse.gated-gcsan-text names gcsan-text", "~gate.fuse.gated-gcsan-text")),
     ({"bucket__practice": []}, ("bucket.practice=[] must rise: one edge at least",)),
+    ({"launch__compile": True, "launch__strategy": "zero3"}, ("launch.compile=true does not go with launch.strategy=zero3",
+                                                              "set launch.compile=false")),
     ({"seed": -1}, ("seed=-1 must lie between 0",)),
     ({"split__seed": 2**63}, (f"split.seed={2**63} must lie between 0",)),
     ({"data__sample_seed": -2}, ("data.sample_seed=-2",)),

@@ -257,6 +257,18 @@ def test_the_benchmark_runs_on_what_a_repro_left(copy: Path, capfd: pytest.Captu
     assert re.search(r"sessions/s: [\d.]+; plain loop [\d.]+ .*: [\d.]+ times", said) and "a step's time: " in said
 
 
+def test_the_benchmark_takes_the_shape_of_a_model_that_is_not_there(copy: Path, capfd: pytest.CaptureFixture) -> None:
+    shape = json.loads((copy / "stages/presets/llama-2-7b.json").read_text())
+    assert (shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]) == (4096, 32, 11008)
+    shape |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+              "num_key_value_heads": 4}
+    (copy / "shape.json").write_text(json.dumps(shape))
+    assert stage("bench", "--shape", "shape.json", root=copy) == 0
+    assert "of the machine" in capfd.readouterr().err
+    assert stage("bench", "--shape", "nowhere.json", root=copy) == 2
+    assert "nowhere.json is missing" in capfd.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------------- experiments
 
 def test_an_experiment_runs_what_it_touches_and_going_back_finds_the_first_run(copy: Path) -> None:

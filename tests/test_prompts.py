@@ -190,6 +190,16 @@ def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
         assert not (mask & ~packed.real_BL[:, None, :]).any()
 
 
+def test_prompts_are_counted_where_they_were_laid_out():
+    prompts = behaviour("short", True)(whole(prefixes(), LISTS), torch.ones(len(LISTS), dtype=torch.long)).packed(24)
+    assert prompts.to(torch.device("cpu")) is prompts
+    moved = prompts.to(torch.device("meta"))  # where nothing can be counted
+    assert moved.real_BL.is_meta and moved.row_R.is_meta
+    for kind in (TEXT, NODE, GRAPH):
+        assert moved.slots(kind).is_meta and moved.slots(kind).shape == prompts.slots(kind).shape
+        assert torch.equal(prompts.slots(kind), (prompts.kind_BL.flatten() == kind).nonzero()[:, 0])
+
+
 @pytest.mark.parametrize("titles", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "bert", "stories260K"])
 @torch.no_grad()

@@ -11,7 +11,6 @@ from machine import ROOT
 
 README = (ROOT / "README.md").read_text()
 HEADS = {"Beauty": "beauty", "Office Products": "office"}
-APART = ("Beauty",)  # its encoders are of a run of their own
 COLUMNS = [(split, "all", metric) for split in ("test", "test_unseen")
            for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")]
 COLUMNS += [("test_unseen", bucket, "hr_at_20") for bucket in ("cold", "warm")]
@@ -34,17 +33,14 @@ def rows(text: str) -> list[list[str]]:
 def test_the_tables_hold_the_recorded_figures(head: str) -> None:
     table = rows(README[README.index(f"**{head}**, "):])
     without, now = (recorded(HEADS[head] + run)["buckets"] for run in ("-without-linear", ""))
-    encoders = recorded(HEADS[head] + "-encoders")["buckets"] if head in APART else {}
     seen = set()
     for name, *cells in table:
         model, _, lacks = name.partition(", ")
         assert lacks in ("", "`tune.linear=false`")
-        figures = without[model] if lacks else now.get(model) or encoders[model]
+        figures = without[model] if lacks else now[model]
         assert cells == [f"{figures[split][bucket][metric]:.4f}" for split, bucket, metric in COLUMNS], name
         seen |= {model} if not lacks else set()
-    assert seen == {*now, *(model for model in encoders if not model.startswith("gated-"))}, "all but superseded gates"
-    for model, by in encoders.items():
-        assert model.startswith("gated-") or model == "llmgr" or by == now.get(model, by), "the runs are one setting's"
+    assert seen == {*now}
 
 
 def test_the_best_of_a_column_is_bold() -> None:
@@ -86,11 +82,29 @@ def test_the_twins_hold_the_recorded_figures() -> None:
         assert cold == f"{figures['cold']['hr_at_20']:.4f}", name
 
 
+def test_beauty_is_compared_as_the_recorded_seeds_say() -> None:
+    text = " ".join(README[README.index("### What the figures say"):].split())
+    record = recorded("beauty")
+    gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
+    assert f"and {len(gaps)} (Beauty) models compared" in text and record["seeds"]["ours"] == "llmgr"
+    assert f"{gaps['gcsan']['hr_at_20']['relative']:.0%} (Beauty)" in text
+    control, linear = gaps["gcsan-text"], gaps["gcsan-linear"]
+    assert (f"{control['hr_at_20']['relative']:.1%} on Beauty (p < 0.01; NDCG@20 "
+            f"{control['ndcg_at_20']['relative']:+.1%}, p < 0.01)") in text
+    assert max(control[metric]["p_holm"] for metric in ("hr_at_20", "ndcg_at_20")) < 0.01
+    assert (f"Beauty HR@20 {linear['hr_at_20']['relative']:+.1%} (p {linear['hr_at_20']['p_holm']:.2g}), NDCG@20 "
+            f"{linear['ndcg_at_20']['relative']:+.1%} and MRR@20 {linear['mrr_at_20']['relative']:+.1%} (p < 0.01)"
+            ).replace("-", "−") in text
+    assert max(linear[metric]["p_holm"] for metric in ("ndcg_at_20", "mrr_at_20")) < 0.01
+    zen4 = recorded("beauty-zen4")
+    assert zen4["buckets"].keys() < record["buckets"].keys()
+
+
 def test_office_is_compared_as_the_recorded_seeds_say() -> None:
     text = " ".join(README[README.index("### What the figures say"):].split())
     record = recorded("office")
     gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
-    assert f"for the {len(gaps)} models compared" in text and record["seeds"]["ours"] == "llmgr"
+    assert f"Holm for the {len(gaps)} (Office)" in text and record["seeds"]["ours"] == "llmgr"
     control, linear = gaps["gcsan-text"], gaps["gcsan-linear"]
     assert (f"{control['hr_at_20']['relative']:.1%} on Office (p {control['hr_at_20']['p_holm']:.2f}; NDCG@20 "
             f"{control['ndcg_at_20']['relative']:+.1%}, p < 0.01)") in text and control["ndcg_at_20"]["p_holm"] < 0.01
