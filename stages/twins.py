@@ -22,12 +22,13 @@ def main(params) -> None:
     from llmgr.stage import say
 
     content = yaml.safe_load(Path("params.yaml").read_text())
-    found = twins.collected(search.shown(), content, search.lock_of)
+    asked = twins.possible(content)
+    found = twins.collected(search.shown(), content, asked, search.lock_of)
     write_json("reports/twins.json", found)
     for name, twin in found.items():
         figures = twin["figures"]["test"]["all"]
         say(f"{name}: HR@20 {figures['hr_at_20']:.4f}  NDCG@20 {figures['ndcg_at_20']:.4f}")
-    missing = [path.stem for path in sorted(twins.PRESETS.glob("*.txt")) if path.stem not in found]
+    missing = [name for name in asked if name not in found and name != search.TUNED]
     if search.TUNED not in found:
         say(f"warning: {twins.UNCOMMITTED}")
     say(f"reports/twins.json has {len(found)} of {len(found) + len(missing)}"

@@ -49,7 +49,7 @@ def test_experiments_are_matched_by_what_decides_their_figures():
     states = [state("workspace", BASE, 0.9), state("abc", BASE, 0.3), state("exp-other", other, 0.5),
               state("exp-random", random, 0.2), state("exp-stale", stale, 0.1)]
     locks = {"abc": lock(BASE), "exp-other": lock(other), "exp-random": lock(random), "exp-stale": lock(BASE)}
-    found = twins.collected(states, BASE, locks.get)
+    found = twins.collected(states, BASE, twins.possible(BASE), locks.get)
     assert list(found) == ["llmgr", "random-weights"]
     assert found["llmgr"] == {"changed": {}, "figures": {
         c: {b: f for b, f in by.items() if b in buckets.COMPARED} for c, by in figures(0.3).items()}}
@@ -64,11 +64,11 @@ def test_experiments_on_other_data_are_left_out():
     made = {name: {"stages": {"split": {"outs": [{"path": "data/sessions", "md5": md5}]}, **lock(content)["stages"]}}
             for name, content, md5 in (("abc", BASE, "a"), ("exp-7", other, "a"), ("exp-random", random, "b"))}
     assert list(twins.at_seeds(states, BASE, made.get)) == ["7", "2026"]
-    assert list(twins.collected(states, BASE, made.get)) == ["llmgr"]
+    assert list(twins.collected(states, BASE, twins.possible(BASE), made.get)) == ["llmgr"]
     made["exp-7"]["stages"]["split"]["outs"][0]["md5"] = made["abc"]["stages"]["split"]["outs"][0]["md5"] + "b"
     made["exp-random"]["stages"]["split"]["outs"][0]["md5"] = "a"
     assert list(twins.at_seeds(states, BASE, made.get)) == ["2026"]
-    assert list(twins.collected(states, BASE, made.get)) == ["llmgr", "random-weights"]
+    assert list(twins.collected(states, BASE, twins.possible(BASE), made.get)) == ["llmgr", "random-weights"]
 
 
 def test_figures_that_an_experiment_did_not_make_are_left_out():
@@ -103,8 +103,9 @@ def test_figures_that_an_experiment_did_not_make_are_left_out():
 
 def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys):
     content = changed(BASE, {"encoder.controls": [], "model.base": "gcsan", "gate.fuse": {}})
-    found = twins.collected([state("abc", content, 0.3)], content, {"abc": lock(content)}.get)
-    assert list(found) == ["llmgr"]
+    asked = twins.possible(content)
+    assert "shuffled-texts" not in asked and "random-weights" in asked
+    assert list(twins.collected([state("abc", content, 0.3)], content, asked, {"abc": lock(content)}.get)) == ["llmgr"]
     assert "shuffled-texts is no twin of these parameters: " in capsys.readouterr().err
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -35,24 +35,38 @@ def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
             if key in COUNTED or (key.split(".")[0] not in LATER and not key.startswith(MEANS))}
 
 
-def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
-              lock: Callable[[str], Mapping[str, Any]], presets: Path = PRESETS) -> dict[str, dict[str, Any]]:
-    """The twins of the experiment `content` that have been run, and itself first (as `llmgr`), with LLMGR's figures.
+class Twin(NamedTuple):
+    """What a twin changes, and the parameters that decide its figures, by dotted key."""
+
+    changed: dict[str, Any]
+    decisive: dict[str, Any]
+
+
+def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, Twin]:
+    """The twins that the experiment `content` can have, by name, itself first (as `llmgr`).
+
+    A preset that changes nothing here, or asks for what these parameters do not have, is no twin.
+    """
+    found = {TUNED: Twin({}, decisive(content))}
+    for path in sorted(presets.glob("*.txt")):
+        values = changes(path)
+        try:
+            twin = Twin(values, decisive(changed(content, values)))
+        except UserError as error:
+            say(f"warning: {path.stem} is no twin of these parameters: {error}")
+            continue
+        if twin.decisive != found[TUNED].decisive:
+            found[path.stem] = twin
+    return found
+
+
+def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any], asked: Mapping[str, Twin],
+              lock: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the `possible` twins of the experiment `content` that have been run, with LLMGR's figures.
 
     `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
-    `dvc exp show`, `lock` gives a revision's dvc.lock: figures of other parameters or inputs do not count. A preset
-    that changes nothing here, or asks for what these parameters do not have, is no twin.
+    `dvc exp show`, `lock` gives a revision's dvc.lock: figures of other parameters or inputs do not count.
     """
-    wanted = {TUNED: {}} | {path.stem: changes(path) for path in sorted(presets.glob("*.txt"))}
-    keys = {}
-    for name, values in wanted.items():
-        try:
-            keys[name] = decisive(changed(content, values))
-        except UserError as error:
-            if name == TUNED:
-                raise
-            say(f"warning: {name} is no twin of these parameters: {error}")
-    keys = {name: expected for name, expected in keys.items() if name == TUNED or expected != keys[TUNED]}
     found: dict[str, dict[str, Any]] = {}
     for state in _comparable(states, content, lock):
         own = state["data"]["params"].get("params.yaml", {}).get("data")
@@ -60,12 +74,12 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
         if not own or not figures:
             continue
         parameters = decisive(own)
-        for name, expected in keys.items():
-            if parameters == expected and name not in found and trained(lock(state["rev"]), "bucket", own):
-                found[name] = {"changed": wanted[name], "figures": {
+        for name, twin in asked.items():
+            if parameters == twin.decisive and name not in found and trained(lock(state["rev"]), "bucket", own):
+                found[name] = {"changed": twin.changed, "figures": {
                     convention: {bucket: by[bucket] for bucket in COMPARED if bucket in by}
                     for convention, by in figures.items()}}
-    return {name: found[name] for name in wanted if name in found}
+    return {name: found[name] for name in asked if name in found}
 
 
 def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
