@@ -24,16 +24,18 @@ def main(params, shape: str | None) -> None:
     import torch
 
     from llmgr.benchmark import operations, product_rate, shares, steps, trained
+    from llmgr.errors import UserError
     from llmgr.graph import read_split
+    from llmgr.launch import device as place_of
     from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
-    from llmgr.training import arithmetic, device_of, hardware, peak_memory_mb
+    from llmgr.training import arithmetic, hardware, peak_memory_mb
     from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
 
-    device = device_of()
+    device = place_of(params.launch)
     dtype = arithmetic(params.tune.precision)
-    sessions = [read_split(split, params.data.max_session)[0] for split in ("train", "valid")]
+    sessions = [read_split(split, params.data.max_session)[0].to(device) for split in ("train", "valid")]
     model = build_llmgr(params.model, dtype, params.seed, shape, device)
     if shape is None:
         load_llmgr(Path("models/aligned"), model, params.model)
@@ -41,26 +43,31 @@ def main(params, shape: str | None) -> None:
     if params.tune.linear:
         model.linear_term = LinearTerm(left_out(params.slit, sessions[0], texts_shuffled(params)))
     model.to(device).train()
+    if params.tune.gradient_checkpointing:
+        model.checkpoint_activations()
     if params.launch.compile and device.type == "cuda":
         model.compile_layers()
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 
     def job(**changes) -> BehaviourJob:
-        return BehaviourJob(model, prompts, *(s.to(device) for s in sessions),
-                            dataclasses.replace(params.tune, **changes), params.seed, dtype, alike)
+        settings = dataclasses.replace(params.tune, **changes)
+        return BehaviourJob(model, prompts, *sessions, settings, params.seed, dtype, alike)
 
     ours, plain = job(), job(targets="prefix")
     generator = torch.Generator().manual_seed(params.seed)
     batches = [micro for micros in ours.steps(0, generator)[:WARM + STEPS] for micro in micros][:WARM + STEPS]
+    warm = min(WARM, len(batches) - 1)
+    if warm < 1:
+        raise UserError("an epoch of stage 2 is one step, too few to time: lower tune.batch_size or set tune.samples=0")
     before = product_rate(device, dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = steps(ours, batches, optimizer, WARM)
+    found = steps(ours, batches, optimizer, warm)
     held = peak_memory_mb()
     order = torch.randperm(len(plain.first), generator=generator)
     packs, model.packs = model.packs, False
     loop = steps(plain, list(order[:params.tune.batch_size * (WARM + PLAIN_STEPS)].split(params.tune.batch_size)),
-                 optimizer, WARM)
+                 optimizer, warm)
     model.packs = packs
     peak = max(before, product_rate(device, dtype))
     rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]

@@ -32,21 +32,22 @@ def main(params) -> None:
     resume = resume_folder("tune", flat(params), INPUTS)
     train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
     dtype, place = arithmetic(settings.precision), device(params.launch)
+    train, valid = train.to(place), valid.to(place)
     torch.manual_seed(params.seed)
     model = build_llmgr(params.model, dtype, params.seed)
     load_llmgr(Path(INPUTS[0]), model, params.model)
     model.unfreeze_encoder(settings.train_encoder)
     started = time.monotonic()
     if settings.linear:
-        model.linear_term = LinearTerm(left_out(params.slit, train, texts_shuffled(params)))
+        model.linear_term = LinearTerm(left_out(params.slit, train, texts_shuffled(params))).to(place)
         model.linear_term.start(train, params.seed)
     formed = time.monotonic() - started
     if settings.gradient_checkpointing:
         model.checkpoint_activations()
     if params.launch.compile and place.type == "cuda":
         model.compile_layers()
-    job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train.to(place), valid.to(place),
-                       settings, params.seed, dtype, alike_items(params))
+    job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train, valid, settings, params.seed, dtype,
+                       alike_items(params))
     progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)
     if rank():
         return

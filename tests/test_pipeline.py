@@ -267,6 +267,13 @@ def test_the_benchmark_takes_the_shape_of_a_model_that_is_not_there(copy: Path, 
     assert "of the machine" in capfd.readouterr().err
     assert stage("bench", "--shape", "nowhere.json", root=copy) == 2
     assert "nowhere.json is missing" in capfd.readouterr().err
+    for text, told in ((json.dumps(shape | {"vocab_size": 100}), "must have max_position_embeddings and a vocab_size"),
+                       (json.dumps(shape | {"vocab_size": -1}), "is no config.json"), ("{", "is no config.json"),
+                       (json.dumps(shape | {"hidden_size": 30}), "is no config.json"),
+                       (json.dumps(shape | {"model_type": "t5"}), "is an encoder with a decoder")):
+        (copy / "shape.json").write_text(text)
+        assert stage("bench", "--shape", "shape.json", root=copy) == 2
+        assert f"error: shape.json {told}" in capfd.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- experiments

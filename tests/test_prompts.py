@@ -195,7 +195,7 @@ def test_prompts_are_counted_where_they_were_laid_out():
     assert prompts.to(torch.device("cpu")) is prompts
     moved = prompts.to(torch.device("meta"))  # where nothing can be counted
     assert moved.real_BL.is_meta and moved.row_R.is_meta
-    for kind in (TEXT, NODE, GRAPH):
+    for kind in (NODE, GRAPH):
         assert moved.slots(kind).is_meta and moved.slots(kind).shape == prompts.slots(kind).shape
         assert torch.equal(prompts.slots(kind), (prompts.kind_BL.flatten() == kind).nonzero()[:, 0])
 

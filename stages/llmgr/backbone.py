@@ -106,9 +106,15 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
                 torch.manual_seed(random)
                 model = AutoModel.from_config(AutoConfig.from_pretrained(config), dtype=dtype,
                                               attn_implementation="sdpa", trust_remote_code=False)
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded ({str(error).splitlines()[0][:200]}): choose another llm.name"
-                        ) from None
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        if Path(folder).is_dir() and isinstance(error, (ValueError, KeyError, OSError, SafetensorError)):
+            raise UserError(f"{folder} cannot be loaded ({said}): choose another llm.name") from None
+        if Path(folder).is_dir() or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{folder} is an encoder with a decoder: choose a language model that is one of the two")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     for module in model.modules():  # a frozen model gains nothing from its own dropout, which took a third of a step

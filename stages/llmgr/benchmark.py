@@ -88,7 +88,8 @@ def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optim
 def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
     """What a step's time goes to: matrix products first, then the rest, largest first, as shares.
 
-    On a GPU its own time counts, and what is left of the clock's is its waiting for the CPU.
+    On a GPU its own time counts, and what is left of the clock's is its waiting for the CPU: at most, since watching
+    slows the CPU down.
     """
     gpu = job.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as watched:
@@ -106,7 +107,7 @@ def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
         if event.device_type == DeviceType.CPU:  # a kernel's time counts with the operator that launched it
             spent[kind_of(name)] += event.self_device_time_total if gpu else event.self_cpu_time_total
     if gpu:
-        spent["waiting for the CPU"] = max(0.0, taken - sum(spent.values()))
+        spent["waiting for the CPU, at most"] = max(0.0, taken - sum(spent.values()))
     total = sum(spent.values())
     first = spent.pop("matrix products", 0)
     return [("matrix products", first / total), *((kind, t / total) for kind, t in spent.most_common())]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmgr.artifacts import load_tensors, read_json, rounded, save_tensors, write_json
-from llmgr.backbone import add_adapters, is_causal, load_language_model, position_offset
+from llmgr.backbone import add_adapters, is_causal, load_language_model, load_tokenizer, position_offset
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch
 from llmgr.prompts import GRAPH, NODE, PromptBatch
@@ -205,7 +205,7 @@ class Llmgr(nn.Module):
             {"use_reentrant": False})
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile the language model's layers with torch.compile, one program for all, for any batch and length.
+        """Compile the language model's layers with torch.compile: programs for all layers, any batch and length.
 
         What stands between their matrix products becomes a few kernels, which is what a GPU's step waits for.
         """
@@ -270,6 +270,12 @@ def build_llmgr(params: Any, dtype: torch.dtype, seed: int, shape: str | None = 
     text_VT = principal_components(vectors, params.text_dim)
     encoder, vectors_VD = load_encoder("models/embeddings", len(text_VT) - 1)
     random = seed if params.weights == "random" else None
-    language_model = (load_language_model(shape, dtype, seed, place) if shape else
-                      load_language_model("models/backbone", dtype, random))
+    if shape is None:
+        language_model = load_language_model("models/backbone", dtype, random)
+    else:
+        language_model = load_language_model(shape, dtype, seed, place)
+        tokens, config = len(load_tokenizer("models/backbone")), language_model.config
+        if not hasattr(config, "max_position_embeddings") or config.vocab_size < tokens:
+            raise UserError(f"{shape} must have max_position_embeddings and a vocab_size of at least {tokens}, the "
+                            "tokens of models/backbone, whose tokenizer makes the prompts")
     return Llmgr(language_model, encoder, vectors_VD, text_VT, params)

@@ -606,8 +606,8 @@ class Launch:
     device: Literal["auto", "cpu", "cuda"]
     """Where align and tune compute; `auto` takes the GPU where there is one."""
     compile: bool
-    """Compile the language model's layers on a GPU (torch.compile): minutes at first, then a faster step. Not with
-    zero3. Results differ by rounding alone."""
+    """Compile the language model's layers on a GPU (torch.compile), which takes minutes at first, so that a step starts
+    fewer kernels. Not with zero3. Results differ by rounding alone."""
 
     def check(self) -> None:
         positive(self, "launch", "processes")

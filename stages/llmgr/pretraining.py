@@ -47,17 +47,18 @@ def pretrain(params: Any, name: str, under: Callable[[Sessions], LinearTerm] | N
     items = catalogue_size("data/core/items.parquet")
     train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
     device = device_of()
+    train, valid = train.to(device), valid.to(device)
     torch.manual_seed(params.seed)
     model = build_recommender(name, items, params.encoder, features, users=int(train.user.max()),
                               max_session=params.data.max_session)
     started = time.monotonic()
     if under is not None:
-        model.linear_term = under(train)
+        model.linear_term = under(train).to(device)
         model.linear_term.start(train, params.seed)
     formed = time.monotonic() - started
     settings = with_rate(params.encoder.training, getattr(params.encoder, base),
                          params.encoder.text_lr if text != "none" else None)
-    job = EncoderJob(model.to(device), train.to(device), valid.to(device), settings, arithmetic(settings.precision))
+    job = EncoderJob(model.to(device), train, valid, settings, arithmetic(settings.precision))
     progress = fit(job, settings, seed=params.seed, resume=resume, name=name)
     save_recommender(f"models/encoders/{name}", name, model)
     best = progress.epoch_rows[progress.best_epoch]

@@ -54,7 +54,7 @@ class PromptBatch:
     segment_BL: Tensor
     row_R: Tensor
     column_R: Tensor
-    slots_N: tuple[Tensor, ...] | None = None
+    slots_N: dict[int, Tensor] | None = None
 
     def slots(self, kind: int) -> Tensor:
         """Where the slots of NODE or GRAPH stand among the B x L tokens [N]."""
@@ -114,7 +114,7 @@ class PromptBatch:
         if self.real_BL.device == device:
             return self
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "slots_N"}
-        return PromptBatch(**moved, slots_N=tuple(self.slots(kind).to(device) for kind in (TEXT, NODE, GRAPH)))
+        return PromptBatch(**moved, slots_N={kind: self.slots(kind).to(device) for kind in (NODE, GRAPH)})
 
 
 @dataclass

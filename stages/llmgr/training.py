@@ -358,7 +358,9 @@ def _machine(workers: Any, job: Job) -> str:
     """What decides the order of sums and the arithmetic, hence rounding."""
     place = next(job.model.parameters()).device.type
     dtype = str(getattr(job, "dtype", torch.float32)).removeprefix("torch.")
-    return f"{size()} {workers.name} processes of {torch.get_num_threads()} threads, {dtype} on {place}"
+    compiled = any(module._compiled_call_impl for module in job.model.modules())
+    return (f"{size()} {workers.name} processes of {torch.get_num_threads()} threads, {dtype} on {place}"
+            + (", compiled" if compiled else ""))
 
 
 def _table(rows: list[dict[str, float]]) -> str:

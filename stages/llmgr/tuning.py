@@ -231,7 +231,9 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Tensor:
         """Scores [B, V+1] of samples [B]."""
-        graphs, laid_out = self.sessions.graphs(samples), self.laid_out.graphs(samples.cpu())
+        graphs = laid_out = self.sessions.graphs(samples)
+        if self.laid_out is not self.sessions:
+            laid_out = self.laid_out.graphs(samples.cpu())
         prompts, session_BD = self.prompts(laid_out, laid_out.length_B), self.model.sessions(graphs)
         with torch.autocast(samples.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts.to(samples.device), session_BD)
