@@ -86,7 +86,7 @@ def test_beauty_is_compared_as_the_recorded_seeds_say() -> None:
     text = " ".join(README[README.index("### What the figures say"):].split())
     record = recorded("beauty")
     gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
-    assert f"and {len(gaps)} (Beauty) models compared" in text and record["seeds"]["ours"] == "llmgr"
+    assert f"and {len(gaps)} (Beauty) models that LLMGR is compared with" in text and record["seeds"]["ours"] == "llmgr"
     assert f"{gaps['gcsan']['hr_at_20']['relative']:.0%} (Beauty)" in text
     control, linear = gaps["gcsan-text"], gaps["gcsan-linear"]
     assert (f"{control['hr_at_20']['relative']:.1%} on Beauty (p < 0.01; NDCG@20 "
