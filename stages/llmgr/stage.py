@@ -36,8 +36,7 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
     try:
         from llmgr.params import load
 
-        filled = {name: value.partition("-")[0] for name, value in arguments.items()
-                  if value is not None}
+        filled = {name: value.partition("-")[0] for name, value in arguments.items() if value is not None}
         params = load("params.yaml").view([key.format(**filled) for key in reads])
         if workers:
             from llmgr.launch import processes
