@@ -34,10 +34,7 @@ def main(params) -> None:
     model = build_llmgr(params.model, dtype, params.seed).to(place)
     progress, cut = Progress(), 0
     if settings.enabled:
-        if settings.gradient_checkpointing:
-            model.checkpoint_activations()
-        if params.launch.compile and place.type == "cuda":
-            model.compile_layers()
+        model.prepare(settings, params.launch, place)
         shuffle = params.seed if params.model.texts == "shuffled" else None
         texts = item_texts(INPUTS[2], params.llm.item_text, shuffle)
         prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)

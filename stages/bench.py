@@ -43,10 +43,7 @@ def main(params, shape: str | None) -> None:
     if params.tune.linear:
         model.linear_term = LinearTerm(left_out(params.slit, sessions[0], texts_shuffled(params)))
     model.to(device).train()
-    if params.tune.gradient_checkpointing:
-        model.checkpoint_activations()
-    if params.launch.compile and device.type == "cuda":
-        model.compile_layers()
+    model.prepare(params.tune, params.launch, device)
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 
     def job(**changes) -> BehaviourJob:

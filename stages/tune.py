@@ -42,10 +42,7 @@ def main(params) -> None:
         model.linear_term = LinearTerm(left_out(params.slit, train, texts_shuffled(params))).to(place)
         model.linear_term.start(train, params.seed)
     formed = time.monotonic() - started
-    if settings.gradient_checkpointing:
-        model.checkpoint_activations()
-    if params.launch.compile and place.type == "cuda":
-        model.compile_layers()
+    model.prepare(settings, params.launch, place)
     job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train, valid, settings, params.seed, dtype,
                        alike_items(params))
     progress = fit(job, settings, seed=params.seed, resume=resume, name="tune", strategy=params.launch.strategy)

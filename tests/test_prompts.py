@@ -5,10 +5,20 @@ import itertools
 
 import pytest
 import torch
-from tiny import ITEMS, KINDS, LISTS, TITLES, llmgr, prefixes, tokenizer
+from tiny import DIM, ITEMS, KINDS, LISTS, TITLES, llmgr, prefixes, tokenizer
 
 from llmgr.graph import Sessions
-from llmgr.prompts import GRAPH, NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
+from llmgr.prompts import (
+    ATTENDED,
+    GRAPH,
+    NODE,
+    TEXT,
+    AlignmentPrompts,
+    BehaviourPrompts,
+    PromptBatch,
+    first_fit,
+    row_width,
+)
 
 
 def behaviour(family: str = "short", titles: bool = False, edges: bool = False, kind: str = "llama"
@@ -178,7 +188,7 @@ def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
     prompts = build(graphs, torch.ones(len(LISTS), dtype=torch.long))
     packed = prompts.packed(width)
     sizes = prompts.real_BL.sum(1)
-    assert packed.tokens == prompts.tokens and packed.real_BL.shape[1] <= max(width, int(sizes.max()))
+    assert packed.tokens == prompts.tokens and packed.real_BL.shape[1] <= 2 * max(width, int(sizes.max()))
     alone = model.hidden(prompts, session_RD)
     torch.testing.assert_close(model.hidden(packed, session_RD), alone, atol=1e-5, rtol=1e-5)
     if width == 1000:
@@ -188,6 +198,35 @@ def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
         other = packed.segment_BL[:, None, :] != packed.segment_BL[:, :, None]
         assert not (mask & other).any() and mask.any(2).all()
         assert not (mask & ~packed.real_BL[:, None, :]).any()
+
+
+@pytest.mark.parametrize("titles", [False, True])
+@torch.no_grad()
+def test_prompts_of_a_bidirectional_model_are_packed_where_it_reads_the_last_token(titles):
+    model, build, sessions = llmgr("bert", readout="last"), behaviour("paper", titles, True, "bert"), prefixes()
+    graphs = whole(sessions, LISTS)
+    session_RD, prompts = torch.randn(len(LISTS), DIM), build(graphs, graphs.length_B)
+    packed = prompts.packed(400)
+    assert not model.causal and model.packs and len(packed.real_BL) < len(LISTS)
+    alone = model.hidden(prompts, session_RD)
+    torch.testing.assert_close(model.hidden(packed, session_RD), alone, atol=1e-5, rtol=1e-5)
+    assert not llmgr("bert").packs and not llmgr("bert", readout="mean").packs
+
+
+def test_rows_are_as_wide_as_costs_least():
+    generator = torch.Generator().manual_seed(0)
+    narrower = 0
+    for _ in range(20):
+        sizes = sorted((5 + torch.randint(60, (24,), generator=generator)).tolist(), reverse=True)
+        padded = {}
+        for width in range(max(48, sizes[0]), 2 * max(48, sizes[0]) + 1):
+            rows, filled = first_fit(sizes, width)
+            held = torch.zeros(len(filled), dtype=torch.long).index_add(0, torch.tensor(rows), torch.tensor(sizes))
+            assert held.tolist() == filled and max(filled) <= width
+            padded[width] = len(filled) * width * (ATTENDED + width)
+        assert padded[row_width(sizes, 48)] == min(padded.values())
+        narrower += min(padded.values()) < padded[max(48, sizes[0])]
+    assert narrower > 15 and row_width([7], 48) == 48 and row_width([9, 9, 9], 9) == 9
 
 
 def test_prompts_are_counted_where_they_were_laid_out():

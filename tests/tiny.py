@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from llmgr.attention import attend_plainly
 from llmgr.encoders.gcsan import Gcsan
 from llmgr.graph import Sessions
 from llmgr.linear import LeftOut, LinearTerm
@@ -62,6 +63,7 @@ def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> 
     else:
         model = BertModel(BertConfig(**shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
                           add_pooling_layer=False)
+    attend_plainly(model)
     return model.requires_grad_(False).eval()
 
 

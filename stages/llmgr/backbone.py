@@ -94,6 +94,8 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
+    from llmgr.attention import attend_plainly
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = require(Path(folder) / "config.json" if Path(folder).is_dir() else folder)
@@ -115,6 +117,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
         raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{folder} is an encoder with a decoder: choose a language model that is one of the two")
+    attend_plainly(model)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     for module in model.modules():  # a frozen model gains nothing from its own dropout, which took a third of a step

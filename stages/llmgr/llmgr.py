@@ -3,14 +3,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmgr.artifacts import load_tensors, read_json, rounded, save_tensors, write_json
 from llmgr.backbone import add_adapters, is_causal, load_language_model, load_tokenizer, position_offset
@@ -101,10 +99,9 @@ class ItemsOutput(nn.Module):
         query = self.query(h_RH)
         if self.residual and session_RD is not None:
             query = query + F.pad(session_RD, (0, query.shape[1] - self.dim))
-        table = self.table
-        if noise_VD is not None:
-            table = table + F.pad(noise_VD, (0, query.shape[1] - self.dim))
-        return query, table, None
+        if noise_VD is None:
+            return query, self.table, None
+        return query, torch.cat((self.table[:, :self.dim] + noise_VD, self.table[:, self.dim:]), 1), None
 
 
 class Llmgr(nn.Module):
@@ -125,7 +122,7 @@ class Llmgr(nn.Module):
         if self.causal and self.readout != "last":
             raise UserError(f"model.readout={self.readout} reads nothing useful under causal attention: "
                             "set model.readout=last")
-        self.packs = self.causal  # readouts stand anywhere in a row, and nothing is averaged over one
+        self.packs = self.readout == "last"  # a readout that stands anywhere in a row, and averages nothing over one
         self.positions = config.max_position_embeddings - position_offset(config)
         self.offset = position_offset(config)
         self.register_buffer("vectors", vectors_VD, persistent=False)
@@ -138,7 +135,6 @@ class Llmgr(nn.Module):
         self.output = (ItemsOutput(width, vectors_VD, text_VT, params.session_residual) if params.output == "items"
                        else LinearOutput(width, items, hidden=params.output == "mlp"))
         self.language_model = add_adapters(language_model, params)
-        self.recomputes = False
         self.linear_term: nn.Module | None = None
         """Scores of all items for samples [R] of sessions, added to the logits (see llmgr.linear)."""
 
@@ -156,11 +152,8 @@ class Llmgr(nn.Module):
         """Hidden states at the readouts [R, H]."""
         embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD, noise_VD)
         mask = prompts.mask(self.causal)
-        # with a mask torch's fused attention for CPUs goes backward at a third of the speed of the plain products
-        plain = embeds.device.type == "cpu" and torch.is_grad_enabled() and not self.recomputes
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            h_BLH = self.language_model(inputs_embeds=embeds, attention_mask=mask,
-                                        position_ids=prompts.position_BL + self.offset).last_hidden_state
+        h_BLH = self.language_model(inputs_embeds=embeds, attention_mask=mask,
+                                    position_ids=prompts.position_BL + self.offset).last_hidden_state
         if self.readout == "mean":
             weight_BL1 = prompts.real_BL[..., None].to(h_BLH.dtype)
             return ((h_BLH * weight_BL1).sum(1) / weight_BL1.sum(1))[prompts.row_R].float()
@@ -197,9 +190,15 @@ class Llmgr(nn.Module):
             if name.startswith(("hybrid.", "output.", "linear_term.")) or "lora_" in name:
                 yield name, parameter
 
+    def prepare(self, settings: Any, launch: Any, place: torch.device) -> None:
+        """What the align or tune section and `launch` ask of the language model's layers, to be called once."""
+        if settings.gradient_checkpointing:
+            self.checkpoint_activations()
+        if launch.compile and place.type == "cuda":
+            self.compile_layers()
+
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass (not reentrant: `inputs_embeds` may need no gradient)."""
-        self.recomputes = True
         base = self.language_model
         (base.get_base_model() if hasattr(base, "get_base_model") else base).gradient_checkpointing_enable(
             {"use_reentrant": False})

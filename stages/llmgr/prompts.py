@@ -32,6 +32,7 @@ BEHAVIOUR = {
 EDGES = re.compile(r"[^.]*\{edges\}\.")
 
 TEXT, NODE, GRAPH = 0, 1, 2
+ATTENDED = 640  # tokens in a row whose attention takes as long as all else (measured with MiniLM on a CPU)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PromptBatch:
     token_BL: text token ids. kind_BL: TEXT, NODE or GRAPH. ref_BL: the item of a node slot, the readout of a graph
     slot. position_BL: position ids. branch_BL: 0 in the trunk, else the branch's number. limit_BL: trunk positions
     below it are visible. real_BL: False at padding. segment_BL: which of a row's prompts a token belongs to (one a row
-    unless packed). row_R, column_R: where hidden states are read.
+    unless packed). row_R, column_R: where hidden states are read. slots_N: where slots of a kind stand, once counted.
     """
 
     token_BL: Tensor
@@ -77,26 +78,21 @@ class PromptBatch:
             self.position_BL[:, None, :] <= self.position_BL[:, :, None])
         return ((trunk | own) & self.real_BL[:, None, :] & own_BLL)[:, None]
 
-    def packed(self, width: int) -> PromptBatch:
-        """The same prompts end to end in rows of `width` tokens, or of the longest prompt, by first fit, longest first.
+    def packed(self, least: int) -> PromptBatch:
+        """The same prompts end to end in rows of at least `least` tokens (see `row_width`), first fit, longest first.
 
         Each sees itself alone, at its own positions, so hidden states are the same; a few long rows make better matrix
         products than many short ones or padded ones.
         """
         size_B = self.real_BL.sum(1).cpu()
-        width = max(width, int(size_B.max()))
+        sizes, order = (t.tolist() for t in torch.sort(size_B, descending=True, stable=True))
+        rows, filled = first_fit(sizes, row_width(sizes, least))
         row_B, start_B, segment_B = torch.zeros(3, len(size_B), dtype=torch.long)
-        filled: list[int] = []
-        held: list[int] = []
-        for prompt in torch.argsort(size_B, descending=True, stable=True).tolist():
-            size = int(size_B[prompt])
-            row = next((r for r, used in enumerate(filled) if used + size <= width), len(filled))
-            if row == len(filled):
-                filled.append(0)
-                held.append(0)
-            row_B[prompt], start_B[prompt], segment_B[prompt] = row, filled[row], held[row]
-            filled[row] += size
-            held[row] += 1
+        held = [(0, 0)] * len(filled)
+        for prompt, size, row in zip(order, sizes, rows, strict=True):
+            start, segment = held[row]
+            row_B[prompt], start_B[prompt], segment_B[prompt] = row, start, segment
+            held[row] = start + size, segment + 1
         prompt_N, column_N = self.real_BL.nonzero(as_tuple=True)
         at = (row_B[prompt_N], start_B[prompt_N] + column_N)
 
@@ -115,6 +111,38 @@ class PromptBatch:
             return self
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "slots_N"}
         return PromptBatch(**moved, slots_N={kind: self.slots(kind).to(device) for kind in (NODE, GRAPH)})
+
+
+def first_fit(sizes: list[int], width: int) -> tuple[list[int], list[int]]:
+    """The row of each prompt, put into the first that has room, and how many tokens each row then holds."""
+    rows: list[int] = []
+    filled: list[int] = []
+    for size in sizes:
+        row = next((r for r, used in enumerate(filled) if used + size <= width), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        filled[row] += size
+        rows.append(row)
+    return rows, filled
+
+
+def row_width(sizes: list[int], least: int) -> int:
+    """How wide rows are to be, for prompts of `sizes` (longest first): what costs least up to twice the least width.
+
+    A row's cost is its cells, padding included, and their attention, which grows with its width.
+    """
+    least, total = max(least, sizes[0]), sum(sizes)
+
+    def cost(rows: int, width: int) -> int:
+        return rows * width * (ATTENDED + width)
+
+    best, chosen = cost(len(first_fit(sizes, least)[1]), least), least
+    for bound, width in sorted((cost(-(-total // width), width), width) for width in range(least + 1, 2 * least + 1)):
+        if bound >= best:
+            break
+        if (found := cost(len(first_fit(sizes, width)[1]), width)) < best:
+            best, chosen = found, width
+    return chosen
 
 
 @dataclass

@@ -20,7 +20,7 @@ from llmgr.training import Loss
 
 ACCURACY_ITEMS = 1024
 ALIKE, TEMPERATURE = 10, 0.1  # text smoothing: items that share a target's weight, how sharply the likest are preferred
-PACKED = 64
+PACKED = 64  # tokens of a row of packed prompts, at least
 
 
 def shortened(sessions: Sessions, prompts: BehaviourPrompts, positions: int, kind: str) -> tuple[Sessions, int]:

@@ -1,0 +1,45 @@
+"""Attention where a CPU trains, against torch's."""
+import types
+
+import pytest
+import torch
+from tiny import language_model
+from torch.nn import functional as F
+
+from llmgr.attention import NAME, attention
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_are_torchs(groups, numbers, dtype):
+    torch.manual_seed(0)
+    module = types.SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+    q, k, v = (torch.randn(2, h, 7, 4, dtype=dtype, requires_grad=True) for h in (6, 6 // groups, 6 // groups))
+    mask = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7).clone()
+    mask[1, :, :, 3] = False
+    mask[1, :, 3, 0] = True
+    given = torch.where(mask, 0.0, float("-inf")).to(dtype) if numbers else mask
+    wide = [t.repeat_interleave(groups, 1) for t in (k, v)]
+    for scaling in (None, 0.2):
+        expected = F.scaled_dot_product_attention(q, *wide, mask, scale=scaling).transpose(1, 2)
+        found, _ = attention(module, q, k, v, given, scaling=scaling)
+        slack = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.03, "rtol": 0.03}
+        torch.testing.assert_close(found, expected, **slack)
+        weight = torch.randn_like(found)
+        for one, other in zip(*(torch.autograd.grad((t * weight).sum(), (q, k, v)) for t in (found, expected)),
+                              strict=True):
+            torch.testing.assert_close(one, other, **slack)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_model_trains_on_what_it_scores_with(kind):
+    model = language_model(kind)
+    assert model.config._attn_implementation == NAME
+    embeds = torch.randn(3, 9, model.config.hidden_size, requires_grad=True)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(3, 1, 9, 9)
+    training = model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    with torch.no_grad():
+        scoring = model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(training, scoring, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.grad(training[:, 4].square().sum(), embeds)[0][:, 5:].abs().max() == 0
