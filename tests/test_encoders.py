@@ -9,6 +9,7 @@ from tiny import encoder_section
 from torch.nn import functional as F
 
 from llmgr.encoders import REGISTRY, Recommender, build_recommender, family, load_encoder, save_recommender
+from llmgr.encoders.layers import Dropout
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, alike
 from llmgr.pretraining import EncoderJob, rank_sessions
@@ -172,3 +173,24 @@ def test_names_of_encoders():
         family("gcsan-textt")
     with pytest.raises(UserError, match=r"gcsan- is no encoder"):
         family("gcsan-")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 1.0])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout, x = Dropout(p), torch.ones(1001, 333, requires_grad=True)
+    y = dropout(x)
+    share = float((y == 0).float().mean())
+    assert abs(share - p) < 4 * (0.25 / y.numel()) ** 0.5
+    kept = y[y != 0]
+    if p < 1:
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=1e-4, atol=0)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    if 0 < p < 1:
+        zero = (y.detach() == 0).float() - p
+        for other in (zero.roll(1, 1), zero.roll(1, 0), zero.roll(4, 1)):
+            assert abs(float((zero * other).mean())) < 4 * p * (1 - p) / y.numel() ** 0.5, "neighbours hang together"
+        assert not torch.equal(dropout(x), y)
+        torch.manual_seed(0)
+        assert torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)

@@ -53,7 +53,7 @@ def test_the_graph_of_every_prefix_is_that_of_its_clicks(read):
     assert len(sessions) == len(frame)
     for samples in order.split(17):
         batch = sessions.graphs(samples)
-        into, out = batch.normalised()
+        found = batch.edges_BNN()
         for at, sample in enumerate(samples.tolist()):
             items = frame["items"][sample].to_list()
             nodes, alias, edges = by_hand(items)
@@ -62,12 +62,9 @@ def test_the_graph_of_every_prefix_is_that_of_its_clicks(read):
             assert batch.items_BS[at].tolist() == items + [0] * (batch.items_BS.shape[1] - s)
             assert batch.nodes_BN[at].tolist() == nodes + [0] * (batch.nodes_BN.shape[1] - n)
             assert batch.alias_BS[at].tolist() == alias + [0] * (batch.alias_BS.shape[1] - s)
-            assert torch.equal(batch.edges_BNN[at, :n, :n], edges)
-            assert batch.edges_BNN[at].sum() == edges.sum(), "padding has edges"
+            assert torch.equal(found[at, :n, :n], edges)
+            assert found[at].sum() == edges.sum(), "padding has edges"
             assert batch.mask_BS()[at].tolist() == [True] * s + [False] * (batch.items_BS.shape[1] - s)
-            for node in range(n):
-                assert torch.allclose(out[at, node, :n], edges[node] / max(1, edges[node].sum()))
-                assert torch.allclose(into[at, node, :n], edges[:, node] / max(1, edges[:, node].sum()))
         assert sessions.target[samples].tolist() == [frame["target"][s] for s in samples.tolist()]
 
 
@@ -87,7 +84,7 @@ def test_validation_sessions_have_a_row_each(tmp_path):
     for n, items in enumerate(frame["items"].to_list()):
         batch = sessions.graphs(torch.tensor([n]))
         assert batch.items_BS[0].tolist() == items
-        assert torch.equal(batch.edges_BNN[0], by_hand(items)[2])
+        assert torch.equal(batch.edges_BNN()[0], by_hand(items)[2])
 
 
 def test_a_user_has_one_number_in_all_splits_and_a_stranger_none(tmp_path):
@@ -103,7 +100,35 @@ def test_a_user_has_one_number_in_all_splits_and_a_stranger_none(tmp_path):
     assert valid.subset(torch.tensor([3, 0])).to("cpu").graphs(torch.tensor([1, 0])).user_B.tolist() == [3, 2]
 
 
-def test_dense_propagation_equals_message_passing_over_an_edge_list(read):
+def test_flat_graphs_are_the_padded_ones_end_to_end(read):
+    sessions, frame = read
+    for samples in torch.randperm(len(sessions), generator=torch.Generator().manual_seed(3)).split(17):
+        batch = sessions.graphs(samples)
+        flat, nodes, clicks = batch.flat(), 0, 0
+        node_M = batch.nodes_BN.flatten()[flat.cell_M]
+        for at, sample in enumerate(samples.tolist()):
+            items = frame["items"][sample].to_list()
+            distinct, alias, edges = by_hand(items)
+            assert (int(flat.node_B[at]), int(flat.first_B[at])) == (nodes, clicks)
+            here = slice(clicks, clicks + len(items))
+            assert node_M[nodes:nodes + len(distinct)].tolist() == distinct
+            assert (flat.alias_C[here] - nodes).tolist() == alias
+            assert flat.place_C[here].tolist() == list(range(len(items))) and flat.session_C[here].eq(at).all()
+            for node in range(len(distinct)):
+                h_MD = torch.eye(len(node_M))
+                for neighbours, own in ((flat.out, edges[node]), (flat.into, edges[:, node])):
+                    mean = neighbours.mean(h_MD)[nodes + node]
+                    torch.testing.assert_close(mean[nodes:nodes + len(distinct)], own / max(1, own.sum()))
+                    assert mean.sum() == mean[nodes:nodes + len(distinct)].sum(), "a neighbour in another graph"
+            nodes, clicks = nodes + len(distinct), clicks + len(items)
+            assert int(flat.last_B[at]) == clicks - 1
+        assert (nodes, clicks) == (len(node_M), len(flat.alias_C))
+        x_BSD = flat.padded(node_M[:, None].float(), batch.alias_BS)[..., 0]
+        assert torch.equal(x_BSD[batch.mask_BS()], batch.items_BS[batch.mask_BS()].float())
+        assert torch.equal(x_BSD, torch.where(batch.mask_BS(), x_BSD, batch.items_BS[:, :1].float()))
+
+
+def test_flat_propagation_equals_message_passing_and_so_do_its_gradients(read):
     sessions, _ = read
 
     class Mean(MessagePassing):
@@ -114,23 +139,41 @@ def test_dense_propagation_equals_message_passing_over_an_edge_list(read):
             return self.propagate(edge_index, x=x)
 
     batch = sessions.graphs(torch.arange(len(sessions)))
-    h_BND = torch.randn(*batch.nodes_BN.shape, 5, generator=torch.Generator().manual_seed(2))
-    edge_index, weight = dense_to_sparse(batch.edges_BNN)
+    graphs, size = batch.flat(), batch.nodes_BN.shape[1]
+    edge_index, weight = dense_to_sparse(batch.edges_BNN())
     assert weight.eq(1).all()
-    flat = h_BND.flatten(0, 1)
-    into, out = batch.normalised()
-    torch.testing.assert_close((into @ h_BND).flatten(0, 1), Mean("source_to_target")(flat, edge_index))
-    torch.testing.assert_close((out @ h_BND).flatten(0, 1), Mean("target_to_source")(flat, edge_index))
-    size = batch.nodes_BN.shape[1]
     owner = torch.arange(len(sessions)).repeat_interleave(size)
-    assert torch.equal(to_dense_adj(edge_index, owner, max_num_nodes=size), batch.edges_BNN)
+    assert torch.equal(to_dense_adj(edge_index, owner, max_num_nodes=size), batch.edges_BNN())
+    number = torch.full((len(owner),), -1)
+    number[graphs.cell_M] = torch.arange(len(graphs.cell_M))
+    edge_index = number[edge_index]
+    assert edge_index.min() >= 0, "an edge of padding"
+    generator = torch.Generator().manual_seed(2)
+    x_MD = torch.randn(len(graphs.cell_M), 5, generator=generator, requires_grad=True)
+    weight_MD = torch.randn(x_MD.shape, generator=generator)
+    for found, flow in ((graphs.into, "source_to_target"), (graphs.out, "target_to_source")):
+        ours, theirs = found.mean(x_MD), Mean(flow)(x_MD, edge_index)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad((y * weight_MD).sum(), x_MD)[0] for y in (ours, theirs)))
+
+
+def test_graphs_without_an_edge_have_no_messages(read):
+    sessions, _ = read
+    batch = sessions.graphs((sessions.length == 1).nonzero()[:, 0])
+    graphs = batch.flat()
+    assert len(graphs.into.other_E) == 0 and len(batch.length_B) == len(graphs.cell_M) > 3
+    x_MD = torch.randn(len(graphs.cell_M), 4, requires_grad=True)
+    for neighbours in (graphs.into, graphs.out):
+        assert torch.equal(neighbours.mean(x_MD), torch.zeros_like(x_MD))
+    graphs.into.mean(x_MD).sum().backward()
+    assert x_MD.grad.abs().sum() == 0
 
 
 def test_a_subset_and_another_device_keep_the_graphs(read):
     sessions, _ = read
     chosen = torch.tensor([7, 3, 50])
     whole, part = sessions.graphs(chosen), sessions.subset(chosen).to("cpu").graphs(torch.arange(3))
-    assert torch.equal(whole.items_BS, part.items_BS) and torch.equal(whole.edges_BNN, part.edges_BNN)
+    assert torch.equal(whole.items_BS, part.items_BS) and torch.equal(whole.edges_BNN(), part.edges_BNN())
     assert torch.equal(sessions.subset(chosen).target, sessions.target[chosen])
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmgr.encoders.layers import SessionEncoder
     from llmgr.linear import LinearTerm
 
+PIECE = 512  # sessions that an encoder without padding reads at a time, so that their states stay in cache
 CHUNK = 128  # rows of logits formed at a time, so that they stay in cache
 Score = Callable[[Tensor], Tensor]
 
@@ -90,7 +91,11 @@ class EncoderJob:
 
     def loss(self, micro: Tensor) -> Loss:
         place = self.train.row.device
-        groups = [group.to(place) for group in alike(micro, self.length, place=place)]
+        if self.model.encoder.pads:
+            groups = alike(micro, self.length, place=place)
+        else:
+            groups = micro.split(len(micro) if place.type == "cuda" else PIECE)
+        groups = [group.to(place) for group in groups]
         with torch.autocast(groups[0].device.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_VD = self.model.vectors()
             session_BD = torch.cat([self.model.encoder(self.train.graphs(group), vectors_VD) for group in groups])

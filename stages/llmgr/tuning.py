@@ -210,6 +210,8 @@ class BehaviourJob:
 
     def _sessions(self, sample_R: Tensor) -> Tensor:
         """The graph encoder's readouts [R, D], read in groups of like length."""
+        if not self.model.encoder.pads:
+            return self.model.sessions(self.train.graphs(sample_R))
         length = self.laid_out.length[sample_R.cpu()]
         groups = alike(torch.arange(len(sample_R)), length, place=self.device)
         read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)])) for group in groups])

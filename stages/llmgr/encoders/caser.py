@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import ItemVectors, SessionEncoder
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder
 from llmgr.graph import GraphBatch
 
 
@@ -74,7 +74,7 @@ class Caser(SessionEncoder):
         self.hidden = nn.Linear(settings.vertical * dim + settings.horizontal * settings.length, dim)
         self.out = nn.Linear(2 * dim, dim)
         self.user = nn.Embedding(settings.users + 1, dim, padding_idx=0)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @torch.no_grad()
     def initialise(self, items: ItemVectors) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import ItemVectors, SessionEncoder, item_cross_entropy
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, item_cross_entropy
 from llmgr.graph import GraphBatch
 
 
@@ -30,7 +30,7 @@ class Fpmc(SessionEncoder):
         super().__init__(dim)
         self.item_width = self.text_width = 3 * dim
         self.objective = settings.loss
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.users = nn.Embedding(settings.users + 1, dim, padding_idx=0)
 
     def initialise(self, items: ItemVectors) -> None:

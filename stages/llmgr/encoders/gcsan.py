@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import AttentionBlock, GatedGraph, ItemVectors, SessionEncoder, at, clicked
+from llmgr.encoders.layers import AttentionBlock, Dropout, GatedGraph, ItemVectors, SessionEncoder, at
 from llmgr.graph import GraphBatch
 
 FIRST = 0.02  # standard deviation of first values
@@ -24,7 +24,7 @@ class Gcsan(SessionEncoder):
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         self.omega = settings.omega
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))
         self.attention = nn.ModuleList(
             AttentionBlock(dim, settings.attention_heads, dropout) for _ in range(settings.attention_layers))
@@ -46,11 +46,11 @@ class Gcsan(SessionEncoder):
                     nn.init.normal_(weight, std=FIRST)
 
     def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
-        h_BND = self.dropout(F.embedding(batch.nodes_BN, vectors_VD))
-        adjacency = batch.normalised()
+        graphs, h_BND = batch.flat(), self.dropout(F.embedding(batch.nodes_BN, vectors_VD))
+        h_MD = h_BND.flatten(0, 1).index_select(0, graphs.cell_M)
         for layer in self.graph:
-            h_BND = layer(h_BND, *adjacency)
-        x_BSD = clicked(h_BND, batch)
+            h_MD = layer(h_MD, graphs)
+        x_BSD = graphs.padded(h_MD, batch.alias_BS)
         mask, last = batch.mask_BS(), batch.length_B - 1
         gnn_last_BD = at(x_BSD, last)
         for block in self.attention[:-1]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, at
 from llmgr.graph import GraphBatch
 
 
@@ -25,7 +25,7 @@ class Gru4rec(SessionEncoder):
 
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gru = nn.GRU(dim, settings.hidden, settings.layers, bias=False, batch_first=True)
         self.out = nn.Linear(settings.hidden, dim)
 

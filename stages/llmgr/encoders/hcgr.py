@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import ItemVectors, SessionEncoder, SoftAttention, clicked
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, SoftAttention, clicked
 from llmgr.graph import GraphBatch
 
 LORENTZ = geoopt.Lorentz()
@@ -57,8 +57,9 @@ class TangentAttention(nn.Module):
 
     def attention(self, u_BND: Tensor, batch: GraphBatch) -> Tensor:
         """Weights [B, N, N], rows sum to 1."""
-        itself = torch.eye(u_BND.shape[1], device=u_BND.device).expand_as(batch.edges_BNN)
-        relation_BNNR = torch.stack((batch.edges_BNN.transpose(1, 2), batch.edges_BNN, itself), 3)
+        out_BNN = batch.edges_BNN()
+        itself = torch.eye(u_BND.shape[1], device=u_BND.device).expand_as(out_BNN)
+        relation_BNNR = torch.stack((out_BNN.transpose(1, 2), out_BNN, itself), 3)
         pair_BNNR = F.leaky_relu(self.query(u_BND)[:, :, None] + self.key(u_BND)[:, None], 0.2)
         score_BNN = (pair_BNNR * relation_BNNR).sum(3)
         return score_BNN.masked_fill(relation_BNNR.sum(3) == 0, -math.inf).softmax(2)
@@ -76,7 +77,7 @@ class Hcgr(SessionEncoder):
         self.item_width = dim + 1
         self.scale, self.margin = settings.scale, settings.margin
         self.contrast, self.negatives = settings.contrast, settings.negatives
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.graph = nn.ModuleList(TangentAttention(dim) for _ in range(settings.gnn_layers))
         self.readout = SoftAttention(dim)
 
@@ -101,7 +102,7 @@ class Hcgr(SessionEncoder):
             u_BND = self.dropout(LORENTZ.logmap0(F.embedding(batch.nodes_BN, vectors_VE))[..., 1:])
             for layer in self.graph:
                 u_BND = layer(u_BND, batch)
-            s_BD = within(self.readout(clicked(u_BND, batch), batch), RADIUS)
+            s_BD = within(self.readout(clicked(u_BND, batch)[batch.mask_BS()], batch.flat()), RADIUS)
             return flipped(LORENTZ.expmap0(F.pad(s_BD, (1, 0))))
 
     def loss(self, session_BE: Tensor, vectors_VE: Tensor, target_B: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, at
 from llmgr.graph import GraphBatch
 
 
@@ -27,7 +27,7 @@ class Narm(SessionEncoder):
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         hidden = settings.hidden
-        self.dropout, self.session_dropout = nn.Dropout(dropout), nn.Dropout(settings.session_dropout)
+        self.dropout, self.session_dropout = Dropout(dropout), Dropout(settings.session_dropout)
         self.gru = nn.GRU(dim, hidden, settings.layers, bias=False, batch_first=True)
         self.ask, self.answer = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
         self.weigh = nn.Linear(hidden, 1, bias=False)

@@ -12,17 +12,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import GatedGraph, SessionEncoder, SoftAttention, clicked
+from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, SoftAttention
 from llmgr.graph import GraphBatch
 
 
 class Niser(SessionEncoder):
     """GraphBatch, unit item vectors [V+1, D] -> session vectors [B, D] of length sigma."""
 
+    pads = False
+
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         self.sigma = settings.sigma
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))
         self.positions = nn.Embedding(settings.max_session, dim) if settings.positions else None
         self.readout = SoftAttention(dim)
@@ -31,14 +33,14 @@ class Niser(SessionEncoder):
         return F.normalize(super().item_vectors(table_VE, text_VE), dim=1)
 
     def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
-        h_BND = F.normalize(self.dropout(F.embedding(batch.nodes_BN, vectors_VD)), dim=2)
-        adjacency = batch.normalised()
+        graphs = batch.flat()
+        h_MD = F.normalize(self.dropout(F.embedding(batch.nodes_BN.flatten()[graphs.cell_M], vectors_VD)), dim=1)
         for layer in self.graph:
-            h_BND = layer(h_BND, *adjacency)
-        x_BSD = clicked(h_BND, batch)
+            h_MD = layer(h_MD, graphs)
+        x_CD = graphs.clicked(h_MD)
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight[:x_BSD.shape[1]]
-        return self.sigma * F.normalize(self.readout(x_BSD, batch), dim=1)
+            x_CD = x_CD + self.positions(graphs.place_C)
+        return self.sigma * F.normalize(self.readout(x_CD, graphs), dim=1)
 
     def readout_parameters(self) -> Iterator[nn.Parameter]:
         """What `tune.train_encoder=partial` trains: positions and attention, not the graph network."""

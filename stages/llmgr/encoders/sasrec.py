@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import AttentionBlock, ItemVectors, SessionEncoder
+from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder
 from llmgr.graph import GraphBatch
 
 
@@ -28,7 +28,7 @@ class Sasrec(SessionEncoder):
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         self.position = nn.Embedding(settings.max_session, dim)
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
         self.blocks = nn.ModuleList(
             AttentionBlock(dim, settings.heads, dropout, causal=True, attention_dropout=dropout, activation=nn.GELU)
             for _ in range(settings.layers))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import GatedGraph, SessionEncoder, SoftAttention, clicked
+from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, SoftAttention
 from llmgr.graph import GraphBatch
 
 
@@ -22,18 +22,20 @@ class Srgnn(SessionEncoder):
     its own, where the paper repeats one.
     """
 
+    pads = False
+
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))
         self.readout = SoftAttention(dim)
 
     def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
-        h_BND = self.dropout(F.embedding(batch.nodes_BN, vectors_VD))
-        adjacency = batch.normalised()
+        graphs = batch.flat()
+        h_MD = self.dropout(F.embedding(batch.nodes_BN.flatten()[graphs.cell_M], vectors_VD))
         for layer in self.graph:
-            h_BND = layer(h_BND, *adjacency)
-        return self.readout(clicked(h_BND, batch), batch)
+            h_MD = layer(h_MD, graphs)
+        return self.readout(graphs.clicked(h_MD), graphs)
 
     def readout_parameters(self) -> Iterator[nn.Parameter]:
         """What `tune.train_encoder=partial` trains: the attention, not the graph network."""

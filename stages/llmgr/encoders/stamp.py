@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import SessionEncoder, at
+from llmgr.encoders.layers import Dropout, SessionEncoder, at
 from llmgr.graph import GraphBatch
 
 
@@ -28,7 +28,7 @@ class Stamp(SessionEncoder):
 
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.of_item, self.of_last = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
         self.of_mean, self.weigh = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 1, bias=False)
         self.memory, self.last = nn.Linear(dim, dim), nn.Linear(dim, dim)
