@@ -157,6 +157,15 @@ def test_flat_propagation_equals_message_passing_and_so_do_its_gradients(read):
         torch.testing.assert_close(*(torch.autograd.grad((y * weight_MD).sum(), x_MD)[0] for y in (ours, theirs)))
 
 
+def test_flat_graphs_move_to_another_device(read):
+    sessions, _ = read
+    graphs = sessions.graphs(torch.arange(9)).flat()
+    moved = graphs.to(torch.device("meta"))
+    assert moved.alias_C.is_meta and moved.into.other_E.is_meta and moved.out.weight_E.is_meta
+    x_MD = torch.randn(len(graphs.cell_M), 3)
+    assert torch.equal(graphs.to(torch.device("cpu")).out.mean(x_MD), graphs.out.mean(x_MD))
+
+
 def test_graphs_without_an_edge_have_no_messages(read):
     sessions, _ = read
     batch = sessions.graphs((sessions.length == 1).nonzero()[:, 0])

@@ -6,9 +6,10 @@ import types
 import polars as pl
 import pytest
 import torch
-from tiny import ITEMS, LISTS, TITLES, linear_term, llmgr, prefixes, tokenizer
+from tiny import DIM, ITEMS, LISTS, TITLES, linear_term, llmgr, prefixes, tokenizer
 from torch.nn import functional as F
 
+from llmgr.encoders.srgnn import Srgnn
 from llmgr.errors import UserError
 from llmgr.graph import Sessions
 from llmgr.llmgr import Llmgr, logits
@@ -379,8 +380,12 @@ def test_where_prompts_are_packed_a_step_is_read_in_whole_micro_batches():
     assert [[len(m) for m in s] for s in steps] == [[4, 1]]
 
 
-def test_the_graph_encoders_readouts_keep_their_order():
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_graph_encoders_readouts_keep_their_order(padded):
     model = llmgr()
+    if not padded:
+        model.encoder = Srgnn(DIM, 0.0, types.SimpleNamespace(gnn_layers=1)).requires_grad_(False).eval()
+    assert model.encoder.pads == padded
     job = behave(model)
     everything = torch.arange(COUNT)
     torch.testing.assert_close(job._sessions(everything), model.sessions(job.train.graphs(everything)))

@@ -6,7 +6,7 @@ the whole session: every prefix of a session shares one row of the tables below.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,9 @@ class GraphBatch:
         return edges[:-1].view(-1, size, size)
 
     def flat(self) -> FlatGraphs:
-        """The same graphs end to end, without padding."""
+        """The same graphs end to end, without padding; counted on the CPU, since a GPU would wait for every count."""
+        if self.length_B.is_cuda:
+            return GraphBatch(*(getattr(self, f.name).cpu() for f in fields(self))).flat().to(self.length_B.device)
         session_C, place_C = self.mask_BS().nonzero(as_tuple=True)
         real_BN = self.nodes_BN > 0
         cell_M, count_B = real_BN.flatten().nonzero()[:, 0], real_BN.sum(1)
@@ -84,6 +86,11 @@ class FlatGraphs:
     into: Neighbours
     out: Neighbours
 
+    def to(self, device: torch.device) -> FlatGraphs:
+        """The same graphs on another device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return FlatGraphs(**moved)
+
     def clicked(self, h_MD: Tensor) -> Tensor:
         """The state of every click's node [C, D]."""
         return h_MD if len(self.alias_C) == len(h_MD) else F.embedding(self.alias_C, h_MD)  # none is clicked twice
@@ -107,6 +114,10 @@ class Neighbours:
         order = torch.argsort(node_E, stable=True)
         count_M = torch.bincount(node_E, minlength=nodes)
         return cls(other_E[order], count_M.cumsum(0) - count_M, count_M.float().reciprocal()[node_E[order]])
+
+    def to(self, device: torch.device) -> Neighbours:
+        """The same on another device."""
+        return Neighbours(self.other_E.to(device), self.start_M.to(device), self.weight_E.to(device))
 
     def mean(self, x_MD: Tensor) -> Tensor:
         """The mean of what each node's others have, 0 where it has none (the rows of SR-GNN's connection matrix).

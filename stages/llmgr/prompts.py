@@ -33,6 +33,7 @@ EDGES = re.compile(r"[^.]*\{edges\}\.")
 
 TEXT, NODE, GRAPH = 0, 1, 2
 ATTENDED = 640  # tokens in a row whose attention takes as long as all else (measured with MiniLM on a CPU)
+WIDTHS = 24  # of rows that are tried
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class PromptBatch:
         return ((trunk | own) & self.real_BL[:, None, :] & own_BLL)[:, None]
 
     def packed(self, least: int) -> PromptBatch:
-        """The same prompts end to end in rows of at least `least` tokens (see `row_width`), first fit, longest first.
+        """The same prompts end to end in rows with room for `least` tokens or more (`row_width`), the longest first.
 
         Each sees itself alone, at its own positions, so hidden states are the same; a few long rows make better matrix
         products than many short ones or padded ones.
@@ -127,22 +128,21 @@ def first_fit(sizes: list[int], width: int) -> tuple[list[int], list[int]]:
 
 
 def row_width(sizes: list[int], least: int) -> int:
-    """How wide rows are to be, for prompts of `sizes` (longest first): what costs least up to twice the least width.
+    """How wide rows may be, for prompts of `sizes` (longest first): what costs least up to twice the least width.
 
-    A row's cost is its cells, padding included, and their attention, which grows with its width.
+    The cost is that of the rows' cells, padding included, and of their attention, which grows with their width. The
+    most promising widths are tried: those whose rows could be full.
     """
     least, total = max(least, sizes[0]), sum(sizes)
 
-    def cost(rows: int, width: int) -> int:
-        return rows * width * (ATTENDED + width)
+    def cost(width: int) -> int:
+        filled = first_fit(sizes, width)[1]
+        return len(filled) * max(filled) * (ATTENDED + max(filled))
 
-    best, chosen = cost(len(first_fit(sizes, least)[1]), least), least
-    for bound, width in sorted((cost(-(-total // width), width), width) for width in range(least + 1, 2 * least + 1)):
-        if bound >= best:
-            break
-        if (found := cost(len(first_fit(sizes, width)[1]), width)) < best:
-            best, chosen = found, width
-    return chosen
+    def bound(width: int) -> int:
+        return -(-total // width) * width * (ATTENDED + width)
+
+    return min([least, *sorted(range(least + 1, 2 * least + 1), key=bound)[:WIDTHS]], key=cost)
 
 
 @dataclass

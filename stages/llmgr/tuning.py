@@ -209,7 +209,7 @@ class BehaviourJob:
         return total if bias_V is None else total + (bias_V[target_R] - (weight_RN * bias_V[nearest_RN]).sum(1)).sum()
 
     def _sessions(self, sample_R: Tensor) -> Tensor:
-        """The graph encoder's readouts [R, D], read in groups of like length."""
+        """The graph encoder's readouts [R, D], read in groups of like length where it computes at padding."""
         if not self.model.encoder.pads:
             return self.model.sessions(self.train.graphs(sample_R))
         length = self.laid_out.length[sample_R.cpu()]

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder
 from llmgr.graph import GraphBatch
 
+FEW = 8  # clicks, which are read with their padding: fewer calls, of one shape
+
 
 class Horizontal(nn.Module):
     """Largest ReLU response of filters of every height 1..L over an image of L rows: x_BWD -> [B, L * filters].
@@ -69,6 +71,7 @@ class Caser(SessionEncoder):
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         self.length = settings.length
+        self.pads = settings.length > FEW
         self.horizontal = Horizontal(settings.length, dim, settings.horizontal)
         self.vertical = nn.Linear(settings.length, settings.vertical)
         self.hidden = nn.Linear(settings.vertical * dim + settings.horizontal * settings.length, dim)

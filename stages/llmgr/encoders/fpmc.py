@@ -25,6 +25,7 @@ class Fpmc(SessionEncoder):
     """
 
     reads_users = True
+    pads = False
 
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
