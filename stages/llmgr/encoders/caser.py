@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder
 from llmgr.graph import GraphBatch
 
-FEW = 8  # clicks, which are read with their padding: fewer calls, of one shape
+FEW = 10  # clicks, which are read with their padding: fewer calls, of one shape
 
 
 class Horizontal(nn.Module):
