@@ -1,4 +1,4 @@
-"""The README says what is recorded: models, means over seeds, twins and RecBole's side, to the last digit; its tree."""
+"""README and reports/RESULTS.md say what is recorded, to the last digit; what they link is there; the tree."""
 from __future__ import annotations
 
 import json
@@ -10,6 +10,7 @@ import pytest
 from machine import ROOT
 
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "reports/RESULTS.md").read_text()
 HEADS = {"Beauty": "beauty", "Office Products": "office"}
 COLUMNS = [(split, "all", metric) for split in ("test", "test_unseen")
            for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")]
@@ -31,7 +32,7 @@ def rows(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_tables_hold_the_recorded_figures(head: str) -> None:
-    table = rows(README[README.index(f"**{head}**, "):])
+    table = rows(RESULTS[RESULTS.index(f"**{head}**, "):])
     without, now = (recorded(HEADS[head] + run)["buckets"] for run in ("-without-linear", ""))
     seen = set()
     for name, *cells in table:
@@ -45,7 +46,7 @@ def test_the_tables_hold_the_recorded_figures(head: str) -> None:
 
 def test_the_best_of_a_column_is_bold() -> None:
     for head in HEADS:
-        lines = README[README.index(f"**{head}**, "):].split("\n\n")[1].splitlines()[2:]
+        lines = RESULTS[RESULTS.index(f"**{head}**, "):].split("\n\n")[1].splitlines()[2:]
         cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
         for column in zip(*cells):
             best = max(cell.strip("*") for cell in column)
@@ -56,9 +57,14 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     models = {"GC-SAN": "gcsan", "control": "gcsan-text", "control with": "gcsan-linear", "LLMGR with": "llmgr",
               "the linear start alone": "slit-text",
               "gate": "gated-gcsan-text-floors", "the same gate": "gated-both-floors"}
+    single = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear")}
     table = rows(README[README.index("**What came out**"):])
-    assert len(table) == len(models)
+    assert len(table) == len(models) + len(single)
     for name, *cells in table:
+        if folders := next((single[start] for start in single if name.startswith(start)), None):
+            runs = [folder and recorded(folder)["buckets"]["llmgr"]["test_unseen"]["all"] for folder in folders]
+            assert cells == [run and f"{run['hr_at_20']:.4f} / {run['ndcg_at_20']:.4f}" for run in runs]
+            continue
         model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
         for folder, cell in zip(("beauty", "office"), cells, strict=True):
             seeds = recorded(folder)["seeds"]["figures"]
@@ -74,7 +80,7 @@ def test_the_twins_hold_the_recorded_figures() -> None:
              "without LoRA (language model frozen)": "without-lora", "without stage 1": "without-stage-1",
              "item vectors alone at the node slots": "without-node-texts",
              "texts and base shuffled among items": "shuffled-texts", "without the linear start": "without-linear"}
-    table = rows(README[README.index("Pretraining matters little"):])
+    table = rows(RESULTS[RESULTS.index("Pretraining matters little"):])
     assert {name for name, *_ in table} == set(names)
     for name, both, cold, _ in table:
         figures = twins[names[name]]["figures"]["test_unseen"]
@@ -83,7 +89,7 @@ def test_the_twins_hold_the_recorded_figures() -> None:
 
 
 def test_beauty_is_compared_as_the_recorded_seeds_say() -> None:
-    text = " ".join(README[README.index("### What the figures say"):].split())
+    text = " ".join(RESULTS[RESULTS.index("## What the figures say"):].split())
     record = recorded("beauty")
     gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
     assert f"and {len(gaps)} (Beauty) models that LLMGR is compared with" in text and record["seeds"]["ours"] == "llmgr"
@@ -101,7 +107,7 @@ def test_beauty_is_compared_as_the_recorded_seeds_say() -> None:
 
 
 def test_office_is_compared_as_the_recorded_seeds_say() -> None:
-    text = " ".join(README[README.index("### What the figures say"):].split())
+    text = " ".join(RESULTS[RESULTS.index("## What the figures say"):].split())
     record = recorded("office")
     gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
     assert f"Holm for the {len(gaps)} (Office)" in text and record["seeds"]["ours"] == "llmgr"
@@ -115,10 +121,16 @@ def test_office_is_compared_as_the_recorded_seeds_say() -> None:
         assert f"{figures['hr_at_20']:.4f} / {figures['ndcg_at_20']:.4f}" in text.replace("[", "").replace("]", "")
 
 
-def test_files_that_the_readme_links_exist() -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
+@pytest.mark.parametrize(("page", "folder"), [(README, "."), (RESULTS, "reports")])
+def test_links_lead_to_files_and_headings(page: str, folder: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page)
     assert len(links) > 5
-    assert [link for link in links if not Path(ROOT, link).exists()] == []
+    for link, anchor in links:
+        target = Path(ROOT, folder, link)
+        assert not link or target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text() if link else page, re.M)
+            assert anchor[1:] in {head.lower().replace(" ", "-") for head in heads}, anchor
 
 
 def test_the_tree_lists_what_there_is() -> None:
@@ -138,4 +150,4 @@ def test_recboles_side_is_the_recorded_comparison() -> None:
 
 
 def test_no_placeholder_is_left() -> None:
-    assert not re.findall(r"\b(?:[A-Z]{2,}_TABLE|SCORED|TODO|TBD|FIXME)\b", README)
+    assert not re.findall(r"\b(?:[A-Z]{2,}_TABLE|SCORED|TODO|TBD|FIXME)\b", README + RESULTS)
