@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import checkpoint, language_model, tokenizer
 
 from llmgr import backbone
@@ -91,6 +92,24 @@ def test_a_damaged_folder_is_one_sentence(folder, damage):
     else:
         config.write_text(config.read_text().replace('"llama"', '"nosuch"'))
     assert f"{folder} cannot be loaded (" in refused(lambda: load_language_model(folder))
+
+
+def test_weights_that_no_file_holds_are_not_drawn(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = refused(lambda: load_language_model(folder))
+    assert "cannot be loaded (weights that no *.safetensors holds: 1, such as layers.1.mlp.up_proj.weight)" in said
+
+
+def test_heads_poolers_and_tied_weights_may_be_absent(tmp_path):
+    from transformers import BertForMaskedLM, LlamaForCausalLM
+
+    for number, head in enumerate((BertForMaskedLM(language_model("bert").config),
+                                   LlamaForCausalLM(language_model("llama").config))):
+        head.config.tie_word_embeddings = True
+        head.save_pretrained(tmp_path / str(number))
+        assert getattr(load_language_model(tmp_path / str(number)), "pooler", None) is None
 
 
 def test_weights_in_a_pickle_alone_are_never_loaded(folder):

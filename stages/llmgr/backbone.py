@@ -101,8 +101,11 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
     config = require(Path(folder) / "config.json" if Path(folder).is_dir() else folder)
     try:
         if random is None:
-            model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
-                                              trust_remote_code=False)
+            model, read = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                                    attn_implementation="sdpa", trust_remote_code=False)
+            absent = sorted(key for key in read["missing_keys"] if not key.startswith("pooler."))  # which is not used
+            if absent:  # transformers would draw them
+                raise ValueError(f"weights that no *.safetensors holds: {len(absent)}, such as {absent[0]}")
         else:
             with torch.random.fork_rng(), place or nullcontext():
                 torch.manual_seed(random)
