@@ -192,6 +192,20 @@ def test_an_empty_split_is_refused(tmp_path):
         read_sessions(tmp_path / "train.parquet", WINDOW)
 
 
+@pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1, 50])
+def test_sessions_of_another_window_are_refused(tmp_path, window):
+    table(histories(), window).write_parquet(tmp_path / "train.parquet")
+    held = [(f"u{n:03d}", x[-window - 1:-1], x[-1], x[:-window - 1]) for n, x in enumerate(histories())]
+    pl.DataFrame(held, SCHEMA | {"earlier": pl.List(pl.Int32)}, orient="row").write_parquet(tmp_path / "test.parquet")
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=rf"{split}.parquet was split with another data\.max_session than 6"):
+            read_sessions(tmp_path / f"{split}.parquet", WINDOW)
+        read_sessions(tmp_path / f"{split}.parquet", window)
+    table([x[:WINDOW + 1] for x in histories()], window).write_parquet(tmp_path / "train.parquet")
+    if window > WINDOW:  # none is longer: both windows split alike
+        read_sessions(tmp_path / "train.parquet", WINDOW)
+
+
 def test_padded_lists():
     assert padded(pl.Series([[1, 2], [], [3]], dtype=pl.List(pl.Int32))).tolist() == [[1, 2], [0, 0], [3, 0]]
     assert padded(pl.Series([[], []], dtype=pl.List(pl.Int32))).tolist() == [[0], [0]]

@@ -191,7 +191,8 @@ def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.Data
 
     In train.parquet a user's rows are the prefixes in order; the first `max_session` of them nest and share one row
     here, later ones are windows of their own. Users are numbered in the order of their names in the train.parquet that
-    lies beside, so that one has one number in all splits.
+    lies beside, so that one has one number in all splits. UserError where the table is empty or was split with another
+    `max_session`.
     """
     import polars as pl
 
@@ -202,6 +203,12 @@ def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.Data
     rank = pl.int_range(1, pl.len() + 1).over("user")
     within = frame.with_columns(length=pl.col("items").list.len(), rank=rank,
                                 longest=rank == pl.len().over("user").clip(upper_bound=max_session))
+    cut = pl.col("rank") > pl.col("length")
+    if "earlier" in frame.columns:
+        cut |= pl.col("earlier").list.len() > 0
+    if within.select((cut & (pl.col("length") != max_session) | (pl.col("length") > max_session)).any()).item():
+        raise UserError(f"{path} was split with another data.max_session than {max_session}: run `dvc repro` to split "
+                        "anew")
     nests = (within["rank"] == within["length"]).to_numpy()
     base = within["longest"].to_numpy() | ~nests
     owner = within.select(pl.col("user").rle_id())["user"].to_torch().long()
