@@ -198,6 +198,20 @@ def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone,
     assert other["steps"] == pytest.approx(alone["positions"]["steps"], rel=1e-5)
 
 
+def test_a_checkpoints_count_of_steps_goes_where_the_weights_are(monkeypatch) -> None:
+    parts = [torch.zeros(3, device="meta"), torch.zeros(2, device="meta")]
+    zero = object.__new__(launch.Zero)
+    zero.optimizer, zero.order, zero.stage = SimpleNamespace(state={}), parts, 3
+    monkeypatch.setattr(zero, "_parts", lambda: parts)
+    monkeypatch.setattr(zero, "_set", lambda *_: None)
+    steps = {n: {"step": torch.tensor(4.0), **{key: torch.zeros(1) for key in launch.MOMENTS}} for n in range(2)}
+    zero.load({"state": steps})
+    for part in parts:
+        assert {key: value.device for key, value in zero.optimizer.state[part].items()} == dict.fromkeys(
+            ("step", *launch.MOMENTS), part.device)
+    assert steps[0]["step"].device.type == "cpu"
+
+
 def test_deepspeed_is_imported_where_it_is_asked_for_alone_and_only_the_first_speaks(together) -> None:
     assert [together["imported", s] for s in STRATEGIES] == [False, True, True]
     assert together["said"].count("tune: epoch 1 ") == len(STRATEGIES) * (len(CASES) + 3)

@@ -301,7 +301,8 @@ class Zero:
         """As in Replicas."""
         steps = max(moments["step"] for moments in state["state"].values())
         for part in self._parts():
-            self.optimizer.state[part] = {"step": steps.clone(), **{key: torch.zeros_like(part) for key in MOMENTS}}
+            self.optimizer.state[part] = {"step": steps.to(part.device, copy=True),
+                                          **{key: torch.zeros_like(part) for key in MOMENTS}}
         self._link()
         for n, moments in state["state"].items():
             for key in MOMENTS:
