@@ -148,6 +148,25 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     assert (tmp_path / "llmgr.safetensors").read_bytes() == first
 
 
+@torch.no_grad()
+def test_a_lost_encoder_is_missed_and_a_folder_that_says_nothing_of_one_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone(tmp_path, "aa")
+    model, path = llmgr(), tmp_path / "config.json"
+    model.encoder.attention[0].out.weight.add_(1)
+    save_llmgr(tmp_path, model, model_settings(), encoder=True)
+    kept, config = (tmp_path / "encoder.safetensors").read_bytes(), json.loads(path.read_text())
+    (tmp_path / "encoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"encoder\.safetensors is missing: run `dvc repro`"):
+        load_llmgr(tmp_path, llmgr(), model_settings())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "encoder"}))
+    load_llmgr(tmp_path, llmgr(), model_settings())
+    (tmp_path / "encoder.safetensors").write_bytes(kept)
+    older = llmgr()
+    load_llmgr(tmp_path, older, model_settings())
+    assert torch.equal(older.encoder.attention[0].out.weight, model.encoder.attention[0].out.weight)
+
+
 def backbone(folder, digest: str) -> None:
     (folder / "models/backbone").mkdir(parents=True, exist_ok=True)
     (folder / "models/backbone/backbone.json").write_text(json.dumps({"sha256": {"model.safetensors": digest}}))

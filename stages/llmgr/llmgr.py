@@ -224,7 +224,7 @@ def save_llmgr(folder: Path, model: Llmgr, params: Any, encoder: bool) -> None:
     if encoder:
         save_tensors(folder / "encoder.safetensors", model.encoder.state_dict())
     write_json(folder / "config.json", {"items": len(model.vectors) - 1, "backbone": backbone_digest(),
-                                        "model": {k: v for k, v in sorted(vars(params).items())}})
+                                        "encoder": encoder, "model": {k: v for k, v in sorted(vars(params).items())}})
 
 
 def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
@@ -244,8 +244,9 @@ def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
-    if (folder / "encoder.safetensors").exists():
-        model.encoder.load_state_dict(load_tensors(folder / "encoder.safetensors"))
+    own_encoder = folder / "encoder.safetensors"
+    if config.get("encoder", own_encoder.exists()):  # older folders do not say
+        model.encoder.load_state_dict(load_tensors(own_encoder))
 
 
 def backbone_digest() -> str:
