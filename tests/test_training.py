@@ -296,3 +296,12 @@ def test_arithmetic_is_what_was_asked_for_and_auto_says_why(capsys):
     chosen = training.arithmetic("auto")
     said = capsys.readouterr().err
     assert said.startswith("precision auto: " + ("bf16" if chosen is torch.bfloat16 else "fp32")) and "(" in said
+
+
+@pytest.mark.parametrize("built_in", [False, True])
+def test_a_gpu_that_emulates_bf16_computes_in_fp32(monkeypatch, capsys, built_in):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: built_in or including_emulation)
+    assert training.arithmetic("auto") is (torch.bfloat16 if built_in else torch.float32)
+    assert ("the GPU has no bf16" in capsys.readouterr().err) != built_in

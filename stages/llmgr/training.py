@@ -239,7 +239,7 @@ def arithmetic(precision: str) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     if torch.cuda.is_available():
         chosen, reason = torch.bfloat16, "the GPU multiplies it faster"
-        if not torch.cuda.is_bf16_supported():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
             chosen, reason = torch.float32, "the GPU has no bf16"
     else:
         cpu = torch.cpu.get_capabilities()
