@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tiny import DIM, ITEMS, LISTS, TITLES, llmgr, model_settings, prefixes, tokenizer
 
 from llmgr.errors import UserError
-from llmgr.llmgr import Llmgr, load_llmgr, logits, save_llmgr
+from llmgr.llmgr import HybridEncoding, Llmgr, load_llmgr, logits, save_llmgr
 from llmgr.prompts import GRAPH, NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
 
 
@@ -238,6 +238,18 @@ def test_slots_are_projections_at_the_scale_of_token_embeddings():
     torch.testing.assert_close(embeds[graph], session_RD @ model.hybrid.project.weight.T)
     ratio = embeds[node].square().mean().sqrt() / tokens.weight.square().mean().sqrt()
     assert 0.5 < ratio < 2
+
+
+@torch.no_grad()
+def test_slots_are_at_the_scale_of_embeddings_that_multiply_their_weights():
+    from transformers import GemmaConfig, GemmaModel
+
+    torch.manual_seed(0)
+    tokens = GemmaModel(GemmaConfig(vocab_size=50, hidden_size=64, intermediate_size=8, num_hidden_layers=1,
+                                    num_attention_heads=1, num_key_value_heads=1, head_dim=8)).get_input_embeddings()
+    vectors = torch.randn(ITEMS + 1, DIM)
+    slots, scale = vectors[1:] @ HybridEncoding(tokens, vectors, 0.0).project.weight.T, tokens(torch.arange(50)).std()
+    assert scale > 4 * tokens.weight.std() and 0.5 < slots.std() / scale < 2
 
 
 def test_targets_that_do_not_exist_are_named_with_those_that_do():

@@ -33,7 +33,8 @@ class HybridEncoding(nn.Module):
         dim = vectors_VD.shape[1]
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(dim, tokens.embedding_dim, bias=False)
-        token_scale = tokens.weight.detach().float().square().mean().sqrt()
+        every = torch.arange(tokens.num_embeddings, device=tokens.weight.device)  # Gemma's scales its weights
+        token_scale = tokens(every).detach().float().square().mean().sqrt()
         node_scale = vectors_VD[1:].square().mean().sqrt().clamp(min=1e-6)
         nn.init.normal_(self.project.weight, std=float(token_scale / node_scale) * dim ** -0.5)
 
