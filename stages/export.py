@@ -14,12 +14,13 @@ def main(params) -> None:
 
     from llmgr.artifacts import load_tensors, replacing_folder, require
     from llmgr.errors import UserError
+    from llmgr.params import rate_key
 
     source = require(f"models/encoders/{params.model.base}")
     vectors = load_tensors(source / "items.safetensors")["vectors"]
     if not bool(vectors.isfinite().all()):
-        base = params.model.base.partition("-")[0]
-        raise UserError(f"{source} holds item vectors that are not finite: lower encoder.{base}.lr and train it anew")
+        raise UserError(f"{source} holds item vectors that are not finite: lower {rate_key(params.model.base)} and "
+                        "train it anew")
     with replacing_folder("models/embeddings") as folder:
         for name in ("items.safetensors", "encoder.safetensors", "config.json"):
             shutil.copyfile(require(source / name), folder / name)

@@ -103,6 +103,14 @@ def test_a_loss_that_is_no_number_stops_names_the_step_and_keeps_the_last_good_c
     assert all(bool(weight.isfinite().all()) for weight in state["weights"].values())
 
 
+def test_diverged_vectors_of_a_control_name_the_rate_that_it_learned_at(place: Path, capfd: pytest.CaptureFixture
+                                                                         ) -> None:
+    set_up(place, model__base="gcsan-text")
+    save_tensors(place / "models/encoders/gcsan-text/items.safetensors", {"vectors": torch.tensor([torch.nan])})
+    assert stage("export", root=place) == 2
+    assert "not finite: lower encoder.text_lr (encoder.gcsan.lr where that is null)" in capfd.readouterr().err
+
+
 def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation(place: Path) -> None:
     items = place / "data/core/items.parquet"
     run(place, "pretrain.py", "--encoder", "stamp")

@@ -353,6 +353,13 @@ def with_rate(training: Any, own: Any, text_lr: float | None = None) -> types.Si
     return types.SimpleNamespace(**vars(training), lr=own.lr if text_lr is None else text_lr)
 
 
+def rate_key(name: str) -> str:
+    """The key that holds the learning rate of a training: `align`, `tune`, `backbone`, an encoder or a control."""
+    base, hyphen, _ = name.partition("-")
+    own = {"align": "align.lr", "tune": "tune.lr", "backbone": "llm.scratch.lr"}.get(base, f"encoder.{base}.lr")
+    return f"encoder.text_lr ({own} where that is null)" if hyphen else own
+
+
 @dataclass(frozen=True)
 class Scratch:
     layers: int

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from llmgr.artifacts import write_bytes, write_json, write_text
 from llmgr.errors import UserError
 from llmgr.launch import added, from_first, gathered, partners, rank, size
+from llmgr.params import rate_key
 from llmgr.stage import say
 
 CURVE_POINTS = 200
@@ -142,7 +143,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             if not math.isfinite(progress.window[0] + norm):
                 kept = "the last good checkpoint is kept" if (resume / "state.pt").exists() else "no checkpoint yet"
                 raise UserError(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
-                                f"{name_of(name)}.lr; {kept}")
+                                f"{rate_key(name)}; {kept}")
             progress.step += 1
             progress.done += 1
             if progress.step % every == 0 or progress.done == len(steps):
@@ -257,12 +258,6 @@ def cosine(step: int, total: int, warmup_share: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def name_of(name: str) -> str:
-    """The params.yaml section that holds a training's learning rate."""
-    encoder = f"encoder.{name.partition('-')[0]}"
-    return {"align": "align", "tune": "tune", "backbone": "llm.scratch"}.get(name, encoder)
 
 
 class Bar:
