@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.sparse import csr_array
 from test_evaluation import ITEMS, SCHEMA, histories, written
 
 from llmgr import evaluation, neighbours
-from llmgr.graph import read_sessions
+from llmgr.graph import Sessions, read_sessions
 
 CPU = torch.device("cpu")
 
@@ -144,6 +145,20 @@ def test_word_knn_is_a_decayed_sum_of_the_cosines_of_rare_words(tmp_path: Path, 
                 dot(held[i - 1], held[i - 1]) * dot(held[candidate - 1], held[candidate - 1]))
                 for i, w in weights(clicks, 0.7).items())
             assert row[candidate] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_likeness_of_all_pairs_of_items_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    items, two = 2000, torch.arange(2)
+    clicks = torch.tensor([[3, 5], [7, 0]], dtype=torch.int32)
+    sessions = Sessions(clicks, two, torch.tensor([2, 1]), torch.tensor([1, 1]))
+    matrix = neighbours.word_matrix([f"word{i % 3} other{i % 7}" for i in range(items)])
+    monkeypatch.setattr(evaluation, "catalogue_words", lambda: matrix)
+    tracemalloc.start()
+    scores = evaluation.word_knn(0.7, CPU)(sessions)(two)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert scores.shape == (2, items + 1) and scores.count_nonzero() > items
+    assert peak < items * items, "a byte a pair"
 
 
 def test_items_without_a_shared_word_are_like_none() -> None:

@@ -25,6 +25,7 @@ from llmgr.text_vectors import principal_components
 from llmgr.training import hardware, peak_memory_mb
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
     from scipy.sparse import csr_array
 
@@ -76,7 +77,8 @@ def item_knn(shrinkage: float, decay: float, device: torch.device) -> Over:
 
     Untrained: similarity is the shrunk cosine of the items' training sessions.
     """
-    return _similar(item_similarity(_training_sessions(), shrinkage), decay, device)
+    similarity = item_similarity(_training_sessions(), shrinkage)
+    return _similar(lambda clicks: (clicks @ similarity).toarray(), similarity.shape[0] - 1, decay, device)
 
 
 def session_knn(most: int, decay: float, device: torch.device) -> Over:
@@ -130,9 +132,10 @@ def word_knn(decay: float, device: torch.device) -> Over:
     """Scores an item by the words that its title and brand share with those of the clicks (see `word_matrix`).
 
     Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
+    A batch goes by way of the words: the likeness of all pairs of items would take memory that grows with V squared.
     """
     matrix = catalogue_words()
-    return _similar((matrix @ matrix.T).tocsr(), decay, device)
+    return _similar(lambda clicks: (matrix @ (clicks @ matrix).toarray().T).T, matrix.shape[0] - 1, decay, device)
 
 
 def linear_model(params: Any, device: torch.device) -> tuple[Slit, Over]:
@@ -154,12 +157,12 @@ def slit(solved: tuple[Slit, Over], text_share: float) -> Over:
     return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share)
 
 
-def _similar(similarity: csr_array, decay: float, device: torch.device) -> Over:
-    """Scores an item by its similarity [V+1, V+1] to the clicks, weighted by `decay` a step back."""
+def _similar(summed: Callable[[csr_array], np.ndarray], items: int, decay: float, device: torch.device) -> Over:
+    """Scores an item by its similarity to the clicks, weighted by `decay` a step back; `summed` sums it, [B, V+1]."""
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
-            clicks = last_clicks(sessions.graphs(samples), decay, similarity.shape[0] - 1)
-            return torch.from_numpy((clicks @ similarity).toarray()).float().to(device)
+            clicks = last_clicks(sessions.graphs(samples), decay, items)
+            return torch.from_numpy(summed(clicks)).float().contiguous().to(device)
 
         return score
 
