@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmgr import evaluation
-from llmgr.artifacts import save_tensors
+from llmgr.artifacts import save_tensors, write_json
 from llmgr.encoders import build_recommender, save_recommender
 from llmgr.gate import Gate, bands
 from llmgr.graph import read_sessions
@@ -105,6 +105,26 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     with torch.no_grad():
         query, vectors = model(sessions.graphs(samples))
         torch.testing.assert_close(found["gcsan"]()(sessions)(samples), query @ vectors.T)
+
+
+@pytest.mark.parametrize(("kept", "asked", "expected"), [
+    ("bf16", "fp32", torch.bfloat16), ("fp32", "bf16", torch.float32), (None, "bf16", torch.bfloat16)])
+def test_llmgr_is_scored_in_the_arithmetic_that_it_was_tuned_in(tmp_path, monkeypatch, kept, asked, expected):
+    from llmgr import llmgr
+
+    class Built(Exception):
+        pass
+
+    def build(params, dtype, seed):
+        raise Built(dtype)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llmgr, "build_llmgr", build)
+    write_json("models/tuned/config.json", {"precision": kept} if kept else {})
+    params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision=asked))
+    with pytest.raises(Built) as built:
+        evaluation.llmgr(params, CPU, None)
+    assert built.value.args == (expected,)
 
 
 def gate_params(**fuse: list[str]) -> types.SimpleNamespace:

@@ -318,6 +318,12 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, settings, gpus, wor
         pass
 
 
+def test_a_cpu_that_was_asked_for_hides_the_gpus(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert launch.device(SimpleNamespace(device="cpu", processes=1)).type == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 @pytest.mark.parametrize(("strategy", "warned"), [("ddp", False), ("zero2", True), ("zero3", True)])
 def test_a_strategy_that_divides_nothing_is_warned_of(monkeypatch, capsys, strategy: str, warned: bool) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)

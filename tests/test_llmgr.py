@@ -143,6 +143,11 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     adapters = sum(p.numel() * 4 for n, p in model.named_parameters()
                    if p.requires_grad and not n.startswith("encoder."))
     assert size == adapters and (tmp_path / "llmgr.safetensors").stat().st_size < size + 6000
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "fp32"
+    other.language_model.to(torch.bfloat16)
+    save_llmgr(tmp_path, other, settings, encoder=True)
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
+    save_llmgr(tmp_path, model, settings, encoder=True)
     first = (tmp_path / "llmgr.safetensors").read_bytes()
     save_llmgr(tmp_path, model, settings, encoder=True)
     assert (tmp_path / "llmgr.safetensors").read_bytes() == first

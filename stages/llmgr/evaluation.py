@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmgr.artifacts import load_tensors, require
+from llmgr.artifacts import load_tensors, read_json, require
 from llmgr.encoders import family, load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
@@ -190,16 +190,17 @@ def encoder(name: str, items: int, device: torch.device, formed: Formed | None =
 
 
 def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
-    """Scores of the tuned LLMGR."""
+    """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.training import arithmetic
     from llmgr.tuning import Scorer, behaviour_prompts, texts_shuffled
 
-    dtype = arithmetic(params.tune.precision)
+    folder = Path("models/tuned")
+    dtype = arithmetic(read_json(folder / "config.json").get("precision", params.tune.precision))
     model = build_llmgr(params.model, dtype, params.seed)
     if params.tune.linear:
         model.linear_term = LinearTerm(formed(texts_shuffled(params)))
-    load_llmgr(Path("models/tuned"), model, params.model)
+    load_llmgr(folder, model, params.model)
     prompts = behaviour_prompts(params, params.tune)
     return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)
 

@@ -42,7 +42,12 @@ def size() -> int:
 
 
 def device(settings: Any) -> torch.device:
-    """Where this process computes under the `launch` section; UserError where it wants GPUs that are not there."""
+    """Where this process computes under the `launch` section; UserError where it wants GPUs that are not there.
+
+    launch.device=cpu hides them, so that whoever asks whether there is a GPU is told the same.
+    """
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", settings.processes))
@@ -61,8 +66,6 @@ def processes(settings: Any) -> Iterator[bool]:
 
     Gives whether this process works. A process that torchrun started is a worker, whatever launch.processes says.
     """
-    if settings.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whoever asks whether there is a GPU is told the same
     chosen = device(settings)
     if "WORLD_SIZE" not in os.environ and settings.processes > 1:
         _supervise(settings.processes)

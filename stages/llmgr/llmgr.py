@@ -220,12 +220,15 @@ def logits(query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None) -> Tensor:
 
 
 def save_llmgr(folder: Path, model: Llmgr, params: Any, encoder: bool) -> None:
-    """Trained tensors (and the graph encoder's with `encoder`) and the shape they belong to, into `folder`."""
+    """Trained tensors (and the graph encoder's with `encoder`), the shape they belong to and the arithmetic that they
+    were trained in, into `folder`."""
     save_tensors(folder / "llmgr.safetensors", dict(model.trained()))
     if encoder:
         save_tensors(folder / "encoder.safetensors", model.encoder.state_dict())
+    dtype = model.language_model.get_input_embeddings().weight.dtype
     write_json(folder / "config.json", {"items": len(model.vectors) - 1, "backbone": backbone_digest(),
-                                        "encoder": encoder, "model": {k: v for k, v in sorted(vars(params).items())}})
+                                        "encoder": encoder, "precision": "bf16" if dtype is torch.bfloat16 else "fp32",
+                                        "model": {k: v for k, v in sorted(vars(params).items())}})
 
 
 def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
