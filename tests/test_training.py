@@ -142,6 +142,31 @@ def test_killed_without_warning_it_goes_on(tmp_path):
     assert os.listdir(tmp_path / "a") == ["state.pt"]
 
 
+@pytest.mark.parametrize("kept", [0, 100, -100])
+def test_a_damaged_checkpoint_is_told_of_and_the_training_begins_anew(tmp_path, capsys, kept):
+    whole = Toy()
+    expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path, name="tune"))
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:kept])
+    capsys.readouterr()
+    job = Toy()
+    assert outcome(job, fit(job, settings(), seed=7, resume=tmp_path, name="tune")) == expected
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == f"{state} is damaged and was removed: the training starts anew" and job.calls == whole.calls
+
+
+def test_a_checkpoint_that_memory_does_not_hold_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "state.pt").write_bytes(b"whole")
+
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="allocate"):
+        fit(Toy(), settings(), seed=7, resume=tmp_path, name="tune")
+    assert (tmp_path / "state.pt").exists()
+
+
 def test_two_micro_batches_of_eight_are_one_of_sixteen(tmp_path):
     one, two = Toy(16, 1, dropout=0.0), Toy(8, 2, dropout=0.0)
     a = fit(one, settings(), seed=3, resume=tmp_path / "1", name="tune")

@@ -57,7 +57,7 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
             told = " ".join(str(error).splitlines()[0][:160].split())
             _fail(f"the disk is full or a file limit was reached ({told}); free some space and run `dvc repro` again: "
                   "finished files are whole and training goes on from its last checkpoint")
-        if _out_of_memory(error):
+        if out_of_memory(error):
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
                   "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
                   "encoder.training.batch_size (align.* likewise for stage 1, llm.scratch.batch_size for a scratch "
@@ -91,6 +91,7 @@ def _fail(said: str, status: int = 2) -> None:
     os._exit(status) if status == 130 or "RANK" in os.environ else sys.exit(status)  # others may wait for this one
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the machine or of a GPU."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
         any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED")))

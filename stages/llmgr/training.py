@@ -26,7 +26,7 @@ from llmgr.artifacts import write_bytes, write_json, write_text
 from llmgr.errors import UserError
 from llmgr.launch import added, from_first, gathered, partners, rank, size
 from llmgr.params import rate_key
-from llmgr.stage import say
+from llmgr.stage import out_of_memory, say
 
 CURVE_POINTS = 200
 ITEM_TABLE = "items.table.weight"  # an encoder's item embeddings
@@ -328,10 +328,20 @@ def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor],
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """A checkpoint, if there is one."""
+    """A checkpoint, if there is one; a damaged one is removed."""
     for leftover in path.parent.glob(".*.tmp"):
         leftover.unlink()
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    if not path.exists():
+        return None
+    content = io.BytesIO(path.read_bytes())  # read by Python, so that no failure of the disk counts as damage
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        say(f"{path} is damaged and was removed: the training starts anew")
+        path.unlink()
+        return None
 
 
 def _resumed(state: dict[str, Any], workers: Any, machine: str) -> tuple[Progress, dict[str, Tensor]]:
