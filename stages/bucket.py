@@ -20,16 +20,15 @@ READS = ("seed", "bucket")
 
 def main(params: Any) -> None:
     import numpy as np
-    import polars as pl
 
     from llmgr import buckets
-    from llmgr.artifacts import require, write_json, write_table
+    from llmgr.artifacts import read_table, require, write_json, write_table
     from llmgr.ranking import least_p
     from llmgr.sessions import training_counts
 
-    test = pl.read_parquet(require("data/sessions/test.parquet"), columns=["target"])
-    train = pl.read_parquet(require("data/sessions/train.parquet"))
-    items = pl.read_parquet(require("data/core/items.parquet"), columns=["item_id", "count"])
+    test = read_table("data/sessions/test.parquet", ["target"])
+    train = read_table("data/sessions/train.parquet")
+    items = read_table("data/core/items.parquet", ["item_id", "count"])
     files = {path.stem: path for path in require("reports/ranks").glob("*.parquet")}
     if not files:
         raise UserError("reports/ranks holds no ranks: run `dvc repro evaluate`")

@@ -40,12 +40,10 @@ def main(params: Any, do: str) -> None:
 
 
 def write(params: Any, folder: Path, dataset: str) -> None:
-    import polars as pl
-
-    from llmgr.artifacts import require, write_text
+    from llmgr.artifacts import read_table, write_text
     from llmgr.peers import interactions
 
-    splits = [pl.read_parquet(require(f"data/sessions/{split}.parquet")) for split in ("train", "valid", "test")]
+    splits = [read_table(f"data/sessions/{split}.parquet") for split in ("train", "valid", "test")]
     rows = interactions(*splits)
     write_text(folder / dataset / f"{dataset}.inter", rows.write_csv(separator="\t"))
     stage.say(f"{len(rows)} interactions in {folder / dataset / dataset}.inter")

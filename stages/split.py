@@ -21,13 +21,13 @@ def main(params) -> None:
     import polars as pl
 
     from llmgr import sessions
-    from llmgr.artifacts import require, write_json, write_table
+    from llmgr.artifacts import read_table, write_json, write_table
     from llmgr.params import check_pairs
 
-    items = pl.read_parquet(require("data/core/items.parquet"), columns=["item", "item_id"])
+    items = read_table("data/core/items.parquet", ["item", "item_id"])
     if params.tune.linear or params.encoder.linear_controls:
         check_pairs(len(items))
-    interactions = pl.read_parquet(require("data/core/interactions.parquet"))
+    interactions = read_table("data/core/interactions.parquet")
     rows = sessions.ordered(interactions, params.split.ties, params.split.seed).join(
         items, on="item", how="left", maintain_order="left"
     )

@@ -128,7 +128,8 @@ def test_tables_and_tensors_come_back_and_equal_content_is_equal_bytes(tmp_path)
     frame = pl.DataFrame({"x": [3, 1], "y": ["a", None]})
     artifacts.write_table(tmp_path / "a.parquet", frame)
     artifacts.write_table(tmp_path / "a.csv", frame)
-    assert pl.read_parquet(tmp_path / "a.parquet").equals(frame)
+    assert artifacts.read_table(tmp_path / "a.parquet").equals(frame)
+    assert artifacts.read_table(tmp_path / "a.parquet", ["y"]).equals(frame.select("y"))
     assert (tmp_path / "a.csv").read_text() == "x,y\n3,a\n1,\n"
     x, y = torch.randn(4, 3, requires_grad=True), torch.arange(3)
     artifacts.save_tensors(tmp_path / "1.safetensors", {"x": x, "y": y, "t": x.T}, {"note": "n"})
@@ -208,8 +209,24 @@ def test_the_resume_folder_follows_the_code(tmp_path):
     assert folder() != before
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.5, 0.9])
+def test_a_damaged_file_is_named_with_the_mend(tmp_path, name, kept):
+    artifacts.write_json(tmp_path / "a.json", {"items": 3, "model": {"lora_r": 8}})
+    artifacts.write_table(tmp_path / "a.parquet", pl.DataFrame({"user": ["a", "b"], "target": [3, 1]}))
+    artifacts.save_tensors(tmp_path / "a.safetensors", {"x": torch.randn(4, 3)})
+    read = {"json": artifacts.read_json, "parquet": artifacts.read_table, "safetensors": artifacts.load_tensors}
+    file, whole = tmp_path / name, (tmp_path / name).read_bytes()
+    read[file.suffix[1:]](file)
+    file.write_bytes(whole[:int(kept * len(whole))])
+    with pytest.raises(UserError, match=rf"{name} is damaged \(.+\): delete it and run `dvc repro`$"):
+        read[file.suffix[1:]](file)
+
+
 def test_a_missing_file_is_named_with_the_mend(tmp_path):
     with pytest.raises(UserError, match=re.escape("nowhere.json is missing: run `dvc repro`")):
         artifacts.read_json(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match=r"nowhere\.parquet is missing"):
+        artifacts.read_table(tmp_path / "nowhere.parquet")
     with pytest.raises(UserError, match="nowhere is missing"):
         artifacts.resume_folder("x", {}, [tmp_path / "nowhere"])

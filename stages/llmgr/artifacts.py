@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,12 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file that an earlier stage wrote."""
-    return json.loads(require(path).read_text())
+    """Read a JSON file that an earlier stage wrote; UserError where it is missing or damaged."""
+    content = require(path).read_bytes()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise _damaged(path, error) from None
 
 
 def write_table(path: str | Path, frame: Any) -> None:
@@ -77,6 +81,19 @@ def write_table(path: str | Path, frame: Any) -> None:
     buffer = io.BytesIO()
     frame.write_csv(buffer) if Path(path).suffix == ".csv" else frame.write_parquet(buffer, compression="zstd")
     write_bytes(path, buffer.getvalue())
+
+
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
+    """Read a Parquet file that an earlier stage wrote, or some of its columns, as a polars frame.
+
+    UserError where it is missing or damaged.
+    """
+    import polars as pl
+
+    try:
+        return pl.read_parquet(require(path), columns=columns)
+    except pl.exceptions.ComputeError as error:
+        raise _damaged(path, error) from None
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
@@ -94,7 +111,11 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     try:
         return load_file(require(path))
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: str | Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({' '.join(str(error).split())}): delete it and run `dvc repro`")
 
 
 def require(path: str | Path) -> Path:

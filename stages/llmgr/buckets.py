@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from llmgr import ranking
+from llmgr.artifacts import read_table
 from llmgr.errors import UserError
 from llmgr.params import FLOORS
 
@@ -51,7 +52,7 @@ def _bands(prefix: str, values: np.ndarray, edges: Sequence[int]) -> dict[str, n
 
 def checked(path: Any, test: pl.DataFrame) -> dict[str, np.ndarray]:
     """Ranks of one model by convention; UserError if the file does not belong to these test sessions."""
-    frame = pl.read_parquet(path)
+    frame = read_table(path)
     if not frame["target"].equals(test["target"]):
         raise UserError(f"{path} ranks other sessions than data/sessions/test.parquet: run `dvc repro evaluate`")
     return {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}

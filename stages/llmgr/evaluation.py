@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmgr.artifacts import load_tensors, read_json, require
+from llmgr.artifacts import load_tensors, read_json, read_table
 from llmgr.encoders import family, load_encoder
 from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
@@ -66,9 +66,7 @@ def popularity(device: torch.device) -> Over:
 
 def training_interactions() -> Tensor:
     """How often every item was trained on, [V+1]; index 0 is padding."""
-    import polars as pl
-
-    train = pl.read_parquet(require("data/sessions/train.parquet"))
+    train = read_table("data/sessions/train.parquet")
     return torch.from_numpy(training_counts(train, catalogue_size("data/core/items.parquet")))
 
 
@@ -102,10 +100,7 @@ def session_knn(most: int, decay: float, device: torch.device) -> Over:
 
 
 def _training_sessions() -> csr_array:
-    import polars as pl
-
-    return training_matrix(pl.read_parquet(require("data/sessions/train.parquet")),
-                           catalogue_size("data/core/items.parquet"))
+    return training_matrix(read_table("data/sessions/train.parquet"), catalogue_size("data/core/items.parquet"))
 
 
 def text_knn(text_dim: int, decay: float, device: torch.device) -> Over:

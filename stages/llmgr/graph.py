@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmgr.artifacts import require
+from llmgr.artifacts import read_table
 from llmgr.errors import UserError
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.Data
     """
     import polars as pl
 
-    frame = pl.read_parquet(require(path))
+    frame = read_table(path)
     if frame.is_empty():
         raise UserError(f"{path} holds no session: lower filter.core or take a larger data.dataset")
     frame = frame.with_row_index("sample")
@@ -221,14 +221,14 @@ def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.Data
     row = torch.where(row_of_sample >= 0, row_of_sample, row_of_user[owner])
     length = within["length"].to_torch().long()
     items = padded(frame["items"].gather(base_rows.numpy()))
-    user = _user_numbers(frame["user"], require(Path(path).with_name("train.parquet")))
+    user = _user_numbers(frame["user"], Path(path).with_name("train.parquet"))
     return Sessions(items, row, length, frame["target"].to_torch().long(), user[base_rows]), frame
 
 
 def _user_numbers(users: pl.Series, train: Path) -> Tensor:
     import polars as pl
 
-    known = pl.scan_parquet(train).select(pl.col("user").unique().sort()).with_row_index("number", 1).collect()
+    known = read_table(train, ["user"]).select(pl.col("user").unique().sort()).with_row_index("number", 1)
     numbers = users.to_frame("user").join(known, on="user", how="left", maintain_order="left")["number"]
     return numbers.fill_null(0).to_torch().long()
 
@@ -301,6 +301,4 @@ def read_split(split: str, max_session: int) -> tuple[Sessions, pl.DataFrame]:
 
 def catalogue_size(path: str | Path) -> int:
     """The number V of items of items.parquet; ids run from 1 to V."""
-    import polars as pl
-
-    return pl.scan_parquet(require(path)).select(pl.len()).collect().item()
+    return len(read_table(path, ["item_id"]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.artifacts import require
+from llmgr.artifacts import read_table
 from llmgr.errors import UserError
 
 BATCH_TEXTS = 512
@@ -80,5 +80,5 @@ def item_texts(path: str | Path, column: str, shuffle: int | None = None) -> lis
 
     text = {"text": pl.col("text"), "title": pl.when(pl.col("title") == "").then("text").otherwise("title"),
             "words": pl.concat_str(pl.col("title", "brand").fill_null(""), separator=" ")}[column]
-    texts = pl.read_parquet(require(path)).sort("item_id").select(text.alias("read"))["read"].to_list()
+    texts = read_table(path).sort("item_id").select(text.alias("read"))["read"].to_list()
     return texts if shuffle is None else [texts[i] for i in _deal(len(texts), shuffle).tolist()]
