@@ -1,6 +1,7 @@
 """Where a language model comes from, what is refused and in which words, and the small one trained from scratch."""
 from __future__ import annotations
 
+import errno
 import http.server
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import checkpoint, language_model, tokenizer
 
@@ -99,7 +101,30 @@ def test_weights_that_no_file_holds_are_not_drawn(folder):
     del weights["layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     said = refused(lambda: load_language_model(folder))
-    assert "cannot be loaded (weights that no *.safetensors holds: 1, such as layers.1.mlp.up_proj.weight)" in said
+    assert "*.safetensors holds as config.json shapes them: 1, such as layers.1.mlp.up_proj.weight)" in said
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"vocab_size": 32}, "as config.json shapes them: 1, such as embed_tokens.weight"),
+    ({"hidden_size": "wide"}, "expected int, got str"), ({"num_attention_heads": 3}, "not a multiple"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ")])
+def test_a_config_that_does_not_fit_is_one_sentence(folder, changes, told):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    said = refused(lambda: load_language_model(folder))
+    assert said.startswith(f"{folder} cannot be loaded (") and told in said and said.endswith("choose another llm.name")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA"), OSError(errno.ENOSPC, "full"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_what_the_machine_lacks_is_no_fault_of_the_folder(folder, monkeypatch, error):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load)
+    with pytest.raises(type(error)) as caught:
+        load_language_model(folder)
+    assert caught.value is error
 
 
 def test_heads_poolers_and_tied_weights_may_be_absent(tmp_path):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llmgr.artifacts import digest, home, require, save_tensors
 from llmgr.errors import UserError
-from llmgr.stage import FULL_DISK
+from llmgr.stage import FULL_DISK, disk_is_full, out_of_memory
 from llmgr.training import Loss
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.txt",
@@ -88,9 +88,8 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
     """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode.
 
     With the seed `random` its architecture alone is taken (`folder` may then be a config.json by any name) and its
-    weights are drawn, as before a pretraining, at `place`.
+    weights are drawn, as before a pretraining, at `place`. UserError where there is no whole model to load.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
@@ -102,21 +101,24 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
     try:
         if random is None:
             model, read = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                                    attn_implementation="sdpa", trust_remote_code=False)
-            absent = sorted(key for key in read["missing_keys"] if not key.startswith("pooler."))  # which is not used
-            if absent:  # transformers would draw them
-                raise ValueError(f"weights that no *.safetensors holds: {len(absent)}, such as {absent[0]}")
+                                                    ignore_mismatched_sizes=True, attn_implementation="sdpa",
+                                                    trust_remote_code=False)
+            drawn = {*read["missing_keys"], *(key for key, *_ in read["mismatched_keys"])}
+            drawn = sorted(key for key in drawn if not key.startswith("pooler."))  # which is not used
+            if drawn:
+                raise ValueError(f"weights that no *.safetensors holds as config.json shapes them: {len(drawn)}, such "
+                                 f"as {drawn[0]}")
         else:
             with torch.random.fork_rng(), place or nullcontext():
                 torch.manual_seed(random)
                 model = AutoModel.from_config(AutoConfig.from_pretrained(config), dtype=dtype,
                                               attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        if Path(folder).is_dir() and isinstance(error, (ValueError, KeyError, OSError, SafetensorError)):
-            raise UserError(f"{folder} cannot be loaded ({said}): choose another llm.name") from None
-        if Path(folder).is_dir() or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if out_of_memory(error) or disk_is_full(error):
             raise
+        said = " ".join(str(error).split())[:200]
+        if Path(folder).is_dir():
+            raise UserError(f"{folder} cannot be loaded ({said}): choose another llm.name") from None
         raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{folder} is an encoder with a decoder: choose a language model that is one of the two")
