@@ -21,7 +21,6 @@ from llmgr.backbone import (
     is_causal,
     load_language_model,
     load_tokenizer,
-    position_offset,
     resolve,
     train_scratch,
 )
@@ -215,13 +214,12 @@ def test_what_the_hub_says_is_passed_on(hub):
     assert said[3].startswith("llm.name=org/pickle at llm.revision=main has no *.safetensors")
 
 
-def test_attention_and_positions_of_architectures():
+def test_the_attention_of_architectures():
     from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, MistralConfig, RobertaConfig
 
     assert [is_causal(c()) for c in (LlamaConfig, MistralConfig, GPT2Config)] == [True] * 3
     assert [is_causal(c()) for c in (BertConfig, RobertaConfig, DistilBertConfig)] == [False] * 3
     assert is_causal(BertConfig(is_decoder=True))
-    assert position_offset(RobertaConfig(pad_token_id=1)) == 2 and position_offset(BertConfig()) == 0
 
 
 def scratch(tmp_path, name: str, seed: int = 0):

@@ -5,10 +5,18 @@ import polars as pl
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from llmgr.errors import UserError
-from llmgr.text_vectors import encode_texts, item_texts, principal_components, shuffled
+from llmgr.text_vectors import encode_texts, item_texts, position_offset, principal_components, shuffled
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -25,8 +33,9 @@ def model(kind: str) -> torch.nn.Module:
     if kind == "llama":
         return LlamaModel(LlamaConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                                       num_attention_heads=2, max_position_embeddings=80)).eval()
-    return BertModel(BertConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                num_attention_heads=2, max_position_embeddings=80), add_pooling_layer=False).eval()
+    kind, config = (BertModel, BertConfig) if kind == "bert" else (RobertaModel, RobertaConfig)
+    return kind(config(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2, max_position_embeddings=80), add_pooling_layer=False).eval()
 
 
 def texts(count: int) -> list[str]:
@@ -63,8 +72,12 @@ def test_a_batch_holds_no_more_tokens_than_allowed():
 
 
 def test_texts_longer_than_the_model_are_refused():
-    with pytest.raises(UserError, match=r"llm.max_text_tokens=81 .* 80 positions"):
-        encode_texts(model("bert"), tokenizer(), ["w1"], 81)
+    long, read = ["w1 " * 100], tokenizer()
+    for kind, positions in (("bert", 80), ("roberta", 78)):  # RoBERTa's begin after the padding's id
+        with pytest.raises(UserError, match=rf"llm.max_text_tokens={positions + 1} .* {positions} positions"):
+            encode_texts(model(kind), read, ["w1"], positions + 1)
+        assert encode_texts(model(kind), read, long, positions).isfinite().all()
+        assert position_offset(model(kind).config) == 80 - positions
 
 
 def test_components_are_those_of_a_singular_value_decomposition():

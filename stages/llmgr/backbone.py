@@ -22,7 +22,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "vocab.json", "merges.txt", "added_tokens.json")
 ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin",
                     "out_lin", "c_attn", "query_key_value", "Wqkv", "q", "k", "v")
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their position ids start after the padding id
 SCRATCH_TOKENS = 128  # of each text that a scratch model is trained on
 
 
@@ -152,11 +151,6 @@ def is_causal(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
-
-
-def position_offset(config: Any) -> int:
-    """What the first position id is called."""
-    return config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
 
 
 def add_adapters(model: nn.Module, params: Any) -> nn.Module:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.artifacts import load_tensors, read_json, rounded, save_tensors, write_json
-from llmgr.backbone import add_adapters, is_causal, load_language_model, load_tokenizer, position_offset
+from llmgr.backbone import add_adapters, is_causal, load_language_model, load_tokenizer
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch
 from llmgr.prompts import GRAPH, NODE, PromptBatch
+from llmgr.text_vectors import position_offset, principal_components, shuffled
 
 
 class HybridEncoding(nn.Module):
@@ -266,7 +267,6 @@ def build_llmgr(params: Any, dtype: torch.dtype, seed: int, shape: str | None = 
     a config.json, the language model is one of that shape with weights drawn at `place`, to measure what it would cost.
     """
     from llmgr.encoders import load_encoder
-    from llmgr.text_vectors import principal_components, shuffled
 
     vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"]
     if params.texts == "shuffled":
