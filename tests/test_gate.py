@@ -89,6 +89,17 @@ def test_cross_fitting_scores_each_half_with_the_other_halfs_gate():
     assert honest["valid_unseen"]["hr_at_5"] > honest["valid"]["hr_at_5"]
 
 
+def test_a_single_session_cannot_be_halved_and_two_can() -> None:
+    scores, target, seen, band = made()
+    for sessions in (1, 2):
+        data = [scores[0][:sessions]], target[:sessions], seen[:sessions], band, EDGES, 7
+        if sessions == 2:
+            assert 0 <= cross_fitted(["a"], *data)["valid"]["mrr_at_20"] <= 1
+            continue
+        with pytest.raises(UserError, match=r"session cannot be halved .*: lower filter\.core"):
+            cross_fitted(["a"], *data)
+
+
 def test_a_gate_comes_back_and_only_for_what_it_fuses(tmp_path):
     gate = Gate(["a", "b"], EDGES, torch.randn(2, 3), torch.randn(3))
     gate.save(tmp_path / "g.json")
@@ -117,6 +128,10 @@ def test_a_row_of_a_score_table_is_its_sessions_own() -> None:
     def make() -> Callable[[Sessions], Callable[[torch.Tensor], torch.Tensor]]:
         return lambda given: lambda samples: given.items[given.row[samples], :1] + torch.arange(ITEMS + 1)
 
-    tables, seconds = score_tables({"first click": make}, sessions, 3)
+    def large() -> Callable[[Sessions], Callable[[torch.Tensor], torch.Tensor]]:
+        return lambda given: lambda samples: 1024.0 * make()(given)(samples)
+
+    tables, seconds = score_tables({"first click": make, "large": large}, sessions, 3)
     assert torch.equal(tables["first click"], (items[:, :1] + torch.arange(ITEMS + 1)).half())
-    assert list(seconds) == ["first click"]
+    assert list(seconds) == ["first click", "large"]
+    assert torch.equal(tables["large"], 1024.0 * (items[:, :1] + torch.arange(ITEMS + 1))), "half ends at 65504"

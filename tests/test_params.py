@@ -112,6 +112,7 @@ def test_every_committed_key_arrives_with_its_value():
     ({"gate__fuse": {"pop": ["item-knn"]}}, ("gate.fuse names a gate pop, which is a model or a stage already",)),
     ({"gate__fuse": {"tune": ["item-knn"]}}, ("gate.fuse names a gate tune, which is a model or a stage already",)),
     ({"encoder__controls": ["sasrec"]}, ("gate.fuse.gated-gcsan-text names gcsan-text", "~gate.fuse.gated-gcsan-text")),
+    ({"gate__sessions": 1}, ("gate.sessions=1 cannot be halved", "0 for all")),
     ({"bucket__practice": []}, ("bucket.practice=[] must rise: one edge at least",)),
     ({"launch__compile": True, "launch__strategy": "zero3"},
      ("launch.compile=true does not go with launch.strategy=zero3", "set launch.compile=false")),

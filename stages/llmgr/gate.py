@@ -71,7 +71,10 @@ def draw(sessions: int, most: int, seed: int) -> Tensor:
 @torch.no_grad()
 def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, batch_size: int
                  ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every scorer's scores of all items for all sessions, [S, V+1] in half precision where they are; its seconds."""
+    """Every scorer's scores of all items for all sessions, [S, V+1] where they are; its seconds.
+
+    In half precision, or in float32 where that ends short of a score.
+    """
     batches = torch.argsort(sessions.length, stable=True).split(batch_size)
     tables, seconds = {}, {}
     for name, make in makers.items():
@@ -81,7 +84,9 @@ def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, ba
             scores = score(samples)
             if name not in tables:
                 tables[name] = scores.new_empty(len(sessions), scores.shape[1], dtype=torch.half)
-            tables[name][samples] = scores.half()
+            if scores.abs().max() > torch.finfo(torch.half).max:
+                tables[name] = tables[name].float()
+            tables[name][samples] = scores.to(tables[name].dtype)
             bar.show(number)
         bar.close()
         seconds[name] = time.monotonic() - start
@@ -94,8 +99,11 @@ def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S:
     """Metrics of sessions that the gate was not fitted on: each half is scored by the other half's gate.
 
     Newton may start from the gate of all sessions: the optimum of a half is its own all the same. `valid` keeps seen
-    items, `valid_unseen` excludes them. What to choose a gate's scorers and bands by.
+    items, `valid_unseen` excludes them. What to choose a gate's scorers and bands by. UserError for a single session.
     """
+    if len(target_S) < 2:
+        raise UserError("one validation session cannot be halved for the gates: lower filter.core or take a larger "
+                        "data.dataset")
     half = torch.zeros(len(target_S), dtype=torch.bool)
     half[draw(len(target_S), (len(target_S) + 1) // 2, seed)] = True
     rank = torch.zeros(2, len(target_S), dtype=torch.long)

@@ -634,6 +634,9 @@ class Gate:
 
     def check(self) -> None:
         at_least(self, "gate", "sessions", 0)
+        if self.sessions == 1:
+            raise UserError("gate.sessions=1 cannot be halved, and each half is scored by the other's gate: give more, "
+                            "or 0 for all")
         if self.edges != sorted(set(self.edges)) or not self.edges or self.edges[0] < 1:
             raise UserError(f"gate.edges={self.edges} must rise from 1 or more: each edge above the one before")
         for name, parts in self.fuse.items():
