@@ -17,6 +17,7 @@ from tiny import checkpoint, language_model, tokenizer
 
 from llmgr import backbone
 from llmgr.backbone import (
+    add_adapters,
     describe,
     is_causal,
     load_language_model,
@@ -134,6 +135,27 @@ def test_heads_poolers_and_tied_weights_may_be_absent(tmp_path):
         head.config.tie_word_embeddings = True
         head.save_pretrained(tmp_path / str(number))
         assert getattr(load_language_model(tmp_path / str(number)), "pooler", None) is None
+
+
+@pytest.mark.parametrize("kind", ["Bert", "OPT", "Llama"])
+@torch.no_grad()
+def test_a_frozen_model_drops_nothing_and_its_adapters_do(tmp_path, kind):
+    config, model = (getattr(transformers, f"{kind}{part}") for part in ("Config", "Model"))
+    shape = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rates = {key: 0.5 for key, value in vars(config()).items() if "drop" in key and isinstance(value, float)}
+    assert rates
+    more = {"OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16}}
+    torch.manual_seed(0)
+    model(config(**shape | rates | more.get(kind, {"intermediate_size": 32}))).save_pretrained(tmp_path)
+    read, ids = load_language_model(tmp_path), torch.arange(1, 9)[None]
+    still = read(input_ids=ids).last_hidden_state
+    assert torch.equal(read.train()(input_ids=ids).last_hidden_state, still)
+    settings = types.SimpleNamespace(lora_r=2, lora_alpha=4.0, lora_targets=["auto"], lora_dropout=0.5)
+    adapted = add_adapters(read, settings).train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    assert not torch.equal(*(adapted(input_ids=ids).last_hidden_state for _ in range(2))), "LoRA's own dropout stays"
 
 
 def test_weights_in_a_pickle_alone_are_never_loaded(folder):

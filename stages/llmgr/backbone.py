@@ -129,8 +129,9 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
             module.float()  # on a CPU torch norms nothing whose type is not that of the norm's weights
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    for owner in (model.config, *model.modules()):  # what a layer drops by itself: OPT's `dropout` and `layerdrop`
+        for name in [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]:
+            setattr(owner, name, 0.0)
     model.config.use_cache = False  # keys and values of past tokens serve generation only
     return model.requires_grad_(False).eval()
 
