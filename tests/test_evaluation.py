@@ -127,6 +127,14 @@ def test_llmgr_is_scored_in_the_arithmetic_that_it_was_tuned_in(tmp_path, monkey
     assert built.value.args == (expected,)
 
 
+def test_a_batch_is_remembered_and_another_of_its_size_is_not():
+    calls = []
+    score = evaluation.once(lambda samples: (calls.append(len(samples)), samples * 2.0)[1])
+    one, two = torch.tensor([0, 1]), torch.tensor([2, 3])
+    assert score(one) is score(one) and calls == [2]
+    assert [score(batch).tolist() for batch in (two, one)] == [[4, 6], [0, 2]] and calls == [2, 2, 2]
+
+
 def gate_params(**fuse: list[str]) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         data=types.SimpleNamespace(max_session=5), evaluate=types.SimpleNamespace(item_shrinkage=1.0, item_decay=0.5),

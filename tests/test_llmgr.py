@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import DIM, ITEMS, LISTS, TITLES, llmgr, model_settings, prefixes, tokenizer
+from tiny import DIM, ITEMS, LISTS, TITLES, language_model, llmgr, model_settings, prefixes, tokenizer
+from torch.nn import functional as F
 
 from llmgr.errors import UserError
 from llmgr.llmgr import HybridEncoding, Llmgr, load_llmgr, logits, save_llmgr
@@ -114,6 +115,30 @@ def test_a_frozen_encoder_keeps_no_dropout_and_a_trained_one_does():
     model.train()
     assert model.encoder.training
     assert not model.eval().encoder.training
+
+
+@torch.no_grad()
+def test_the_models_dropout_strikes_slots_and_readout_in_training_alone():
+    plain = llmgr()
+    model = Llmgr(language_model(), plain.encoder, plain.vectors, plain.output.table[:, DIM:],
+                  model_settings(dropout=0.5, lora_r=0)).train()
+    tokens, (prompts, session_RD) = model.language_model.get_input_embeddings(), prompted()
+    torch.manual_seed(4)
+    embeds = model.hybrid(tokens, prompts, session_RD)
+    torch.manual_seed(4)
+    for kind, source in ((NODE, model.vectors), (GRAPH, session_RD)):
+        slot = prompts.kind_BL == kind
+        read = F.dropout(source[prompts.ref_BL[slot]], 0.5)
+        torch.testing.assert_close(embeds[slot], read @ model.hybrid.project.weight.T)
+        assert 0.3 < read.eq(0).float().mean() < 0.7
+    assert torch.equal(embeds[prompts.kind_BL == TEXT], tokens(prompts.token_BL)[prompts.kind_BL == TEXT])
+    model.hybrid.eval()
+    h = model.hidden(prompts, session_RD)
+    torch.manual_seed(4)
+    query = model(prompts, session_RD)[0]
+    torch.manual_seed(4)
+    torch.testing.assert_close(query, model.output(F.dropout(h, 0.5), session_RD)[0])
+    assert torch.equal(model.eval()(prompts, session_RD)[0], model.output(h, session_RD)[0])
 
 
 @pytest.mark.parametrize("output", ["linear", "mlp", "items"])
