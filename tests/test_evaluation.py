@@ -9,13 +9,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from machine import DEFAULTS
 
 from llmgr import evaluation
 from llmgr.artifacts import save_tensors, write_json
 from llmgr.encoders import build_recommender, save_recommender
+from llmgr.errors import UserError
 from llmgr.gate import Gate, bands
 from llmgr.graph import read_sessions
-from llmgr.params import FLOORS
+from llmgr.params import FLOORS, load
 
 ITEMS = 15
 CPU = torch.device("cpu")
@@ -133,6 +135,34 @@ def test_a_batch_is_remembered_and_another_of_its_size_is_not():
     one, two = torch.tensor([0, 1]), torch.tensor([2, 3])
     assert score(one) is score(one) and calls == [2]
     assert [score(batch).tolist() for batch in (two, one)] == [[4, 6], [0, 2]] and calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize("base", ["fpmc", "caser"])
+def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monkeypatch, base):
+    from llmgr import llmgr, tuning
+
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 5)
+    sessions, _ = read_sessions("data/sessions/test.parquet", 5)
+    users = int(sessions.user.max())
+    monkeypatch.setattr(llmgr, "load_llmgr", lambda *_: None)
+    monkeypatch.setattr(tuning, "behaviour_prompts", lambda *_: None)
+    monkeypatch.setattr(tuning, "shortened", lambda sessions, *_: (sessions, 0))
+    write_json("models/tuned/config.json", {})
+    params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision="fp32", linear=False))
+    for known in (users - 1, users):
+        model = build_recommender(base, ITEMS, load(DEFAULTS).encoder, None, users=known, max_session=5)
+        save_recommender(f"models/encoders/{base}", base, model)
+        tuned = torch.nn.Module()
+        tuned.encoder, tuned.positions = model.encoder, 99
+        monkeypatch.setattr(llmgr, "build_llmgr", lambda *_, tuned=tuned: tuned)
+        for folder, over in ((f"models/encoders/{base}", evaluation.encoder(base, ITEMS, CPU)),
+                             ("models/embeddings", evaluation.llmgr(params, CPU, None))):
+            if known == users:
+                over(sessions)
+                continue
+            with pytest.raises(UserError, match=f"{folder} was trained for fewer users than the sessions have"):
+                over(sessions)
 
 
 def gate_params(**fuse: list[str]) -> types.SimpleNamespace:

@@ -9,6 +9,7 @@ import torch
 from tiny import DIM, ITEMS, LISTS, TITLES, linear_term, llmgr, prefixes, tokenizer
 from torch.nn import functional as F
 
+from llmgr.encoders import build_encoder
 from llmgr.encoders.srgnn import Srgnn
 from llmgr.errors import UserError
 from llmgr.graph import Sessions
@@ -128,6 +129,14 @@ def test_texts_longer_than_the_backbone_are_cut_and_counted(capsys):
     model.positions -= room
     with pytest.raises(UserError, match=r"not one token of text fits .* lower align.candidates"):
         align(model)
+
+
+def test_sessions_of_more_users_than_the_graph_encoder_knows_are_refused():
+    model, train = llmgr(), prefixes()
+    model.encoder = build_encoder("fpmc", DIM, 0.0, {"loss": "softmax", "users": 2})
+    train.user = torch.tensor([1, 2, 0, 3, 1])
+    with pytest.raises(UserError, match=r"models/embeddings was trained for fewer users than the sessions have"):
+        behave(model, train)
 
 
 @pytest.mark.parametrize(("family", "titles", "edges"), [("short", True, False), ("slot", False, False),

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmgr.artifacts import load_tensors, read_json, read_table
-from llmgr.encoders import family, load_encoder
-from llmgr.errors import UserError
+from llmgr.encoders import check_users, family, load_encoder
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_split
 from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
@@ -176,9 +175,7 @@ def encoder(name: str, items: int, device: torch.device, formed: Formed | None =
         term.to(device)
 
     def over(sessions: Sessions) -> Score:
-        if module.reads_users and int(sessions.user.max()) > module.config["settings"]["users"]:
-            raise UserError(f"{folder} was trained for fewer users than the sessions have: run `dvc repro` "
-                            "to train it anew")
+        check_users(module, folder, sessions)
         return scoring(module, vectors, sessions, term)
 
     return over
@@ -197,7 +194,12 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
         model.linear_term = LinearTerm(formed(texts_shuffled(params)))
     load_llmgr(folder, model, params.model)
     prompts = behaviour_prompts(params, params.tune)
-    return lambda sessions: Scorer(model.to(device).eval(), prompts, sessions, dtype)
+
+    def over(sessions: Sessions) -> Score:
+        check_users(model.encoder, "models/embeddings", sessions)
+        return Scorer(model.to(device).eval(), prompts, sessions, dtype)
+
+    return over
 
 
 def parts(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmgr.encoders import check_users
 from llmgr.encoders.layers import item_cross_entropy
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, alike
@@ -134,6 +135,7 @@ class BehaviourJob:
 
     def __init__(self, model: Llmgr, prompts: BehaviourPrompts, train: Sessions, valid: Sessions, settings: Any,
                  seed: int, dtype: torch.dtype, alike: tuple[Tensor, Tensor] | None = None) -> None:
+        check_users(model.encoder, "models/embeddings", train)
         train, self.cut = shortened(train, prompts, model.positions, "training")
         if settings.targets == "positions" and not model.causal:
             raise UserError("tune.targets=positions needs causal attention and the backbone is bidirectional: set "

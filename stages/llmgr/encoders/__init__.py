@@ -19,6 +19,7 @@ from llmgr.encoders.layers import ItemVectors, SessionEncoder
 from llmgr.errors import UserError
 
 if TYPE_CHECKING:
+    from llmgr.graph import Sessions
     from llmgr.linear import LinearTerm
 
 REGISTRY = {
@@ -103,3 +104,10 @@ def load_encoder(folder: str | Path, items: int) -> tuple[SessionEncoder, Tensor
     encoder = build_encoder(base, config["dim"], config["dropout"], config["settings"])
     encoder.load_state_dict(load_tensors(Path(folder) / "encoder.safetensors"))
     return encoder, load_tensors(Path(folder) / "items.safetensors")["vectors"]
+
+
+def check_users(encoder: SessionEncoder, folder: str | Path, sessions: Sessions) -> None:
+    """Raise UserError where the encoder in `folder` has something of each user, but not of all in the sessions."""
+    if encoder.reads_users and int(sessions.user.max()) > encoder.config["settings"]["users"]:
+        raise UserError(f"{folder} was trained for fewer users than the sessions have: run `dvc repro` to train it "
+                        "anew")
