@@ -137,7 +137,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in `folder`, padded with any token where it has none (masks decide, not the token)."""
+    """The tokenizer in `folder`, without remote code; UserError where there is none that can be read."""
     from transformers import AutoTokenizer
 
     try:

@@ -85,8 +85,8 @@ class LeftOut:
     With A = S'S + ridge, B as in `Slit` and the user's own rows S_u and T_u of S and T, what is fitted without them
     scores clicks c as (c + w S_u) B - w T_u, w = c A^-1 S_u' (1 - S_u A^-1 S_u')^-1 (the downdate of Sherman, Morrison
     and Woodbury). So a training prefix, a validation and a test session are all scored by what others clicked, and what
-    learns beside these scores meets them in training as it will in use. Forms B and A^-1: memory grows with V squared.
-    UserError where that is too much, or the ridge too small.
+    learns beside these scores meets them in training as it will in use; a stranger, user 0, has no rows. Forms B and
+    A^-1: memory grows with V squared. UserError where that is too much, or the ridge too small.
     """
 
     def __init__(self, train: Sessions, ridge: float, decay: float, words: csr_array | None, text_share: float,
@@ -96,7 +96,6 @@ class LeftOut:
         user = train.user[train.row].cpu().numpy()
         order = np.argsort(user, kind="stable")
         self.first = np.searchsorted(user[order], np.arange(int(user.max()) + 2))  # by user, the first of their rows
-        self.first[0] = self.first[1]  # user 0 is nobody in particular and has none
         self.clicks = _prefixes(train, decay, items)[order].astype(np.float32)
         target = train.target.cpu().numpy()[order]
         self.targets = csr_array((np.ones(len(target), np.float32), (np.arange(len(target)), target)),
