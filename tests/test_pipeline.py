@@ -47,8 +47,12 @@ RAN = re.compile(r"^Running stage '(.+)':", re.M)
 
 
 def environment(root: Path) -> dict[str, str]:
-    """This one without what DVC, git or MLflow sessions left in it; one thread, this Python, DVC's caches apart."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_", "MLFLOW_"))}
+    """This one without what DVC, git or MLflow sessions left in it; one thread, this Python, DVC's caches apart.
+
+    Python writes its bytecode, as it does for a user, whatever this one says.
+    """
+    dropped = ("DVC_", "GIT_", "MLFLOW_", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     return clean | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
                     "POLARS_MAX_THREADS": "1", "DVC_SITE_CACHE_DIR": str(root.parent / "dvc"), "DVC_NO_ANALYTICS": "1"}
 
@@ -138,6 +142,9 @@ def test_a_clone_runs_every_stage_once_and_writes_what_it_declares(reproduced: P
     assert sorted(ran) == sorted({"check", "download", "filter", "split", "backbone"} | LEARNING)
     declared = [out["path"] for name in ran for out in lock[name]["outs"]]
     assert len(declared) > 40 and not [path for path in declared if not (reproduced / path).exists()]
+    assert (reproduced / "stages/llmgr/encoders/__pycache__").is_dir()
+    (folder,) = [dep for dep in lock["align"]["deps"] if dep["path"] == "stages/llmgr/encoders"]
+    assert folder["nfiles"] == len(list((reproduced / folder["path"]).glob("*.py"))), "bytecode counts as code"
     assert "deepspeed" not in (reproduced / "repro.log").read_text().lower() and "accelerator" not in (
         reproduced / "repro.log").read_text(), "what nobody asked for was loaded: seconds, and a warning"
     assert run(reproduced, "git", "status", "--porcelain", "--untracked-files=all").split() == ["??", "repro.log"]
