@@ -1,7 +1,7 @@
 """Measure the tuning step: its share of the machine's rate of matrix products, and a plain loop beside it.
 
-Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{train,valid}.parquet,
-        data/core/items.parquet: what `dvc repro align split` leaves
+Reads:  models/aligned/, models/embeddings/, models/folds/, models/backbone/, data/sessions/{train,valid}.parquet,
+        data/core/items.parquet: what `dvc repro align folds split` leaves
 Writes: nothing; prints tokens and sessions a second, operations a second as a share of the machine's, and what the
         rest of the time goes to
 Params: seed, model, tune, slit, data.max_session, launch
@@ -27,11 +27,11 @@ def main(params, shape: str | None) -> None:
     from llmgr.errors import UserError
     from llmgr.graph import read_split
     from llmgr.launch import device as place_of
-    from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.stage import say
+    from llmgr.start import linear_term
     from llmgr.training import arithmetic, hardware, peak_memory_mb
-    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
+    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
 
     device = place_of(params.launch)
     dtype = arithmetic(params.tune.precision)
@@ -41,7 +41,7 @@ def main(params, shape: str | None) -> None:
         load_llmgr(Path("models/aligned"), model, params.model)
     model.unfreeze_encoder(params.tune.train_encoder)
     if params.tune.linear:
-        model.linear_term = LinearTerm(left_out(params.slit, sessions[0], texts_shuffled(params)))
+        model.linear_term = linear_term(params, sessions[0], device)
     model.to(device).train()
     model.prepare(params.tune, params.launch, device)
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)

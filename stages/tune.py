@@ -1,32 +1,34 @@
 """Stage 2: tune LLMGR on behaviour, the next item of session graphs, from stage 1's weights.
 
-Reads:  models/aligned/, models/embeddings/, models/backbone/, data/sessions/{train,valid}.parquet,
+Reads:  models/aligned/, models/embeddings/, models/folds/, models/backbone/, data/sessions/{train,valid}.parquet,
         data/core/items.parquet
-Writes: models/tuned/ (bridge, output layer, adapters, graph encoder; no frozen weight), reports/metrics/tune.json,
+Writes: models/tuned/ (bridge, output layer, adapters, graph encoder, no frozen weight; start.safetensors: what the
+        logits started from, where tune.linear lets them), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
 Params: seed, model, tune, slit, data.max_session, launch
 """
 from llmgr.stage import run
 
 READS = ("seed", "model", "tune", "slit", "data.max_session", "launch")
-INPUTS = ("models/aligned", "models/embeddings", "models/backbone", "data/sessions/train.parquet",
+INPUTS = ("models/aligned", "models/embeddings", "models/folds", "models/backbone", "data/sessions/train.parquet",
           "data/sessions/valid.parquet", "data/core/items.parquet")
 
 
 def main(params) -> None:
+    import copy
     import time
     from pathlib import Path
 
     import torch
 
-    from llmgr.artifacts import replacing_folder, resume_folder, write_json
+    from llmgr.artifacts import replacing_folder, resume_folder, save_tensors, write_json
     from llmgr.graph import read_split
     from llmgr.launch import device, rank
-    from llmgr.linear import LinearTerm, left_out
     from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
     from llmgr.params import flat
+    from llmgr.start import linear_term
     from llmgr.training import arithmetic, finish, fit
-    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts, texts_shuffled
+    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
 
     settings = params.tune
     resume = resume_folder("tune", flat(params), INPUTS)
@@ -39,8 +41,9 @@ def main(params) -> None:
     model.unfreeze_encoder(settings.train_encoder)
     started = time.monotonic()
     if settings.linear:
-        model.linear_term = LinearTerm(left_out(params.slit, train, texts_shuffled(params))).to(place)
+        model.linear_term = linear_term(params, train, place)
         model.linear_term.start(train, params.seed)
+        start = copy.deepcopy(model.linear_term.state_dict())
     formed = time.monotonic() - started
     model.prepare(settings, params.launch, place)
     job = BehaviourJob(model.to(place), behaviour_prompts(params, settings), train, valid, settings, params.seed, dtype,
@@ -50,6 +53,8 @@ def main(params) -> None:
         return
     with replacing_folder("models/tuned") as folder:
         save_llmgr(folder, model, params.model, encoder=True)
+        if settings.linear:
+            save_tensors(folder / "start.safetensors", start)
     last = progress.epoch_rows[-1]
     write_json("reports/metrics/tune.json", {
         "epochs": progress.epoch, "prompts": len(job.first), "targets": len(train), "prompts_cut": job.cut,

@@ -36,12 +36,12 @@ SMALL = {
     "encoder.training.checkpoint_seconds": 0, "llm.scratch.layers": 1, "llm.scratch.width": 32, "llm.scratch.heads": 2,
     "llm.scratch.vocabulary": 400, "llm.scratch.epochs": 1, "llm.max_text_tokens": 16, "model.text_dim": 16,
     "align.batch_size": 32, "align.candidates": 4, "align.max_text_tokens": 16, "tune.epochs": 1,
-    "tune.checkpoint_seconds": 0, "bucket.resamples": 100,
+    "tune.checkpoint_seconds": 0, "tune.linear": True, "tune.folds": 2, "bucket.resamples": 100,
 }
 LAST = {"gate", "evaluate", "bucket", "report", "track"}
 TUNING = {"align", "tune", *LAST}
 CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled", "linear@gcsan"}
-LEARNING = {"pretrain@gcsan", *CONTROLS, "export", *TUNING}
+LEARNING = {"pretrain@gcsan", *CONTROLS, "export", "folds", *TUNING}
 WEIGHTS = CHECKPOINTS / "stories260K"
 RAN = re.compile(r"^Running stage '(.+)':", re.M)
 
@@ -163,10 +163,11 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("tune.lr", 5e-4, {"tune", *LAST}),
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
-    ("model.base", "gcsan-text", {"export", *TUNING}),
+    ("model.base", "gcsan-text", {"export", "folds", *TUNING}),
+    ("tune.folds", 3, {"folds", "tune", *LAST}),
     ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),
-    ("llm.scratch.epochs", 2, {"backbone", *CONTROLS, *TUNING}),
+    ("llm.scratch.epochs", 2, {"backbone", "folds", *CONTROLS, *TUNING}),
     ("encoder.gcsan.lr", 5e-4, LEARNING),
     ("encoder.niser.sigma", 8.0, {"report", "track"}),
     ("split.ties", "file", {"split", *LEARNING}),
@@ -196,7 +197,7 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
     evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
                                  for name in ("evaluate", "buckets", "differences"))
     assert set(evaluated) == set(bucketed) == {*FLOORS, "gcsan", "gcsan-text", "gcsan-shuffled", "gcsan-linear",
-                                               "llmgr", "gated-gcsan-text", "gated-llmgr", "gated-both"}
+                                               "llmgr", "llmgr-start", "gated-gcsan-text", "gated-llmgr", "gated-both"}
     for model in evaluated:
         table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")
         assert table["target"].to_list() == test["target"].to_list()
@@ -241,8 +242,8 @@ def test_training_sessions_end_before_the_held_out_items(reproduced: Path) -> No
 
 @pytest.mark.parametrize(("name", "script"), [
     ("encoders/gcsan-text", ["pretrain", "--encoder", "gcsan-text"]),
-    ("encoders/gcsan-linear", ["linear", "--encoder", "gcsan"]), ("aligned", ["align"]), ("tuned", ["tune"]),
-    ("gates", ["gate"])], ids=["control", "linear", "align", "tune", "gate"])
+    ("encoders/gcsan-linear", ["linear", "--encoder", "gcsan"]), ("folds", ["folds"]), ("aligned", ["align"]),
+    ("tuned", ["tune"]), ("gates", ["gate"])], ids=["control", "linear", "folds", "align", "tune", "gate"])
 def test_training_by_hand_without_the_test_sessions_gives_the_same_model(copy: Path, name: str, script: list[str]
                                                                          ) -> None:
     model = copy / "models" / name

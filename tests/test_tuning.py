@@ -287,19 +287,36 @@ def test_logit_adjustment_acts_in_training_and_validation_loss_alone(output, mas
     assert found | {"valid_loss": 0} == plain | {"valid_loss": 0}, "ranks are those without it"
 
 
+class Base:
+    """Scores of sessions that were trained on, and others of those that were not; item vectors `apart` by fold."""
+
+    def __init__(self, apart: float = 0.0) -> None:
+        self.fold_U = torch.tensor([-1, 0, 1, 0, 1, 1])
+        draw = torch.Generator().manual_seed(2)
+        self.shift = [F.pad(apart * torch.randn(ITEMS, DIM, generator=draw), (0, 0, 1, 0)) for _ in range(2)]
+
+    def shifts(self, count_V):
+        assert torch.equal(count_V, torch.bincount(prefixes().target, minlength=ITEMS + 1).float())
+        return self.shift
+
+    def __call__(self, sessions, samples, trained):
+        return torch.randn(2, COUNT, ITEMS + 1, generator=torch.Generator().manual_seed(1))[int(trained), samples]
+
+
 @pytest.mark.parametrize("mask_seen", [False, True])
+@pytest.mark.parametrize("base", [None, Base()], ids=["alone", "over the base"])
 @pytest.mark.parametrize("targets", ["positions", "prefix"])
-def test_the_linear_term_is_in_the_logits_of_training_and_scoring(tmp_path, targets, mask_seen):
+def test_the_linear_term_is_in_the_logits_of_training_and_scoring(tmp_path, targets, base, mask_seen):
     train, model = prefixes(), llmgr()
     without = torch.cat([Scorer(model, behave(model, train).prompts, train, torch.float32)(torch.tensor([n]))
                          for n in range(COUNT)])
-    term = linear_term(train)
+    term = linear_term(train, base)
     model.linear_term = term
     job = behave(model, train, targets=targets, mask_seen=mask_seen, batch_size=3)
     every = torch.arange(COUNT)
-    scores = without + term(train, every)
     scored = torch.cat([job.scorer(n) for n in every.split(5)])
-    torch.testing.assert_close(scored[:, 1:], scores[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scored[:, 1:], (without + term(train, every, False))[:, 1:], rtol=1e-4, atol=1e-4)
+    scores = without + term(train, every, True)
     if mask_seen:
         seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, train.graphs(every).items_BS, True)
         scores = scores.masked_fill(seen.scatter(1, train.target[:, None], False), float("-inf"))
@@ -310,6 +327,37 @@ def test_the_linear_term_is_in_the_logits_of_training_and_scoring(tmp_path, targ
     found.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())
     assert {name for name, _ in model.trained()} >= {f"linear_term.{name}" for name in ("weight", "bias", "clicked")}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("targets", ["positions", "prefix"])
+def test_a_step_is_of_one_fold_and_reads_its_item_vectors(targets, frozen):
+    def job(base, fold=None):
+        model = llmgr(node_text=True)
+        if not frozen:
+            model.unfreeze_encoder("all")
+        if fold is not None:
+            for table in (model.vectors, model.hybrid.nodes, model.output.table):
+                table[:, :DIM] += apart.shift[fold]
+        train = prefixes()
+        model.linear_term = linear_term(train, base)
+        return behave(model, train, targets=targets, batch_size=2)
+
+    apart = Base(0.7)
+    ours = job(apart)
+    assert (ours.frozen is not None) == frozen
+    steps = ours.steps(0, torch.Generator().manual_seed(0))
+    micros = [micro for step in steps for micro in step]
+    assert sorted(torch.cat(micros).tolist()) == list(range(len(ours.first))) and len(steps) > 2
+    folds = [{int(apart.fold_U[1 + ours.laid_out.row[ours.sample[n]]]) for n in micro} for micro in micros]
+    assert {len(fold) for fold in folds} == {1} and {0} in folds and {1} in folds
+    assert [m.tolist() for m in micros] != [m.tolist() for step in ours.steps(1, torch.Generator().manual_seed(1))
+                                            for m in step]
+    moved = [job(Base(), fold) for fold in (0, 1)]
+    for micro, (fold,) in zip(micros, folds):
+        found, *others = (by.loss(micro).total.item() for by in (ours, *moved))
+        assert found == pytest.approx(others[fold], rel=1e-5) and found != pytest.approx(others[1 - fold], rel=1e-3)
+    assert ours.validate() == job(Base()).validate(), "what is not trained on reads the whole base's"
 
 
 @pytest.mark.parametrize("adjustment", [0.0, 0.7])
@@ -397,7 +445,7 @@ def test_the_graph_encoders_readouts_keep_their_order(padded):
     assert model.encoder.pads == padded
     job = behave(model)
     everything = torch.arange(COUNT)
-    torch.testing.assert_close(job._sessions(everything), model.sessions(job.train.graphs(everything)))
+    torch.testing.assert_close(job._sessions(everything, None), model.sessions(job.train.graphs(everything)))
 
 
 def test_positions_need_causal_attention():

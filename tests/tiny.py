@@ -125,11 +125,13 @@ def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, **changes: A
     return model.eval()
 
 
-def linear_term(train: Sessions) -> LinearTerm:
+def linear_term(train: Sessions, base: Any = None) -> LinearTerm:
     """A linear term over the sessions, each of a user of its own, with weights that tell bands apart."""
     train.user = torch.arange(1, len(train.items) + 1)
-    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS))
+    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), base)
     with torch.no_grad():
+        if base is not None:
+            term.base_weight += 0.2 * torch.arange(1, 1 + len(term.base_weight))
         term.weight += 0.1 * torch.arange(len(term.weight))
         term.bias += 0.3 * torch.arange(len(term.bias))
         term.clicked -= 2

@@ -11,7 +11,7 @@ import polars as pl
 from llmgr import ranking
 from llmgr.artifacts import read_table
 from llmgr.errors import UserError
-from llmgr.params import FLOORS
+from llmgr.params import FLOORS, START
 
 LEVEL = 0.05  # a difference is called one where its corrected p is below
 COMPARED = ("all", "cold", "warm")  # buckets whose paired differences are reported
@@ -24,7 +24,7 @@ def order(models: Sequence[str], ours: str) -> list[str]:
     """Models as every table has them: untrained floors, encoders by name, each before its controls, LLMGR, `ours`."""
     place = {name: number for number, name in enumerate(FLOORS)}
     return sorted(models, key=lambda name: (
-        name == ours, name == "llmgr", place.get(name, len(FLOORS)), name.split("-")))
+        name == ours, name == "llmgr", name == START, place.get(name, len(FLOORS)), name.split("-")))
 
 
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:

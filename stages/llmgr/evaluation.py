@@ -17,9 +17,10 @@ from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_split
 from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
 from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
-from llmgr.params import trained
+from llmgr.params import START, texts_shuffled, trained
 from llmgr.pretraining import Score, scoring
 from llmgr.sessions import training_counts
+from llmgr.start import linear_term
 from llmgr.text_vectors import principal_components
 from llmgr.training import hardware, peak_memory_mb
 
@@ -53,6 +54,8 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
         "slit-text": lambda: slit(solved(), params.slit.text)}
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device, formed)
+    if params.tune.linear:
+        found[START] = lambda: started(params, device, formed)
     found["llmgr"] = lambda: llmgr(params, device, formed)
     return found
 
@@ -185,13 +188,13 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.training import arithmetic
-    from llmgr.tuning import Scorer, behaviour_prompts, texts_shuffled
+    from llmgr.tuning import Scorer, behaviour_prompts
 
     folder = Path("models/tuned")
     dtype = arithmetic(read_json(folder / "config.json").get("precision", params.tune.precision))
     model = build_llmgr(params.model, dtype, params.seed)
     if params.tune.linear:
-        model.linear_term = LinearTerm(formed(texts_shuffled(params)))
+        model.linear_term = own_term(params, device, formed)
     load_llmgr(folder, model, params.model)
     prompts = behaviour_prompts(params, params.tune)
 
@@ -200,6 +203,18 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
         return Scorer(model.to(device).eval(), prompts, sessions, dtype)
 
     return over
+
+
+def own_term(params: Any, device: torch.device, formed: Formed) -> LinearTerm:
+    """The linear term of LLMGR, its weights yet to be loaded."""
+    return linear_term(params, None, device, formed(texts_shuffled(params)))
+
+
+def started(params: Any, device: torch.device, formed: Formed) -> Over:
+    """Scores of what LLMGR's logits started from: no language model."""
+    term = own_term(params, device, formed)
+    term.load_state_dict(load_tensors("models/tuned/start.safetensors"))
+    return lambda sessions: lambda samples: term(sessions, samples)
 
 
 def parts(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:

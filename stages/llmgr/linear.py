@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,11 +20,14 @@ from llmgr.neighbours import catalogue_words, last_clicks
 from llmgr.params import check_pairs
 from llmgr.stage import say
 
+if TYPE_CHECKING:
+    from llmgr.folds import OutOfFold
+
 CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share of its clicks' norm
 MOST = 200  # iterations; some ten are the rule
 BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
 BLOCK = 256  # training prefixes whose users are left out at a time
-STARTED = 2048  # prefixes that a linear term's first weights are fitted on
+STARTED = 2048  # prefixes that a linear term's first weights are fitted on, for each kind of scores
 
 
 class Slit:
@@ -178,41 +181,51 @@ class LinearTerm(nn.Module):
     """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
 
     Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
-    model of clicks and words leaves open. a, b and c learn with it, from the values that fit training prefixes best.
+    model of clicks and words leaves open. With a `base`, scores of all items that have not met the user either
+    (`llmgr.folds.OutOfFold`), the logits have d[band] times these, too. a, b, c and d learn with it, from the values
+    that fit training prefixes best.
     """
 
-    def __init__(self, model: LeftOut) -> None:
+    def __init__(self, model: LeftOut, base: OutOfFold | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.base = model, base
         self.register_buffer("count", torch.from_numpy(model.targets.sum(0)), persistent=False)
         self.register_buffer("edges", torch.tensor(BANDS, dtype=self.count.dtype), persistent=False)
         self.scale = 1 / max(float(np.sqrt(np.square(model.matrix).mean(dtype=np.float64))), 1e-12)
         self.weight, self.bias = (nn.Parameter(torch.zeros(len(BANDS) + 1)) for _ in range(2))
         self.clicked = nn.Parameter(torch.zeros(1))
+        if base is not None:
+            self.base_weight = nn.Parameter(torch.zeros(len(BANDS) + 1))
 
-    def forward(self, sessions: Sessions, samples: Tensor) -> Tensor:
-        """Logits [R, V+1] of samples [R]."""
-        return self._weighted(*self._read(sessions, samples))
+    def forward(self, sessions: Sessions, samples: Tensor, trained: bool = False) -> Tensor:
+        """Logits [R, V+1] of samples [R]; `trained` where the sessions are those that are learned from."""
+        return self._weighted(*self._read(sessions, samples, trained))
 
-    def _read(self, sessions: Sessions, samples: Tensor) -> tuple[Tensor, ...]:
-        """Scores [R, V+1]; place, band of items that the user's own targets hold; clicked items [R, N]."""
+    def _read(self, sessions: Sessions, samples: Tensor, trained: bool) -> tuple[Tensor | None, ...]:
+        """Scores [R, V+1] and the base's; place, band of items that the user's own targets hold; clicked [R, N]."""
         place = self.count.device
         scores, own = self.model(sessions, samples, place)
         row, item, often = (torch.from_numpy(part).to(place) for part in (own.row, own.col, own.data))
         band = torch.bucketize(self.count[item.long()] - often, self.edges, right=True)
-        return (scores * self.scale, row.long(), item.long(), band,
-                sessions.graphs(samples).nodes_BN)
+        base = None if self.base is None else self.base(sessions, samples, trained)
+        return (scores * self.scale, base, row.long(), item.long(), band, sessions.graphs(samples).nodes_BN)
 
-    def _weighted(self, scores: Tensor, row: Tensor, item: Tensor, band: Tensor, nodes: Tensor) -> Tensor:
+    def _weighted(self, scores: Tensor, base: Tensor | None, row: Tensor, item: Tensor, band: Tensor, nodes: Tensor
+                  ) -> Tensor:
         band_V = torch.bucketize(self.count, self.edges, right=True)
         logits = torch.addcmul(self.bias[band_V], scores, self.weight[band_V])
-        logits = logits.index_put((row, item), self.bias[band] + scores[row, item] * self.weight[band])
-        return logits.scatter_add(1, nodes, self.clicked.expand(nodes.shape))
+        own = self.bias[band] + scores[row, item] * self.weight[band]
+        if base is not None:
+            logits = torch.addcmul(logits, base, self.base_weight[band_V])
+            own = own + base[row, item] * self.base_weight[band]
+        return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
 
     def start(self, train: Sessions, seed: int) -> None:
-        """Fit a, b and c alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989)."""
-        drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:STARTED].to(train.row.device)
-        read = [(self._read(train, samples), train.target[samples] - 1) for samples in drawn.split(256)]
+        """Fit a, b, c and d alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
+        """
+        number = STARTED if self.base is None else 2 * STARTED
+        drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:number].to(train.row.device)
+        read = [(self._read(train, samples, True), train.target[samples] - 1) for samples in drawn.split(256)]
         optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> float:

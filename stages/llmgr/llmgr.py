@@ -40,10 +40,10 @@ class HybridEncoding(nn.Module):
         nn.init.normal_(self.project.weight, std=float(token_scale / node_scale) * dim ** -0.5)
 
     def forward(self, tokens: nn.Embedding, prompts: PromptBatch, session_RD: Tensor | None,
-                noise_VD: Tensor | None = None) -> Tensor:
-        """`inputs_embeds` [B, L, H]; node slots read the item vectors (plus `noise_VD`), graph slots `session_RD`."""
+                shift_VD: Tensor | None = None) -> Tensor:
+        """`inputs_embeds` [B, L, H]; node slots read the item vectors (plus `shift_VD`), graph slots `session_RD`."""
         embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
-        for kind, source, added in ((NODE, self.nodes, noise_VD), (GRAPH, session_RD, None)):
+        for kind, source, added in ((NODE, self.nodes, shift_VD), (GRAPH, session_RD, None)):
             if source is not None:
                 slot_N = prompts.slots(kind)
                 ref_N = prompts.ref_BL.flatten()[slot_N]
@@ -69,7 +69,7 @@ class LinearOutput(nn.Module):
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.zeros_(self.items.bias)
 
-    def forward(self, h_RH: Tensor, session_RD: Tensor | None, noise_VD: Tensor | None = None
+    def forward(self, h_RH: Tensor, session_RD: Tensor | None, shift_VD: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries [R, K], item table [V+1, K] and item biases [V+1] whose product and sum are the logits.
 
@@ -95,15 +95,15 @@ class ItemsOutput(nn.Module):
         nn.init.normal_(self.query.weight, std=0.0 if residual else 0.1 * width ** -0.5)
         nn.init.zeros_(self.query.bias)
 
-    def forward(self, h_RH: Tensor, session_RD: Tensor | None, noise_VD: Tensor | None = None
+    def forward(self, h_RH: Tensor, session_RD: Tensor | None, shift_VD: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [R, K], item table [V+1, K] (its item vectors plus `noise_VD`) and no bias."""
+        """Queries [R, K], item table [V+1, K] (its item vectors plus `shift_VD`) and no bias."""
         query = self.query(h_RH)
         if self.residual and session_RD is not None:
             query = query + F.pad(session_RD, (0, query.shape[1] - self.dim))
-        if noise_VD is None:
+        if shift_VD is None:
             return query, self.table, None
-        return query, torch.cat((self.table[:, :self.dim] + noise_VD, self.table[:, self.dim:]), 1), None
+        return query, torch.cat((self.table[:, :self.dim] + shift_VD, self.table[:, self.dim:]), 1), None
 
 
 class Llmgr(nn.Module):
@@ -150,9 +150,9 @@ class Llmgr(nn.Module):
         scale = share * self.vectors[1:].square().mean().sqrt()
         self.deviation_V = F.pad(scale * (1 + count_V[1:].to(scale.device)).rsqrt(), (1, 0))
 
-    def hidden(self, prompts: PromptBatch, session_RD: Tensor | None, noise_VD: Tensor | None = None) -> Tensor:
+    def hidden(self, prompts: PromptBatch, session_RD: Tensor | None, shift_VD: Tensor | None = None) -> Tensor:
         """Hidden states at the readouts [R, H]."""
-        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD, noise_VD)
+        embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD, shift_VD)
         mask = prompts.mask(self.causal)
         h_BLH = self.language_model(inputs_embeds=embeds, attention_mask=mask,
                                     position_ids=prompts.position_BL + self.offset).last_hidden_state
@@ -162,16 +162,20 @@ class Llmgr(nn.Module):
         column_R = torch.zeros_like(prompts.column_R) if self.readout == "first" else prompts.column_R
         return h_BLH[prompts.row_R, column_R].float()
 
-    def forward(self, prompts: PromptBatch, session_RD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [R, K], item table [V+1, K], biases [V+1] or None; see the output layers."""
-        noise_VD = None
+    def forward(self, prompts: PromptBatch, session_RD: Tensor | None, shift_VD: Tensor | None = None
+                ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [R, K], item table [V+1, K], biases [V+1] or None; see the output layers.
+
+        `shift_VD` is added to the item vectors, at the node slots and in the output layer.
+        """
         if self.training and self.deviation_V is not None:
             noise_VD = torch.randn_like(self.vectors) * self.deviation_V[:, None]
-        return self.output(self.dropout(self.hidden(prompts, session_RD, noise_VD)), session_RD, noise_VD)
+            shift_VD = noise_VD if shift_VD is None else shift_VD + noise_VD
+        return self.output(self.dropout(self.hidden(prompts, session_RD, shift_VD)), session_RD, shift_VD)
 
-    def sessions(self, graphs: GraphBatch) -> Tensor:
-        """The encoder's readouts [B, D] of session graphs over the frozen item vectors."""
-        return self.encoder(graphs, self.vectors)
+    def sessions(self, graphs: GraphBatch, shift_VD: Tensor | None = None) -> Tensor:
+        """The encoder's readouts [B, D] of session graphs over the frozen item vectors (plus `shift_VD`)."""
+        return self.encoder(graphs, self.vectors if shift_VD is None else self.vectors + shift_VD)
 
     def unfreeze_encoder(self, part: str) -> None:
         """Let `all` of the graph encoder learn, its readout (`partial`) or nothing (`none`)."""
@@ -244,8 +248,8 @@ def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
     tensors = load_tensors(folder / "llmgr.safetensors")
     own = dict(model.trained())
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-        raise UserError(f"{folder} has other tensors than the model section and tune.linear ask for: run `dvc repro` "
-                        "to train it anew")
+        raise UserError(f"{folder} has other tensors than the model section, tune.linear and tune.folds ask for: run "
+                        "`dvc repro` to train it anew")
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)

@@ -24,7 +24,8 @@ PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are h
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")  # what tables and pages show first
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
-STAGES = ("backbone", "align", "tune", "gate", "evaluate")  # whose cost files stand beside those of models
+START = "llmgr-start"  # LLMGR's linear start alone, before anything was tuned
+STAGES = ("backbone", "folds", "align", "tune", "gate", "evaluate")  # whose cost files stand beside those of models
 
 
 @dataclass(frozen=True)
@@ -353,9 +354,17 @@ def with_rate(training: Any, own: Any, text_lr: float | None = None) -> types.Si
     return types.SimpleNamespace(**vars(training), lr=own.lr if text_lr is None else text_lr)
 
 
+def texts_shuffled(params: Any) -> int | None:
+    """What deals the texts to other items under `model.texts=shuffled`, None where they stay."""
+    return params.seed if params.model.texts == "shuffled" else None
+
+
 def rate_key(name: str) -> str:
-    """The key that holds the learning rate of a training: `align`, `tune`, `backbone`, an encoder or a control."""
-    base, hyphen, _ = name.partition("-")
+    """The key that holds the learning rate of a training: `align`, `tune`, `backbone`, an encoder or a control.
+
+    Only the first word counts: `gcsan-text without fold 2` learns as gcsan-text.
+    """
+    base, hyphen, _ = name.split()[0].partition("-")
     own = {"align": "align.lr", "tune": "tune.lr", "backbone": "llm.scratch.lr"}.get(base, f"encoder.{base}.lr")
     return f"encoder.text_lr ({own} where that is null)" if hyphen else own
 
@@ -543,6 +552,10 @@ class Tune(Training):
     linear: bool
     """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
     clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
+    folds: int
+    """With `linear`, the logits start from the scores of `model.base`, too, weighted alike; it is trained once more
+    without each of so many parts of the users, so that a training session is scored by a base that has not met its
+    user, as it will be in use. 0 leaves the base's scores out."""
 
     section = "tune"
 
@@ -556,6 +569,12 @@ class Tune(Training):
             raise UserError("tune.text_smoothing gives weight to items that tune.mask_seen=true takes out of the "
                             "softmax: set one of the two to 0 or false")
         at_least(self, "tune", "valid_sessions", 0)
+        at_least(self, "tune", "folds", 0)
+        if self.folds == 1:
+            raise UserError("tune.folds=1 leaves all users out of the one training: set it to 0, or at least to 2")
+        if self.folds and not self.linear:
+            raise UserError(f"tune.folds={self.folds} adds to what tune.linear starts from: set tune.linear=true, or "
+                            "tune.folds=0")
         positive(self, "tune", "title_tokens")
         if self.edges and self.prompt != "paper":
             raise UserError("tune.edges=true needs tune.prompt=paper: the short prompt has no place for edges")
@@ -711,7 +730,10 @@ class Params:
             known = ", ".join(trained(self.encoder))
             raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
                             "encoder.names or encoder.controls")
-        models = [*FLOORS, *trained(self.encoder), "llmgr"]
+        if self.tune.folds and self.model.base.endswith("-linear"):
+            raise UserError(f"tune.folds={self.tune.folds} needs a base without a linear start of its own, not "
+                            f"{self.model.base}: set tune.folds=0 or choose another model.base")
+        models = [*FLOORS, *trained(self.encoder), *([START] if self.tune.linear else []), "llmgr"]
         for name, parts in self.gate.fuse.items():
             if name in (*models, "repeat", *STAGES):
                 raise UserError(f"gate.fuse names a gate {name}, which is a model or a stage already: choose another "

@@ -17,7 +17,7 @@ from llmgr.graph import Sessions, alike, catalogue_size, read_split
 from llmgr.params import flat, with_rate
 from llmgr.ranking import metrics, ranks, ranks_both
 from llmgr.text_vectors import principal_components, shuffled
-from llmgr.training import Bar, Loss, arithmetic, device_of, finish, fit
+from llmgr.training import Bar, Loss, Progress, arithmetic, device_of, finish, fit
 
 if TYPE_CHECKING:
     from llmgr.encoders.layers import SessionEncoder
@@ -37,36 +37,55 @@ def pretrain(params: Any, name: str, under: Callable[[Sessions], LinearTerm] | N
     base, text = family(name)
     if (text == "linear") != (under is not None):
         raise UserError(f"{name} is not trained here: run stages/linear.py --encoder {base}")
-    inputs = ["data/sessions/train.parquet", "data/sessions/valid.parquet"]
-    features = None
-    if text != "none":
-        inputs.append("models/backbone/item_text.safetensors")
-        vectors = load_tensors(inputs[-1])["vectors"]
-        features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
-                                        params.encoder.text_dim)
-    resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs, *(["data/core/items.parquet"] if under else [])])
-    items = catalogue_size("data/core/items.parquet")
-    train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
+    resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs(text),
+                                                              *(["data/core/items.parquet"] if under else [])])
+    train, valid = sessions_here(params)
     device = device_of()
-    train, valid = train.to(device), valid.to(device)
-    torch.manual_seed(params.seed)
-    model = build_recommender(name, items, params.encoder, features, users=int(train.user.max()),
-                              max_session=params.data.max_session)
+    model, settings = built(params, name, train)
     started = time.monotonic()
     if under is not None:
         model.linear_term = under(train).to(device)
         model.linear_term.start(train, params.seed)
     formed = time.monotonic() - started
-    settings = with_rate(params.encoder.training, getattr(params.encoder, base),
-                         params.encoder.text_lr if text != "none" else None)
-    job = EncoderJob(model.to(device), train, valid, settings, arithmetic(settings.precision))
+    job = EncoderJob(model, train, valid, settings, arithmetic(settings.precision))
     progress = fit(job, settings, seed=params.seed, resume=resume, name=name)
     save_recommender(f"models/encoders/{name}", name, model)
-    best = progress.epoch_rows[progress.best_epoch]
-    write_json(f"reports/metrics/encoders/{name}.json", {
-        "best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],
-        "valid": {key.removeprefix("valid_"): best[key] for key in best if key.startswith("valid_")}})
+    write_json(f"reports/metrics/encoders/{name}.json", outcome(progress))
     finish(progress, model, name=name, resume=resume, reports=Path("reports"), prepared=formed)
+
+
+def inputs(text: str) -> list[str]:
+    """What decides a training beside parameters and code; `text` as in `family`."""
+    return ["data/sessions/train.parquet", "data/sessions/valid.parquet",
+            *(["models/backbone/item_text.safetensors"] if text != "none" else [])]
+
+
+def sessions_here(params: Any) -> tuple[Sessions, Sessions]:
+    """Training and validation sessions on the GPU, if there is one."""
+    return tuple(read_split(split, params.data.max_session)[0].to(device_of()) for split in ("train", "valid"))
+
+
+def built(params: Any, name: str, train: Sessions) -> tuple[Recommender, Any]:
+    """The untrained recommender `name`, drawn by the seed, where `train` is, and the settings of its training."""
+    base, text = family(name)
+    features = None
+    if text != "none":
+        vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"]
+        features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
+                                        params.encoder.text_dim)
+    torch.manual_seed(params.seed)
+    model = build_recommender(name, catalogue_size("data/core/items.parquet"), params.encoder, features,
+                              users=int(train.user.max()), max_session=params.data.max_session)
+    settings = with_rate(params.encoder.training, getattr(params.encoder, base),
+                         params.encoder.text_lr if text != "none" else None)
+    return model.to(train.row.device), settings
+
+
+def outcome(progress: Progress) -> dict[str, Any]:
+    """A training in figures: passes, loss and validation metrics of the best one."""
+    best = progress.epoch_rows[progress.best_epoch]
+    return {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],
+            "valid": {key.removeprefix("valid_"): best[key] for key in best if key.startswith("valid_")}}
 
 
 class EncoderJob:
@@ -110,7 +129,7 @@ class EncoderJob:
         total = session_BD.new_zeros(())
         for session_CD, samples_C in zip(session_BD.split(CHUNK), samples_B.split(CHUNK)):
             logits_CV = self.model.encoder.logits(session_CD, vectors_VD)
-            logits_CV = logits_CV + self.model.linear_term(self.train, samples_C)
+            logits_CV = logits_CV + self.model.linear_term(self.train, samples_C, True)
             total = total + F.cross_entropy(logits_CV[:, 1:], self.train.target[samples_C] - 1, reduction="sum")
         return total
 

@@ -12,12 +12,12 @@ from llmgr import figures, seeds
 from llmgr.artifacts import left_behind, read_json
 from llmgr.buckets import FLOORS, LEVEL, order
 from llmgr.figures import count, duration, pretty, signed
-from llmgr.params import HEADLINE, flat
+from llmgr.params import HEADLINE, START, flat
 from llmgr.ranking import least_p, names
 
 CONVENTIONS = {"test": "Seen items kept", "test_unseen": "Seen items excluded"}
 REQUIRED = ("buckets", "intervals", "differences")
-FACTS = ("filter", "split", "backbone", "align", "tune", "gate")
+FACTS = ("filter", "split", "backbone", "folds", "align", "tune", "gate")
 MAIN = "llmgr"  # without a gate
 HEADLINE_COLUMNS = [*(("all", metric) for metric in HEADLINE), ("cold", "hr_at_20"), ("warm", "hr_at_20")]
 TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
@@ -126,7 +126,7 @@ def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
     """The models of a figure with room for `DRAWN`: floors, LLMGR, its base, the control, the strongest others."""
     models = list(found["buckets"])
     kept = [model for model in models if model in (
-        *FLOORS, MAIN, params.bucket.ours, params.model.base, _control(params), _control(params, "linear"))]
+        *FLOORS, START, MAIN, params.bucket.ours, params.model.base, _control(params), _control(params, "linear"))]
     rest = sorted((model for model in models if model not in kept),
                   key=lambda model: -found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     kept += rest[:max(0, DRAWN - len(kept))]
@@ -156,8 +156,12 @@ def describe(model: str, params: Any) -> str:
         return ABOUT[model]
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
+    if model == START:
+        met = f" and {params.model.base}, trained without the user," if params.tune.folds else ","
+        return f"a linear model of clicks and words{met} as LLMGR's logits start from it: no language model tuned"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
+        beside = f", its scores{beside}" if params.tune.folds else beside
         return f"language model ({llm_name(params).rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors{beside}"
     if hyphen and text in CONTROLS:
         return f"{base} with {CONTROLS[text]}"
@@ -170,7 +174,9 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
     needs = {model: [model, *(["backbone"] if "-" in model else [])] for model in found["buckets"] if model in took}
     if MAIN in found["buckets"]:
-        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "align", "tune"]
+        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", "align", "tune"]
+    if START in found["buckets"]:
+        needs[START] = [*needs.get(params.model.base, []), "folds"] if params.tune.folds else []
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:
             needs[gate] = ["backbone"] * ("text-knn" in fused) + [p for name in fused for p in needs.get(name, ())]
@@ -199,6 +205,7 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     roles = {control: "the text + GNN control" + (" that it reads" if control == params.model.base else "")}
     if params.tune.linear:
         roles[_control(params, "linear")] = "the control over the same linear model"
+    roles[START] = "what its logits start from, without a language model"
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")

@@ -1,6 +1,7 @@
 """LLMGR's two training stages and its scoring: which prompts, which targets, which loss (METHOD 1, steps 5 and 6)."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from llmgr.errors import UserError
 from llmgr.graph import Sessions, alike
 from llmgr.launch import spread
 from llmgr.llmgr import Llmgr, logits
+from llmgr.params import texts_shuffled
 from llmgr.pretraining import rank_sessions
 from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.ranking import metrics
@@ -129,6 +131,10 @@ class BehaviourJob:
 
     `targets: prefix` makes a prompt of every prefix, `positions` a prompt of every session with a branch a prefix.
     `alike` has the items that share a target's weight under `tune.text_smoothing` (see `alike_items`).
+
+    Where the logits start from a base out of fold (`tune.folds`), a step's sessions are of one fold, and nodes, graph
+    encoder and output layer read the item vectors of the base that was trained without it: what they were fitted to is
+    no guide to how far the vectors of a session to come can be trusted.
     """
 
     selects = None
@@ -152,13 +158,24 @@ class BehaviourJob:
         self.alike = None if alike is None else [t.to(self.device) for t in alike]
         if settings.item_noise:
             model.disturb_items(settings.item_noise, target_counts(train.target, len(model.vectors)))
+        self.fold, self.shifts = None, [None]
+        if model.linear_term is not None and model.linear_term.base is not None:
+            base = model.linear_term.base
+            self.fold = base.fold_U[self.laid_out.user[self.laid_out.row]]
+            self.shifts = [shift.to(self.device) for shift in base.shifts(target_counts(train.target,
+                                                                                        len(model.vectors)))]
         self.frozen = None
         if not any(p.requires_grad for p in model.encoder.parameters()):
-            self.frozen = all_sessions(model, train)
+            self.frozen = all_sessions(model, train, self.fold, self.shifts)
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
         chosen = torch.randperm(len(self.first), generator=generator)[:self.settings.samples or None]
-        return drawn_steps(chosen, self.last, self.settings, self.model.packs)
+        if self.fold is None:
+            return drawn_steps(chosen, self.last, self.settings, self.model.packs)
+        fold = self.fold[self.sample[chosen]]
+        steps = [step for k in range(len(self.shifts))
+                 for step in drawn_steps(chosen[fold == k], self.last, self.settings, self.model.packs)]
+        return [steps[n] for n in torch.randperm(len(steps), generator=generator)]
 
     def targets(self, micro: Tensor) -> int:
         return int((self.last[micro] - self.first[micro] + 1).sum())
@@ -172,9 +189,10 @@ class BehaviourJob:
         if self.model.packs:
             prompts = prompts.packed(PACKED)
         tokens = prompts.tokens
-        session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R)
+        shift_VD = self.shifts[0 if self.fold is None else int(self.fold[self.sample[micro[0]]])]
+        session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R, shift_VD)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            query, table, bias = self.model(prompts.to(self.device), session_RD)
+            query, table, bias = self.model(prompts.to(self.device), session_RD, shift_VD)
         if self.prior is not None:
             bias = self.prior if bias is None else bias + self.prior
         target_R = self.train.target[sample_R]
@@ -189,7 +207,7 @@ class BehaviourJob:
     def _loss(self, scores_RV: Tensor, sample_R: Tensor, target_R: Tensor) -> Tensor:
         """The summed loss where more than a product of vectors makes the logits, so that they are formed."""
         if self.model.linear_term is not None:
-            scores_RV = scores_RV + self.model.linear_term(self.train, sample_R)
+            scores_RV = scores_RV + self.model.linear_term(self.train, sample_R, True)
         ahead = 0.0
         if self.alike is not None:
             nearest_RN, weight_RN = (t[target_R] for t in self.alike)
@@ -210,13 +228,14 @@ class BehaviourJob:
         total = (query_RK * (table_VK[target_R] - mean_RK)).sum()
         return total if bias_V is None else total + (bias_V[target_R] - (weight_RN * bias_V[nearest_RN]).sum(1)).sum()
 
-    def _sessions(self, sample_R: Tensor) -> Tensor:
+    def _sessions(self, sample_R: Tensor, shift_VD: Tensor | None) -> Tensor:
         """The graph encoder's readouts [R, D], read in groups of like length where it computes at padding."""
         if not self.model.encoder.pads:
-            return self.model.sessions(self.train.graphs(sample_R))
+            return self.model.sessions(self.train.graphs(sample_R), shift_VD)
         length = self.laid_out.length[sample_R.cpu()]
         groups = alike(torch.arange(len(sample_R)), length, place=self.device)
-        read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)])) for group in groups])
+        read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)]), shift_VD)
+                          for group in groups])
         return read[torch.argsort(torch.cat(groups)).to(self.device)]
 
     def validate(self) -> dict[str, float]:
@@ -288,12 +307,16 @@ def spans(train: Sessions, positions: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def all_sessions(model: Llmgr, sessions: Sessions) -> Tensor:
-    """The frozen encoder's readouts of all samples, computed once [samples, D]."""
+def all_sessions(model: Llmgr, sessions: Sessions, fold_N: Tensor | None = None,
+                 shifts: Sequence[Tensor | None] = (None,)) -> Tensor:
+    """The frozen encoder's readouts of all samples, computed once [samples, D], each over its fold's item vectors."""
     model.encoder.eval()
-    result = torch.zeros(len(sessions), model.vectors.shape[1], device=model.vectors.device)
-    for samples in torch.argsort(sessions.length, stable=True).split(1024):
-        result[samples] = model.sessions(sessions.graphs(samples))
+    place = model.vectors.device
+    result = torch.zeros(len(sessions), model.vectors.shape[1], device=place)
+    order = torch.argsort(sessions.length.cpu(), stable=True)
+    for fold, shift_VD in enumerate(shifts):
+        for samples in (order if fold_N is None else order[fold_N[order] == fold]).split(1024):
+            result[samples.to(place)] = model.sessions(sessions.graphs(samples.to(place)), shift_VD)
     return result
 
 
@@ -315,11 +338,6 @@ def behaviour_prompts(params: Any, settings: Any) -> BehaviourPrompts:
     titles = item_texts("data/core/items.parquet", "title", texts_shuffled(params)) if settings.titles else None
     return BehaviourPrompts(load_tokenizer("models/backbone"), settings.prompt, titles, settings.title_tokens,
                             settings.edges)
-
-
-def texts_shuffled(params: Any) -> int | None:
-    """What deals the texts to other items under `model.texts=shuffled`, None where they stay."""
-    return params.seed if params.model.texts == "shuffled" else None
 
 
 def alike_items(params: Any) -> tuple[Tensor, Tensor] | None:
