@@ -7,17 +7,18 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import torch
-from machine import stage
+from machine import DEFAULTS, stage
 from test_pretrain import ITEMS, USERS, set_up, write_data
 from torch.nn import functional as F
 
 from llmgr import folds
 from llmgr.artifacts import digest, load_tensors, read_json, save_tensors, write_json
-from llmgr.encoders import build_encoder, load_encoder
+from llmgr.encoders import REGISTRY, build_encoder, load_encoder
 from llmgr.errors import UserError
 from llmgr.folds import OutOfFold, fold_of
 from llmgr.graph import read_split
 from llmgr.linear import BANDS, LeftOut, LinearTerm
+from llmgr.params import WHOLE, load
 
 FOLDS = 3
 PARAMS = SimpleNamespace(seed=2026, tune=SimpleNamespace(folds=FOLDS))
@@ -181,19 +182,36 @@ def test_what_does_not_fit_is_refused_in_a_sentence(place: Path, monkeypatch: py
     assert stage("folds", root=place) == 0
     monkeypatch.chdir(place)
     cpu = torch.device("cpu")
+
+    def refused(told: str, params: SimpleNamespace = PARAMS) -> None:
+        with pytest.raises(UserError, match=f"{told}: run `dvc repro` to train (them|it) anew"):
+            OutOfFold(params, ITEMS, cpu)
+
     for params, told in ((SimpleNamespace(seed=2026, tune=SimpleNamespace(folds=2)), "2 of gcsan at seed 2026"),
                          (SimpleNamespace(seed=1, tune=SimpleNamespace(folds=3)), "3 of gcsan at seed 1")):
-        with pytest.raises(UserError, match=f"models/folds holds 3 folds of gcsan at seed 2026, not {told}: run `dvc "
-                                            "repro`"):
-            OutOfFold(params, ITEMS, cpu)
+        refused(f"models/folds holds 3 folds of gcsan at seed 2026, not {told}", params)
+    config = read_json("models/embeddings/config.json")
+    write_json("models/embeddings/config.json", config | {"settings": config["settings"] | {"lr": 0.5}})
+    refused("3 folds of gcsan of other settings at seed 2026, not 3 of gcsan at seed 2026")
+    write_json("models/embeddings/config.json", config)
+    train, _ = read_split("train", 50)
+    train.user = train.user.clamp(max=USERS - 1)
+    with pytest.raises(UserError, match="models/folds was trained for other users than the sessions have"):
+        OutOfFold(PARAMS, ITEMS, cpu)(train, torch.arange(3), True)
     path = place / "models/folds/2.safetensors"
     tensors = load_tensors(path)
     save_tensors(path, tensors | {"vectors": tensors["vectors"][:-1]})
-    with pytest.raises(UserError, match=f"2.safetensors was trained for {ITEMS - 1} items, the catalogue has {ITEMS}"):
-        OutOfFold(PARAMS, ITEMS, cpu)
-    config = read_json("models/embeddings/config.json")
-    write_json("models/embeddings/config.json", config | {"name": "caser", "settings": {
-        "lr": 0.01, "length": 2, "horizontal": 2, "vertical": 2}})
+    refused(f"2.safetensors was trained for {ITEMS - 1} items, the catalogue has {ITEMS}")
+    set_up(place, tune__linear=True, tune__folds=USERS + 1)
     assert stage("folds", root=place) == 2
-    assert "caser has a part of each user, so that no folds can stand for it: set tune.folds=0 or choose another " in (
-        capfd.readouterr().err)
+    assert f"tune.folds={USERS + 1} are more than the {USERS} users: lower it" in capfd.readouterr().err
+
+
+def test_the_bases_that_cannot_be_divided_are_those_with_a_part_of_each_user_or_a_curved_space() -> None:
+    """A turn of the item vectors must leave the scores as they are, and a user left out must lack nothing."""
+    section = load(DEFAULTS).encoder
+    for name in REGISTRY:
+        settings = vars(getattr(section, name)) | {"users": 3, "max_session": 5}
+        encoder = build_encoder(name, 8, 0.0, settings)
+        divides = not encoder.reads_users and encoder.item_width == 8
+        assert divides == (name not in WHOLE), name

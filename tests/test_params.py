@@ -100,6 +100,13 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__control_texts": ["texts"]}, ("encoder.control_texts=texts", "text, shuffled")),
     ({"model__base": "narm"}, ("model.base=narm is not trained", "gcsan, gcsan-text, gcsan-shuffled")),
     ({"model__base": "gcsan-textt"}, ("model.base=gcsan-textt is not trained",)),
+    ({"tune__linear": True, "tune__folds": 1}, ("tune.folds=1", "at least to 2")),
+    ({"tune__linear": True, "tune__folds": -1}, ("tune.folds=-1", "at least 0")),
+    ({"tune__linear": False, "tune__folds": 2}, ("tune.folds=2", "set tune.linear=true")),
+    ({"tune__linear": True, "tune__folds": 2, "model__base": "gcsan-linear"}, (
+        "cannot stand for model.base=gcsan-linear, which has a linear start", "tune.folds=0")),
+    ({"tune__linear": True, "tune__folds": 2, "encoder__names": ["gcsan", "hcgr"], "model__base": "hcgr"}, (
+        "model.base=hcgr, which has its items on a curved space", "choose another base")),
     ({"model__session_residual": True, "model__output": "linear"}, ("model.session_residual", "model.output=items")),
     ({"tune__edges": True, "tune__prompt": "short"}, ("tune.edges", "tune.prompt=paper")),
     ({"tune__edges": True, "tune__prompt": "paper", "tune__targets": "positions"},

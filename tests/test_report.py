@@ -196,6 +196,10 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
     view.tune = dataclasses.replace(PARAMS.tune, linear=True)
     text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "which the control lacks. A control over the same linear model tells the two apart" in text
+    view.tune = dataclasses.replace(view.tune, folds=2)
+    text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+    assert "what LLMGR gains on top of all that, alone in the tables as llmgr-start" in text
+    assert "over the same linear model" not in text
     view.bucket = dataclasses.replace(PARAMS.bucket, resamples=100)
     text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "With bucket.resamples=100 no difference can be called one" in text, "a verdict that could not be another"
@@ -218,14 +222,13 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     assert report.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors and a linear model of clicks and words")
     assert report.describe("llmgr-start", other) == (
-        "a linear model of clicks and words, as LLMGR's logits start from it: no language model tuned")
+        "what LLMGR's logits start from: a linear model of clicks and words, no language model tuned")
     other.tune = dataclasses.replace(with_term, folds=4)
     assert report.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors, its scores and a linear model of clicks and "
         "words")
     assert report.describe("llmgr-start", other) == (
-        "a linear model of clicks and words and gcsan, trained without the user, as LLMGR's logits start from it: no "
-        "language model tuned")
+        "what LLMGR's logits start from: a linear model of clicks and words and gcsan, no language model tuned")
     hub = dataclasses.replace(VIEW.llm, name="sentence-transformers/all-MiniLM-L6-v2")
     assert [report.llm_name(SimpleNamespace(llm=llm)) for llm in (folder, hub)] == [
         "all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"]
@@ -308,12 +311,13 @@ def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
     gate = {"seconds": 9.0, "seconds_by_model": {"gated-llmgr": 1.5, "llmgr": 4.0}}
     more = {**found, "cost": {**found["cost"], "gate": gate},
             "buckets": {**found["buckets"], "gated-llmgr": found["buckets"]["llmgr"]}}
-    started = {**found, "cost": {**found["cost"], "folds": {"seconds": 40.0}},
+    took_both = {"seconds": took["tune"], "prepared_seconds": 3.0}
+    started = {**found, "cost": {**found["cost"], "folds": {"seconds": 40.0}, "tune": took_both},
                "buckets": {**found["buckets"], "llmgr-start": found["buckets"]["llmgr"]}}
     folded = SimpleNamespace(**vars(VIEW) | {"tune": dataclasses.replace(VIEW.tune, linear=True, folds=2)})
-    assert report.training_seconds(started, folded)["llmgr-start"] == pytest.approx(spent["gcsan"] + 40)
+    assert report.training_seconds(started, folded)["llmgr-start"] == pytest.approx(spent["gcsan"] + 43)
     assert report.training_seconds(started, folded)["llmgr"] == pytest.approx(spent["llmgr"] + 40)
-    assert report.training_seconds({**started, "cost": found["cost"]}, VIEW)["llmgr-start"] == 0
+    assert report.training_seconds({**started, "cost": found["cost"] | {"tune": took_both}}, VIEW)["llmgr-start"] == 3
     fitted = report.training_seconds(more, VIEW)
     assert fitted["gated-llmgr"] == pytest.approx(spent["llmgr"] + 1.5) and fitted["llmgr"] == spent["llmgr"]
 

@@ -353,6 +353,9 @@ def test_a_step_is_of_one_fold_and_reads_its_item_vectors(targets, frozen):
     assert {len(fold) for fold in folds} == {1} and {0} in folds and {1} in folds
     assert [m.tolist() for m in micros] != [m.tolist() for step in ours.steps(1, torch.Generator().manual_seed(1))
                                             for m in step]
+    few = behave(ours.model, ours.train, targets=targets, batch_size=2, samples=1)
+    assert all(len(step) == 1 and len(step[0]) == 1 for epoch in range(4) for step in few.steps(
+        epoch, torch.Generator().manual_seed(epoch))), "a fold without a drawn prompt has no step"
     moved = [job(Base(), fold) for fold in (0, 1)]
     for micro, (fold,) in zip(micros, folds):
         found, *others = (by.loss(micro).total.item() for by in (ours, *moved))

@@ -1,4 +1,4 @@
-"""The base trained without a part of the users, and its scores of all sessions as if their user had never been met.
+"""The base trained without a part of the users, and its scores of training sessions whose user it has not met.
 
 A model's scores of the sessions that it was trained on say what it remembers, not what it knows: whatever is fitted to
 them trusts it too much. Scores out of fold (stacked generalisation, Wolpert 1992) mend that.
@@ -38,8 +38,8 @@ def fold_of(users: int, folds: int, seed: int) -> Tensor:
 def train_folds(params: Any) -> None:
     """Train the base of models/embeddings without each of `tune.folds` parts of the users into models/folds/.
 
-    The folder says so and no more where there are none. UserError as `fit`, where the base has something of every user,
-    which one that is left out would lack, and where its item vectors cannot be turned.
+    The folder says so and no more where there are none. The best pass is chosen on all validation sessions, as the
+    base's. UserError as `fit`, and where there are more folds than users.
     """
     config, folds = read_json(BASE), params.tune.folds
     name, models, ends = config["name"], [], []
@@ -48,13 +48,12 @@ def train_folds(params: Any) -> None:
         setattr(params.encoder, base, SimpleNamespace(**config["settings"]))
         resume = resume_folder("folds", flat(params), [BASE, *inputs(text)])
         train, valid = sessions_here(params)
-        fold_U = fold_of(int(train.user.max()), folds, params.seed)
+        users = int(train.user.max())
+        if folds > users:
+            raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
+        fold_U = fold_of(users, folds, params.seed)
     for fold in range(folds):
         model, settings = built(params, name, train)
-        if model.encoder.reads_users or not model.encoder.turns:
-            told = "has a part of each user" if model.encoder.turns else "has item vectors on a curved space"
-            raise UserError(f"{name} {told}, so that no folds can stand for it: set tune.folds=0 or choose another "
-                            "model.base")
         kept = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
         job = EncoderJob(model, train.subset(kept), valid, settings, arithmetic(settings.precision))
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold + 1),
@@ -64,8 +63,7 @@ def train_folds(params: Any) -> None:
         for fold, model in enumerate(models):
             save_tensors(folder / f"{fold + 1}.safetensors", {
                 "vectors": model.vectors(), **{f"encoder.{k}": v for k, v in model.encoder.state_dict().items()}})
-        write_json(folder / "config.json", {"base": name, "folds": folds, "users": len(fold_U) - 1 if folds else 0,
-                                            "seed": params.seed})
+        write_json(folder / "config.json", {"base": config, "folds": folds, "seed": params.seed})
     write_json("reports/metrics/folds.json", {f"fold {fold + 1}": outcome(end) for fold, end in enumerate(ends)})
     whole = Progress(**{key: sum(getattr(end, key) for end in ends) for key in ("seconds", "training_seconds",
                                                                                  "samples")})
@@ -84,18 +82,22 @@ class OutOfFold:
         """Load models/embeddings and models/folds; UserError where the folds are of another base, catalogue or seed."""
         encoder, vectors = load_encoder("models/embeddings", items)
         self.whole = (encoder.to(place).eval(), vectors.to(place))
-        config, name = read_json(f"{FOLDER}/config.json"), read_json(BASE)["name"]
-        if (config["base"], config["folds"], config["seed"]) != (name, params.tune.folds, params.seed):
-            raise UserError(f"{FOLDER} holds {config['folds']} folds of {config['base']} at seed {config['seed']}, not "
-                            f"{params.tune.folds} of {name} at seed {params.seed}: run `dvc repro` to train them anew")
+        config, base = read_json(f"{FOLDER}/config.json"), read_json(BASE)
+        if (config["base"], config["folds"], config["seed"]) != (base, params.tune.folds, params.seed):
+            was = config["base"]["name"] + (" of other settings" if config["base"]["name"] == base["name"]
+                                            and config["base"] != base else "")
+            raise UserError(f"{FOLDER} holds {config['folds']} folds of {was} at seed {config['seed']}, not "
+                            f"{params.tune.folds} of {base['name']} at seed {params.seed}: run `dvc repro` to train "
+                            "them anew")
         self.folds = [self._loaded(f"{FOLDER}/{fold + 1}.safetensors") for fold in range(config["folds"])]
-        self.fold_U = fold_of(config["users"], config["folds"], config["seed"])
+        self.users = base["settings"]["users"]
+        self.fold_U = fold_of(self.users, config["folds"], config["seed"])
         self.read: WeakKeyDictionary[Sessions, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def _loaded(self, path: str) -> tuple[SessionEncoder, Tensor]:
         tensors, (whole, vectors) = load_tensors(path), self.whole
         own = tensors.pop("vectors")
-        if own.shape != vectors.shape:
+        if len(own) != len(vectors):
             raise UserError(f"{path} was trained for {len(own) - 1} items, the catalogue has {len(vectors) - 1}: run "
                             "`dvc repro` to train it anew")
         encoder = copy.deepcopy(whole)
@@ -134,6 +136,9 @@ class OutOfFold:
 
     def _read(self, sessions: Sessions) -> tuple[Tensor, Tensor]:
         """Session vectors of all training samples, each by its fold's encoder [N, E], and the folds [N] on the CPU."""
+        if int(sessions.user.max()) != self.users:
+            raise UserError(f"{FOLDER} was trained for other users than the sessions have: run `dvc repro` to train it "
+                            "anew")
         fold_N = self.fold_U[sessions.user[sessions.row].cpu()]
         session_ND = self.whole[1].new_zeros(len(sessions), self.whole[1].shape[1])
         for samples in torch.argsort(sessions.length.cpu(), stable=True).split(READ):

@@ -181,9 +181,9 @@ class LinearTerm(nn.Module):
     """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
 
     Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
-    model of clicks and words leaves open. With a `base`, scores of all items that have not met the user either
-    (`llmgr.folds.OutOfFold`), the logits have d[band] times these, too. a, b, c and d learn with it, from the values
-    that fit training prefixes best.
+    model of clicks and words leaves open. With a `base` (`llmgr.folds.OutOfFold`: a training session's scores are of
+    one that has not met its user either) the logits have d[band] times its scores, too. a, b, c and d learn with it,
+    from the values that fit training prefixes best.
     """
 
     def __init__(self, model: LeftOut, base: OutOfFold | None = None) -> None:

@@ -24,7 +24,9 @@ PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are h
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")  # what tables and pages show first
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
-START = "llmgr-start"  # LLMGR's linear start alone, before anything was tuned
+START = "llmgr-start"  # what LLMGR's logits start from, alone, before anything was tuned
+WHOLE = {"fpmc": "has something of each user", "caser": "has something of each user",
+         "hcgr": "has its items on a curved space"}  # bases that tune.folds cannot divide
 STAGES = ("backbone", "folds", "align", "tune", "gate", "evaluate")  # whose cost files stand beside those of models
 
 
@@ -284,8 +286,8 @@ class Encoder:
     """What the controls read: `text`, the item's own, and its twin `shuffled`, another item's. NAME-text names one."""
     linear_controls: list[str]
     """Encoders that are trained as NAME-linear: item vectors as NAME-text, and logits that start from the linear model
-    that LLMGR's start from (`tune.linear`): the nearest model without a language model. Their loss is the softmax
-    cross-entropy over all items, whatever the encoder's own."""
+    that LLMGR's start from (`tune.linear`): without `tune.folds` the nearest model without a language model. Their loss
+    is the softmax cross-entropy over all items, whatever the encoder's own."""
     dim: int
     """Width d of item and session vectors."""
     text_dim: int
@@ -553,9 +555,11 @@ class Tune(Training):
     """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
     clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
     folds: int
-    """With `linear`, the logits start from the scores of `model.base`, too, weighted alike; it is trained once more
-    without each of so many parts of the users, so that a training session is scored by a base that has not met its
-    user, as it will be in use. 0 leaves the base's scores out."""
+    """With `linear`, the logits start from the scores of `model.base`, too, weighted alike. It is trained once more
+    without each of so many parts of the users: a training session is scored by the one that has not met its user, whose
+    item vectors LLMGR then reads, too; validation and test sessions by the base itself, which has not met their
+    targets. 0 leaves the base's scores out. Not over a base that has something of each user (fpmc, caser), a curved
+    space of items (hcgr) or a linear start of its own."""
 
     section = "tune"
 
@@ -730,9 +734,11 @@ class Params:
             known = ", ".join(trained(self.encoder))
             raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
                             "encoder.names or encoder.controls")
-        if self.tune.folds and self.model.base.endswith("-linear"):
-            raise UserError(f"tune.folds={self.tune.folds} needs a base without a linear start of its own, not "
-                            f"{self.model.base}: set tune.folds=0 or choose another model.base")
+        base, _, text = self.model.base.partition("-")
+        if self.tune.folds and (text == "linear" or base in WHOLE):
+            reason = WHOLE.get(base, "has a linear start of its own")
+            raise UserError(f"tune.folds={self.tune.folds} cannot stand for model.base={self.model.base}, which "
+                            f"{reason}: set tune.folds=0 or choose another base")
         models = [*FLOORS, *trained(self.encoder), *([START] if self.tune.linear else []), "llmgr"]
         for name, parts in self.gate.fuse.items():
             if name in (*models, "repeat", *STAGES):

@@ -42,11 +42,13 @@ def evidence(reports: Path) -> dict[str, Any]:
     metrics, curves = reports / "metrics", reports / "curves"
     parts = [*FACTS, "evaluate"]
     facts = {name: read_json(metrics / f"{name}.json") for name in FACTS if (metrics / f"{name}.json").exists()}
+    facts = {name: fact for name, fact in facts.items() if fact}
     ignored = left_behind(reports)
     encoders = order([path.stem for path in {*metrics.glob("encoders/*.json")} - ignored], MAIN)
     spent = {path.stem: path for path in {*metrics.glob("cost/*.json")} - ignored}
     costs = {name: read_json(spent[name]) for name in sorted(
         order(spent, MAIN), key=lambda name: name in parts and 1 + parts.index(name))}
+    costs = {name: cost for name, cost in costs.items() if cost["seconds"] or cost["total_parameters"]}
     if encoders:
         facts["encoders"] = {name: read_json(metrics / f"encoders/{name}.json") for name in encoders}
     required = {name: read_json(metrics / f"{name}.json") for name in REQUIRED}
@@ -123,7 +125,8 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
 
 
 def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
-    """The models of a figure with room for `DRAWN`: floors, LLMGR, its base, the control, the strongest others."""
+    """The models of a figure with room for `DRAWN`: floors, LLMGR, its base and start, the control, the
+    strongest others."""
     models = list(found["buckets"])
     kept = [model for model in models if model in (
         *FLOORS, START, MAIN, params.bucket.ours, params.model.base, _control(params), _control(params, "linear"))]
@@ -157,8 +160,8 @@ def describe(model: str, params: Any) -> str:
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
     if model == START:
-        met = f" and {params.model.base}, trained without the user," if params.tune.folds else ","
-        return f"a linear model of clicks and words{met} as LLMGR's logits start from it: no language model tuned"
+        base = f" and {params.model.base}" if params.tune.folds else ""
+        return f"what LLMGR's logits start from: a linear model of clicks and words{base}, no language model tuned"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
         beside = f", its scores{beside}" if params.tune.folds else beside
@@ -176,7 +179,8 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     if MAIN in found["buckets"]:
         needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", "align", "tune"]
     if START in found["buckets"]:
-        needs[START] = [*needs.get(params.model.base, []), "folds"] if params.tune.folds else []
+        needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds"]
+        took["start"] = found["cost"].get("tune", {}).get("prepared_seconds", 0.0)
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:
             needs[gate] = ["backbone"] * ("text-knn" in fused) + [p for name in fused for p in needs.get(name, ())]
@@ -205,7 +209,7 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     roles = {control: "the text + GNN control" + (" that it reads" if control == params.model.base else "")}
     if params.tune.linear:
         roles[_control(params, "linear")] = "the control over the same linear model"
-    roles[START] = "what its logits start from, without a language model"
+    roles[START] = "what LLMGR's logits start from, without a language model"
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")

@@ -198,7 +198,8 @@ def cost(progress: Progress, model: nn.Module, prepared: float = 0.0) -> dict[st
     one process), parameters, machine."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     busy = max(progress.training_seconds, 1e-9)
-    return {"seconds": prepared + progress.seconds, "training_seconds": progress.training_seconds,
+    return {"seconds": prepared + progress.seconds, **({"prepared_seconds": prepared} if prepared else {}),
+            "training_seconds": progress.training_seconds,
             "samples_per_second": progress.samples / busy,
             "tokens_per_second": progress.tokens / busy if progress.tokens else None,
             "peak_memory_mb": peak_memory_mb(), "trainable_parameters": sum(n for n, on in counts if on),
@@ -257,7 +258,7 @@ def cosine(step: int, total: int, warmup_share: float) -> float:
     warmup = round(total * warmup_share)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 class Bar:

@@ -132,9 +132,9 @@ class BehaviourJob:
     `targets: prefix` makes a prompt of every prefix, `positions` a prompt of every session with a branch a prefix.
     `alike` has the items that share a target's weight under `tune.text_smoothing` (see `alike_items`).
 
-    Where the logits start from a base out of fold (`tune.folds`), a step's sessions are of one fold, and nodes, graph
-    encoder and output layer read the item vectors of the base that was trained without it: what they were fitted to is
-    no guide to how far the vectors of a session to come can be trusted.
+    Where the logits start from a base out of fold (`tune.folds`), a step's sessions are of one fold, and node slots,
+    graph encoder and the `items` output read the item vectors of the base that was trained without it: how well vectors
+    rank what they were fitted to is no guide to what they are worth for a session to come.
     """
 
     selects = None
@@ -173,7 +173,7 @@ class BehaviourJob:
         if self.fold is None:
             return drawn_steps(chosen, self.last, self.settings, self.model.packs)
         fold = self.fold[self.sample[chosen]]
-        steps = [step for k in range(len(self.shifts))
+        steps = [step for k in fold.unique().tolist()
                  for step in drawn_steps(chosen[fold == k], self.last, self.settings, self.model.packs)]
         return [steps[n] for n in torch.randperm(len(steps), generator=generator)]
 
@@ -315,8 +315,9 @@ def all_sessions(model: Llmgr, sessions: Sessions, fold_N: Tensor | None = None,
     result = torch.zeros(len(sessions), model.vectors.shape[1], device=place)
     order = torch.argsort(sessions.length.cpu(), stable=True)
     for fold, shift_VD in enumerate(shifts):
-        for samples in (order if fold_N is None else order[fold_N[order] == fold]).split(1024):
-            result[samples.to(place)] = model.sessions(sessions.graphs(samples.to(place)), shift_VD)
+        chosen = order if fold_N is None else order[fold_N[order] == fold]
+        for samples in chosen.to(place).split(1024) if len(chosen) else ():
+            result[samples] = model.sessions(sessions.graphs(samples), shift_VD)
     return result
 
 

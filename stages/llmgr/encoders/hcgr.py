@@ -72,8 +72,6 @@ class Hcgr(SessionEncoder):
     Deviation: the readout is SR-GNN's, and points farther than RADIUS from o are read at that distance.
     """
 
-    turns = False
-
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         self.item_width = dim + 1

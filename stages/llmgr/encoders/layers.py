@@ -42,9 +42,6 @@ class SessionEncoder(nn.Module):
     """What it was built from, `dim`, `dropout` and `settings`."""
     reads_users = False
     """Whether it has something of each user, so that it fits these users alone."""
-    turns = True
-    """Whether its item vectors may be turned about the origin and still be item vectors (those of a manifold may not).
-    """
     pads = True
     """Whether it computes at padding, so that a batch is better read in groups of like length."""
 
