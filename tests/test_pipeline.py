@@ -447,8 +447,8 @@ def test_a_catalogue_too_large_for_the_linear_model_is_refused_before_any_traini
         copy: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(params, "PAIRED", 10)
     said = refused(copy, capfd, "split")
-    assert "at most 10 are allowed: set tune.linear=false and encoder.linear_controls=[]" in said
-    change(copy, tune__linear=False, encoder__linear_controls=[])
+    assert "at most 10 are allowed: set tune.linear=false, tune.folds=0 and encoder.linear_controls=[]" in said
+    change(copy, tune__linear=False, tune__folds=0, encoder__linear_controls=[])
     assert stage("split", root=copy) == 0
 
 

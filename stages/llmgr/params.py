@@ -348,7 +348,8 @@ def check_pairs(items: int) -> None:
     """Raise UserError where a catalogue is too large for `tune.linear` and `encoder.linear_controls`."""
     if items > PAIRED:
         raise UserError(f"the linear model of LLMGR and NAME-linear forms a matrix of all pairs of {items} items, at "
-                        f"most {PAIRED} are allowed: set tune.linear=false and encoder.linear_controls=[]")
+                        f"most {PAIRED} are allowed: set tune.linear=false, tune.folds=0 and "
+                        "encoder.linear_controls=[]")
 
 
 def with_rate(training: Any, own: Any, text_lr: float | None = None) -> types.SimpleNamespace:
