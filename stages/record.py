@@ -14,7 +14,7 @@ from typing import Any
 from llmgr import stage
 from llmgr.errors import UserError
 
-READS = ("data.dataset", "bucket", "gate", "model.base")
+READS = ("data.dataset", "bucket", "gate", "model.base", "tune")
 
 
 def main(params: Any) -> None:

@@ -57,12 +57,14 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     models = {"GC-SAN": "gcsan", "control": "gcsan-text", "control with": "gcsan-linear", "LLMGR with": "llmgr",
               "the linear start alone": "slit-text",
               "gate": "gated-gcsan-text-floors", "the same gate": "gated-both-floors"}
-    single = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear")}
+    single = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
+              "LLMGR out of fold": ("beauty-folds", ""), "what LLMGR starts from": ("beauty-folds", "")}
     table = rows(README[README.index("**What came out**"):])
     assert len(table) == len(models) + len(single)
     for name, *cells in table:
         if folders := next((single[start] for start in single if name.startswith(start)), None):
-            runs = [folder and recorded(folder)["buckets"]["llmgr"]["test_unseen"]["all"] for folder in folders]
+            model = "llmgr-start" if "`llmgr-start`" in name else "llmgr"
+            runs = [folder and recorded(folder)["buckets"][model]["test_unseen"]["all"] for folder in folders]
             assert cells == [run and f"{run['hr_at_20']:.4f} / {run['ndcg_at_20']:.4f}" for run in runs]
             continue
         model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
@@ -72,6 +74,20 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
             means = [np.mean([run[model]["test_unseen"]["all"][metric] for run in seeds.values()])
                      for metric in ("hr_at_20", "ndcg_at_20")]
             assert cell == " / ".join(f"{mean:.4f}" for mean in means), name
+
+
+def test_the_table_out_of_fold_holds_the_recorded_figures() -> None:
+    table, record = rows(RESULTS[RESULTS.index("## Out of fold"):]), recorded("beauty-folds")
+    for name, *cells in table:
+        figures = record["buckets"][name]["test_unseen"]
+        assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
+            *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
+    start, gaps = record["buckets"]["llmgr-start"]["test_unseen"], record["differences"]["llmgr-start"]["test_unseen"]
+    text = " ".join(RESULTS[RESULTS.index("## Out of fold"):].split())
+    for bucket, words in (("all", "HR@20 {:+.1%} (Holm p {:.2g} over 18 models)"), ("cold", "cold items {:+.1%} HR@20 "
+                                                                                     "(Holm {:.1g})")):
+        gap = gaps[bucket]["hr_at_20"]
+        assert words.format(gap["difference"] / start[bucket]["hr_at_20"], gap["p_holm"]) in text
 
 
 def test_the_twins_hold_the_recorded_figures() -> None:
