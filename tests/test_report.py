@@ -324,7 +324,12 @@ def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
 
 def test_recorded_results_are_the_reports_numbers(project: Path) -> None:
     shutil.copy(DEFAULTS, "params.yaml")
-    record.main(PARAMS.view(record.READS))
+    view = PARAMS.view(record.READS)
+    record.main(view)
+    more = report.evidence(Path("reports"))
+    for kind in ("buckets", "intervals"):
+        more[kind]["llmgr-start"] = more[kind]["llmgr"]
+    assert "llmgr-start" in report.markdown(more, view)
     folder = Path("reports/results/sample")
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "params.yaml", "results.md"]
     assert (folder / "params.yaml").read_bytes() == Path("params.yaml").read_bytes()
