@@ -42,7 +42,7 @@ def main(params) -> None:
     started = time.monotonic()
     if settings.linear:
         model.linear_term = linear_term(params, train, place)
-        model.linear_term.start(train, params.seed)
+        model.linear_term.start(train, params.seed, settings.recency)
         start = copy.deepcopy(model.linear_term.state_dict())
     formed = time.monotonic() - started
     model.prepare(settings, params.launch, place)

@@ -171,6 +171,12 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
             parameter.data += sign * step
             assert loss() > best - 1e-6
             parameter.data -= sign * step
+    term.start(train, 5, 0.5)
+    drawn = train.drawn(0.5, torch.Generator().manual_seed(5))
+    term.zero_grad()
+    F.cross_entropy(term(train, drawn)[:, 1:], train.target[drawn] - 1).backward()
+    term.weight.grad /= larger
+    assert max(parameter.grad.abs().max() for parameter in term.parameters()) < 2e-3 and loss() > best + 1e-4
     scores, own = model(train, samples)
     found, held, scale = term(train, samples).detach(), own.toarray(), term.scale
     for row in (0, 7, len(train) - 1):

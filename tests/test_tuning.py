@@ -27,7 +27,7 @@ def settings(**changes) -> types.SimpleNamespace:
         "epochs": 25, "batch_size": 4, "accumulate": 1, "lr": 0.02, "weight_decay": 0.0, "warmup_share": 0.1,
         "clip": 1.0, "checkpoint_seconds": 1e9, "candidates": 4, "softmax": "items", "targets": "positions",
         "samples": 0, "valid_sessions": 0, "mask_seen": False, "adjustment": 0.0, "item_noise": 0.0,
-        "text_smoothing": 0.0} | changes)
+        "text_smoothing": 0.0, "recency": 1.0} | changes)
 
 
 def align(model: Llmgr, **changes) -> AlignJob:
@@ -380,6 +380,28 @@ def test_text_smoothing_is_the_cross_entropy_of_smoothed_targets(output, adjustm
     share = share + 0.3 * torch.zeros_like(share).scatter_add(1, nearest[train.target], weight[train.target])
     expected = F.cross_entropy(scores[:, 1:], share[:, 1:], reduction="sum").item()
     assert job.loss(torch.arange(len(job.first))).total.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("over", ["", "linear", "smoothed"])
+@pytest.mark.parametrize("targets", ["positions", "prefix"])
+def test_a_targets_weight_falls_with_the_users_later_targets(over, targets):
+    train, model = prefixes(), llmgr(output="items")
+    train.user = torch.arange(1, len(train.items) + 1)
+    if over:
+        model.linear_term = linear_term(train)
+    nearest, weight = torch.randint(1, ITEMS + 1, (ITEMS + 1, 2)), torch.rand(ITEMS + 1, 2).softmax(1)
+    build = BehaviourPrompts(tokenizer(), "short", None, 4, False)
+    job = BehaviourJob(model, build, train, train, settings(recency=0.5, targets=targets, text_smoothing=0.3), 3,
+                       torch.float32, (nearest, weight) if over == "smoothed" else None)
+    scores = torch.cat([job.scorer(torch.tensor([n])) for n in range(len(train))])[:, 1:].log_softmax(1)
+    loss = -scores.gather(1, train.target[:, None] - 1)[:, 0]
+    if over == "smoothed":
+        loss = 0.7 * loss - 0.3 * (weight[train.target] * scores.gather(1, nearest[train.target] - 1)).sum(1)
+    later = [sum(train.row[n:].eq(train.row[n]).tolist()) - 1 for n in range(len(train))]
+    share = torch.tensor([0.5 ** n for n in later])
+    assert max(later) > 2 and share.max() == 1
+    found = sum(job.loss(micro).total.item() for micro in torch.arange(len(job.first)).split(2))
+    assert found == pytest.approx((loss * share / share.mean()).sum().item(), rel=1e-4)
 
 
 def test_the_items_alike_are_those_of_the_catalogues_words_or_of_the_shuffled_ones(tmp_path, monkeypatch):

@@ -169,6 +169,20 @@ class Sessions:
         items = self.items[self.row[first]].gather(1, place.clamp(max=self.items.shape[1] - 1)) * real
         return Sessions(items.int(), apart.long().cumsum(0) - 1, kept, self.target, self.user[self.row[first]])
 
+    def recency(self, decay: float) -> Tensor:
+        """Weights [samples] of mean 1: `decay` to the power of how many later targets the sample's user has."""
+        user = self.user[self.row]
+        number = torch.arange(len(user), device=user.device)
+        last = number.new_zeros(int(user.max()) + 1).scatter_reduce(0, user, number, "amax")
+        weight = torch.full(user.shape, decay, dtype=torch.double, device=user.device).pow(last[user] - number)
+        return (weight / weight.mean()).float()
+
+    def drawn(self, decay: float, generator: torch.Generator) -> Tensor:
+        """All samples in random order, on the CPU; below 1 as many drawn with repetition by their `recency`."""
+        if decay == 1:
+            return torch.randperm(len(self), generator=generator)
+        return torch.multinomial(self.recency(decay).cpu(), len(self), replacement=True, generator=generator)
+
     def graphs(self, samples: Tensor) -> GraphBatch:
         """The graphs of samples [B], by indexing, without a loop over them."""
         return self.prefix_graphs(self.row[samples], self.length[samples])

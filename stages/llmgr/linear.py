@@ -220,11 +220,13 @@ class LinearTerm(nn.Module):
             own = own + base[row, item] * self.base_weight[band]
         return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
 
-    def start(self, train: Sessions, seed: int) -> None:
+    def start(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
         """Fit a, b, c and d alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
+
+        Below 1, `recency` makes a user's later targets likelier to be drawn, as `Sessions.recency` weighs them.
         """
         number = STARTED if self.base is None else 2 * STARTED
-        drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:number].to(train.row.device)
+        drawn = train.drawn(recency, torch.Generator().manual_seed(seed))[:number].to(train.row.device)
         read = [(self._read(train, samples, True), train.target[samples] - 1) for samples in drawn.split(256)]
         optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 

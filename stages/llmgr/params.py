@@ -552,6 +552,10 @@ class Tune(Training):
     text_smoothing: float
     """Label smoothing (Szegedy et al., CVPR 2016) by text: the share of a target's weight in the loss of training that
     goes to the ten items whose title and brand share most words with its own. 0 leaves it all to the target."""
+    recency: float
+    """A target's weight in training is this to the power of how many later targets its user has, scaled to a mean of 1:
+    what users click last, on sparse data oftener a cold item, is nearer to what is to be predicted. 1 weighs all alike.
+    The linear start is fitted to prefixes drawn likewise."""
     linear: bool
     """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
     clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
@@ -570,6 +574,7 @@ class Tune(Training):
         at_least(self, "tune", "adjustment", 0)
         at_least(self, "tune", "item_noise", 0)
         share(self, "tune", "text_smoothing")
+        share(self, "tune", "recency")
         if self.mask_seen and self.text_smoothing:
             raise UserError("tune.text_smoothing gives weight to items that tune.mask_seen=true takes out of the "
                             "softmax: set one of the two to 0 or false")

@@ -149,6 +149,7 @@ class BehaviourJob:
         self.model, self.prompts, self.settings, self.dtype = model, prompts, settings, dtype
         self.train, self.device = train, model.vectors.device
         self.laid_out = train.to("cpu")
+        self.weight = None if settings.recency == 1 else train.recency(settings.recency)
         self.first, self.last, self.sample = spans(train, settings.targets == "positions")
         draw = torch.Generator().manual_seed(seed + 2)
         count = settings.valid_sessions or len(valid)
@@ -196,7 +197,7 @@ class BehaviourJob:
         if self.prior is not None:
             bias = self.prior if bias is None else bias + self.prior
         target_R = self.train.target[sample_R]
-        if self.settings.mask_seen or self.model.linear_term is not None:
+        if self.settings.mask_seen or self.weight is not None or self.model.linear_term is not None:
             total = self._loss(logits(query.float(), table, bias), sample_R, target_R)
         else:
             total = item_cross_entropy(query.float(), table, target_R, bias)
@@ -205,18 +206,20 @@ class BehaviourJob:
         return Loss(total, len(sample_R), tokens)
 
     def _loss(self, scores_RV: Tensor, sample_R: Tensor, target_R: Tensor) -> Tensor:
-        """The summed loss where more than a product of vectors makes the logits, so that they are formed."""
+        """The summed loss where more than a product of vectors makes the logits or targets differ in weight."""
         if self.model.linear_term is not None:
             scores_RV = scores_RV + self.model.linear_term(self.train, sample_R, True)
-        ahead = 0.0
+        ahead_R = 0.0
         if self.alike is not None:
             nearest_RN, weight_RN = (t[target_R] for t in self.alike)
-            ahead = scores_RV.gather(1, target_R[:, None]).sum() - (weight_RN * scores_RV.gather(1, nearest_RN)).sum()
+            mean_R = (weight_RN * scores_RV.gather(1, nearest_RN)).sum(1)
+            ahead_R = scores_RV.gather(1, target_R[:, None])[:, 0] - mean_R
         if self.settings.mask_seen:
             seen = torch.zeros_like(scores_RV, dtype=torch.bool).scatter_(1, self.train.graphs(sample_R).items_BS, True)
             scores_RV = scores_RV.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
-        total = F.cross_entropy(scores_RV[:, 1:], target_R - 1, reduction="sum")
-        return total + self.settings.text_smoothing * ahead
+        loss_R = F.cross_entropy(scores_RV[:, 1:], target_R - 1, reduction="none")
+        loss_R = loss_R + self.settings.text_smoothing * ahead_R
+        return (loss_R if self.weight is None else loss_R * self.weight[sample_R]).sum()
 
     def _ahead(self, query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None, target_R: Tensor) -> Tensor:
         """How far the targets' logits are ahead of the weighted mean of those of the items alike, summed.
