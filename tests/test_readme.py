@@ -58,12 +58,13 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
               "the linear start alone": "slit-text",
               "gate": "gated-gcsan-text-floors", "the same gate": "gated-both-floors"}
     single = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
-              "LLMGR out of fold": ("beauty-folds", ""), "what LLMGR starts from": ("beauty-folds", "")}
+              **dict.fromkeys(("LLMGR out of fold", "the same in a gate", "what LLMGR starts from"),
+                              ("beauty-folds", "office-folds"))}
     table = rows(README[README.index("**What came out**"):])
     assert len(table) == len(models) + len(single)
     for name, *cells in table:
         if folders := next((single[start] for start in single if name.startswith(start)), None):
-            model = "llmgr-start" if "`llmgr-start`" in name else "llmgr"
+            model = "llmgr-start" if "`llmgr-start`" in name else "gated-both" if "in a gate" in name else "llmgr"
             runs = [folder and recorded(folder)["buckets"][model]["test_unseen"]["all"] for folder in folders]
             assert cells == [run and f"{run['hr_at_20']:.4f} / {run['ndcg_at_20']:.4f}" for run in runs]
             continue
@@ -76,18 +77,33 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
             assert cell == " / ".join(f"{mean:.4f}" for mean in means), name
 
 
-def test_the_table_out_of_fold_holds_the_recorded_figures() -> None:
-    table, record = rows(RESULTS[RESULTS.index("## Out of fold"):]), recorded("beauty-folds")
+@pytest.mark.parametrize(("mark", "folder"), [("## Out of fold", "beauty-folds"), ("Office likewise", "office-folds")])
+def test_the_tables_out_of_fold_hold_the_recorded_figures(mark: str, folder: str) -> None:
+    table, record = rows(RESULTS[RESULTS.index(mark):]), recorded(folder)
+    assert {"llmgr", "llmgr-start", "gcsan-linear"} < {name for name, *_ in table}
     for name, *cells in table:
         figures = record["buckets"][name]["test_unseen"]
         assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
             *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
-    start, gaps = record["buckets"]["llmgr-start"]["test_unseen"], record["differences"]["llmgr-start"]["test_unseen"]
+
+
+def test_what_llmgr_adds_out_of_fold_is_as_recorded() -> None:
     text = " ".join(RESULTS[RESULTS.index("## Out of fold"):].split())
-    for bucket, words in (("all", "HR@20 {:+.1%} (Holm p {:.2g} over 18 models)"), ("cold", "cold items {:+.1%} HR@20 "
-                                                                                     "(Holm {:.1g})")):
-        gap = gaps[bucket]["hr_at_20"]
-        assert words.format(gap["difference"] / start[bucket]["hr_at_20"], gap["p_holm"]) in text
+    gaps = {(place, model): by["test_unseen"] for place in ("beauty", "office")
+            for model, by in recorded(f"{place}-folds")["differences"].items()}
+    start, linear = gaps["beauty", "llmgr-start"], gaps["beauty", "gcsan-linear"]
+    for words, by, bucket, p in (
+            ("over gcsan-linear: HR@20 {:+.1%} (Holm p {:.2g} over 18 models)", linear, "all", "p_holm"),
+            ("over its start: HR@20 {:+.1%} (Holm p {:.2g} over 18 models)", start, "all", "p_holm"),
+            ("cold items {:+.1%} HR@20 (Holm {:.1g})", start, "cold", "p_holm"),
+            ("over its start: HR@20 {:+.1%} (p {:.2f})", gaps["office", "llmgr-start"], "all", "p"),
+            ("cold items {:+.1%} HR@20 (p {:.2f})", gaps["office", "llmgr-start"], "cold", "p"),
+            ("over gcsan-linear {:+.1%} (p {:.1f})", gaps["office", "gcsan-linear"], "all", "p")):
+        gap = by[bucket]["hr_at_20"]
+        assert words.format(gap["relative"], gap[p]) in text, words
+    assert f"cold items {linear['cold']['hr_at_20']['relative']:+.1%}" in text
+    assert max(linear[bucket][metric]["p_holm"] for bucket, metric in (
+        ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"), ("warm", "hr_at_20"))) < 0.0073
 
 
 def test_the_twins_hold_the_recorded_figures() -> None:
