@@ -21,6 +21,7 @@ from typing import Any
 import mlflow
 import polars as pl
 import pytest
+import torch
 import yaml
 from machine import DEFAULTS, small_disk, stage, within
 from tiny import CHECKPOINTS, language_model, tokenizer
@@ -28,6 +29,8 @@ from tiny import CHECKPOINTS, language_model, tokenizer
 from llmgr import params
 from llmgr.artifacts import digest, load_tensors, read_json, save_tensors
 from llmgr.buckets import FLOORS
+from llmgr.graph import read_split
+from llmgr.start import linear_term
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -36,7 +39,8 @@ SMALL = {
     "encoder.training.checkpoint_seconds": 0, "llm.scratch.layers": 1, "llm.scratch.width": 32, "llm.scratch.heads": 2,
     "llm.scratch.vocabulary": 400, "llm.scratch.epochs": 1, "llm.max_text_tokens": 16, "model.text_dim": 16,
     "align.batch_size": 32, "align.candidates": 4, "align.max_text_tokens": 16, "tune.epochs": 1,
-    "tune.checkpoint_seconds": 0, "tune.linear": True, "tune.folds": 2, "bucket.resamples": 100,
+    "tune.checkpoint_seconds": 0, "tune.linear": True, "tune.folds": 2, "tune.recency": 0.5,
+    "bucket.resamples": 100,
 }
 LAST = {"gate", "evaluate", "bucket", "report", "track"}
 TUNING = {"align", "tune", *LAST}
@@ -188,6 +192,18 @@ def figures(ranks: list[int]) -> dict[str, float]:
     gain = {"hr": lambda r: 1.0, "ndcg": lambda r: 1 / log2(r + 1), "mrr": lambda r: 1 / r}
     return {f"{name}_at_{k}": sum(of(r) for r in ranks if r <= k) / len(ranks) for name, of in gain.items()
             for k in (5, 10, 20)}
+
+
+def test_the_logits_start_from_what_fits_later_clicks(reproduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reproduced)
+    settings = params.load("params.yaml")
+    train, place = read_split("train", settings.data.max_session)[0], torch.device("cpu")
+    kept = load_tensors("models/tuned/start.safetensors")
+    for recency in (0.5, 1.0):
+        term = linear_term(settings, train, place)
+        term.start(train, settings.seed, recency)
+        assert all(torch.allclose(kept[name], value, atol=0.02, rtol=0.02)
+                   for name, value in term.state_dict().items()) == (recency == 0.5)
 
 
 def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:

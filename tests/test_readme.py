@@ -101,7 +101,16 @@ def test_what_llmgr_adds_out_of_fold_is_as_recorded() -> None:
             ("over gcsan-linear {:+.1%} (p {:.1f})", gaps["office", "gcsan-linear"], "all", "p")):
         gap = by[bucket]["hr_at_20"]
         assert words.format(gap["relative"], gap[p]) in text, words
-    assert f"cold items {linear['cold']['hr_at_20']['relative']:+.1%}" in text
+    for bucket, metric, words in (("cold", "hr_at_20", "cold items {}"), ("all", "ndcg_at_20", "NDCG@20 {}"),
+                                  ("all", "mrr_at_20", "MRR@20 {}"),
+                                  ("warm", "hr_at_20", "warm {} HR@20 (Holm p ≤ 0.0072")):
+        assert words.format(f"{linear[bucket][metric]['relative']:+.1%}") in text
+    before = recorded("beauty-without-recency")
+    figures = [before["buckets"][model]["test_unseen"]["all"] for model in ("llmgr-start", "llmgr")]
+    gap = before["differences"]["llmgr-start"]["test_unseen"]
+    assert "start had {} and LLMGR {}, {:.1%} above it (Holm {:.2g}) and {:.0%} on cold".format(
+        *(f"{f['hr_at_20']:.4f} / {f['ndcg_at_20']:.4f}" for f in figures), gap["all"]["hr_at_20"]["relative"],
+        gap["all"]["hr_at_20"]["p_holm"], gap["cold"]["hr_at_20"]["relative"]) in text
     assert max(linear[bucket][metric]["p_holm"] for bucket, metric in (
         ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"), ("warm", "hr_at_20"))) < 0.0073
 

@@ -20,6 +20,8 @@ from llmgr.errors import UserError
 if TYPE_CHECKING:
     import polars as pl
 
+DRAWABLE = 2**24
+
 
 @dataclass(frozen=True)
 class GraphBatch:
@@ -170,18 +172,30 @@ class Sessions:
         return Sessions(items.int(), apart.long().cumsum(0) - 1, kept, self.target, self.user[self.row[first]])
 
     def recency(self, decay: float) -> Tensor:
-        """Weights [samples] of mean 1: `decay` to the power of how many later targets the sample's user has."""
+        """Weights [samples] of mean 1: `decay` to the power of how many later targets the sample's user has.
+
+        A user's samples stand in the order of their targets, wherever they stand.
+        """
         user = self.user[self.row]
-        number = torch.arange(len(user), device=user.device)
-        last = number.new_zeros(int(user.max()) + 1).scatter_reduce(0, user, number, "amax")
-        weight = torch.full(user.shape, decay, dtype=torch.double, device=user.device).pow(last[user] - number)
+        order = torch.argsort(user, stable=True)
+        later = torch.empty_like(order)
+        later[order] = torch.bincount(user).cumsum(0)[user[order]] - 1 - torch.arange(len(user), device=user.device)
+        weight = torch.full(user.shape, decay, dtype=torch.double, device=user.device).pow(later)
         return (weight / weight.mean()).float()
 
     def drawn(self, decay: float, generator: torch.Generator) -> Tensor:
-        """All samples in random order, on the CPU; below 1 as many drawn with repetition by their `recency`."""
+        """All samples in random order, on the CPU; below 1 as many drawn with repetition by their `recency`.
+
+        Of more than `DRAWABLE`, torch's limit, only so many, chosen at random, can be drawn by it.
+        """
         if decay == 1:
             return torch.randperm(len(self), generator=generator)
-        return torch.multinomial(self.recency(decay).cpu(), len(self), replacement=True, generator=generator)
+        weight, pool = self.recency(decay).cpu(), None
+        if len(self) > DRAWABLE:
+            pool = torch.randperm(len(self), generator=generator)[:DRAWABLE]
+            weight = weight[pool]
+        drawn = torch.multinomial(weight, len(self), replacement=True, generator=generator)
+        return drawn if pool is None else pool[drawn]
 
     def graphs(self, samples: Tensor) -> GraphBatch:
         """The graphs of samples [B], by indexing, without a loop over them."""

@@ -554,8 +554,9 @@ class Tune(Training):
     goes to the ten items whose title and brand share most words with its own. 0 leaves it all to the target."""
     recency: float
     """A target's weight in training is this to the power of how many later targets its user has, scaled to a mean of 1:
-    what users click last, on sparse data oftener a cold item, is nearer to what is to be predicted. 1 weighs all alike.
-    The linear start is fitted to prefixes drawn likewise."""
+    what users click last, on sparse data oftener a cold item, is nearer to what is to be predicted. The training loss
+    is weighted so, the validation loss is not; the linear start is fitted to prefixes drawn likewise. 1 weighs all
+    alike, which without `linear` spares memory: the logits need not be formed."""
     linear: bool
     """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
     clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
