@@ -9,7 +9,6 @@ import torch
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
-from llmgr import graph
 from llmgr.errors import UserError
 from llmgr.graph import Sessions, alike, bucketed, catalogue_size, padded, read_sessions
 
@@ -48,23 +47,14 @@ def by_hand(items: list[int]) -> tuple[list[int], list[int], torch.Tensor]:
     return nodes, alias, edges
 
 
-def test_what_users_click_last_weighs_most_and_is_drawn_most(read, monkeypatch):
+def test_what_users_click_last_weighs_most(read):
     sessions, frame = read
     later = frame.select(pl.len().over("user") - 1 - pl.int_range(pl.len()).over("user")).to_series().to_torch()
     expected = 0.5 ** later.double()
     assert sessions.recency(0.5).tolist() == pytest.approx((expected / expected.mean()).tolist())
     assert sessions.recency(1.0).eq(1).all() and later.max() > WINDOW
-    order = sessions.drawn(1.0, torch.Generator().manual_seed(3))
-    assert torch.equal(order, torch.randperm(len(sessions), generator=torch.Generator().manual_seed(3)))
-    generator = torch.Generator().manual_seed(3)
-    count = sum(torch.bincount(sessions.drawn(0.5, generator), minlength=len(sessions)) for _ in range(300)) / 300
-    assert count.sum() == pytest.approx(len(sessions)) and (count - expected / expected.mean()).abs().max() < 0.4
-    last = sessions.drawn(0.0, generator)
-    assert later[last].eq(0).all() and len(last) == len(sessions)
     interleaved = torch.argsort(later, descending=True, stable=True)
     assert torch.equal(sessions.subset(interleaved).recency(0.5), sessions.recency(0.5)[interleaved])
-    monkeypatch.setattr(graph, "DRAWABLE", 20)
-    assert len(sessions.drawn(0.5, generator)) == len(sessions) and len(sessions.drawn(0.5, generator).unique()) <= 20
 
 
 def test_the_graph_of_every_prefix_is_that_of_its_clicks(read):

@@ -172,7 +172,8 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
             assert loss() > best - 1e-6
             parameter.data -= sign * step
     term.start(train, 5, 0.5)
-    drawn = train.drawn(0.5, torch.Generator().manual_seed(5))
+    drawn = torch.multinomial(train.recency(0.5), linear.STARTED, replacement=True,
+                              generator=torch.Generator().manual_seed(5))
     term.zero_grad()
     F.cross_entropy(term(train, drawn)[:, 1:], train.target[drawn] - 1).backward()
     term.weight.grad /= larger

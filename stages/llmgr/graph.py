@@ -20,8 +20,6 @@ from llmgr.errors import UserError
 if TYPE_CHECKING:
     import polars as pl
 
-DRAWABLE = 2**24
-
 
 @dataclass(frozen=True)
 class GraphBatch:
@@ -182,20 +180,6 @@ class Sessions:
         later[order] = torch.bincount(user).cumsum(0)[user[order]] - 1 - torch.arange(len(user), device=user.device)
         weight = torch.full(user.shape, decay, dtype=torch.double, device=user.device).pow(later)
         return (weight / weight.mean()).float()
-
-    def drawn(self, decay: float, generator: torch.Generator) -> Tensor:
-        """All samples in random order, on the CPU; below 1 as many drawn with repetition by their `recency`.
-
-        Of more than `DRAWABLE`, torch's limit, only so many, chosen at random, can be drawn by it.
-        """
-        if decay == 1:
-            return torch.randperm(len(self), generator=generator)
-        weight, pool = self.recency(decay).cpu(), None
-        if len(self) > DRAWABLE:
-            pool = torch.randperm(len(self), generator=generator)[:DRAWABLE]
-            weight = weight[pool]
-        drawn = torch.multinomial(weight, len(self), replacement=True, generator=generator)
-        return drawn if pool is None else pool[drawn]
 
     def graphs(self, samples: Tensor) -> GraphBatch:
         """The graphs of samples [B], by indexing, without a loop over them."""

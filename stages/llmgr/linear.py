@@ -223,10 +223,14 @@ class LinearTerm(nn.Module):
     def start(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
         """Fit a, b, c and d alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
 
-        Below 1, `recency` makes a user's later targets likelier to be drawn, as `Sessions.recency` weighs them.
+        Below 1, `recency` has them drawn with repetition, by the weights of `Sessions.recency`.
         """
-        number = STARTED if self.base is None else 2 * STARTED
-        drawn = train.drawn(recency, torch.Generator().manual_seed(seed))[:number].to(train.row.device)
+        number, generator = STARTED if self.base is None else 2 * STARTED, torch.Generator().manual_seed(seed)
+        if recency == 1:
+            drawn = torch.randperm(len(train), generator=generator)[:number]
+        else:
+            drawn = torch.multinomial(train.recency(recency).cpu(), number, replacement=True, generator=generator)
+        drawn = drawn.to(train.row.device)
         read = [(self._read(train, samples, True), train.target[samples] - 1) for samples in drawn.split(256)]
         optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
