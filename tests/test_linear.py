@@ -69,6 +69,10 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.testing.assert_close(score(torch.arange(len(sessions))), expected, atol=2e-5, rtol=1e-4)
     some = torch.tensor([17, 3, 25])
     torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
+    formed = linear.LeftOut(read_sessions("data/sessions/train.parquet", 50)[0], ridge, decay, None, 0.0, ITEMS)
+    monkeypatch.setattr(linear.Slit, "solved", None)  # the inverse that others need is used as it is
+    score = evaluation.slit(evaluation.linear_model(params, CPU, formed), share)(sessions)
+    torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
 
 
 def test_the_tolerance_of_the_solver_is_kept() -> None:

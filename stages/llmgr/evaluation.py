@@ -37,13 +37,14 @@ Formed = Callable[[int | None], LeftOut]
 def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
     items = catalogue_size("data/core/items.parquet")
-    solved = functools.cache(lambda: linear_model(params, device))
 
     @functools.cache
     def formed(shuffle: int | None) -> LeftOut:
         train, _ = read_split("train", params.data.max_session)
         return left_out(params.slit, train, shuffle)
 
+    others = (params.tune.linear and texts_shuffled(params) is None) or params.encoder.linear_controls
+    solved = functools.cache(lambda: linear_model(params, device, formed(None) if others else None))
     found: dict[str, Callable[[], Over]] = {
         "pop": lambda: popularity(device),
         "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
@@ -135,12 +136,16 @@ def word_knn(decay: float, device: torch.device) -> Over:
     return _similar(lambda clicks: (matrix @ (clicks @ matrix).toarray().T).T, matrix.shape[0] - 1, decay, device)
 
 
-def linear_model(params: Any, device: torch.device) -> tuple[Slit, Over]:
-    """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch."""
+def linear_model(params: Any, device: torch.device, formed: LeftOut | None = None) -> tuple[Slit, Over]:
+    """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch.
+
+    By the inverse where it is `formed` for other models anyway, else by conjugate gradients.
+    """
     decay = params.slit.decay
     train, _ = read_split("train", params.data.max_session)
     model = fitted_slit(train, decay, params.slit.ridge, catalogue_size("data/core/items.parquet"), device)
-    return model, functools.cache(lambda sessions: once(lambda samples: model.solved(
+    solve = model.solved if formed is None else lambda clicks: formed.solved(clicks).to(device)
+    return model, functools.cache(lambda sessions: once(lambda samples: solve(
         last_clicks(sessions.graphs(samples), decay, model.items))))
 
 

@@ -24,10 +24,12 @@ from llmgr.ranking import metrics, ranks_both
 from llmgr.training import Bar
 
 CHUNK = 256  # sessions whose scores of all items are held at a time
+CACHED = 2**19  # of these scores on a CPU, so that its cache holds what sums are formed of
 RIDGE = 1e-4  # keeps bands without a target finite, and the common constant of the biases fixed
 STEPS = 30
 REPEAT = "repeat"  # the scorer that marks clicked items; a gate alone can use it
 DONE = 1e-7  # Newton decrement, in nats a session
+ROUNDING = 1e-6  # what a loss of float32 scores is known to: a step that raises it by less is no worse
 
 
 class Gate:
@@ -148,7 +150,8 @@ def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Ten
         if decrement < DONE:
             break
         share = 1.0
-        while (found := look(theta - share * step))[0] > loss - 1e-4 * share * decrement and share > 1e-3:
+        most = loss + ROUNDING
+        while (found := look(theta - share * step))[0] > most - 1e-4 * share * decrement and share > 1e-3:
             share /= 2
         theta, (loss, gradient, hessian) = theta - share * step, found
     return Gate(scorers, edges, (theta[:-1] / spread[:, None]).float(), theta[-1].float())
@@ -168,19 +171,20 @@ def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, ta
     second = torch.zeros(width, width, count, dtype=torch.double, device=place)
     outer = torch.zeros(width * count, width * count, dtype=torch.double, device=place)
     loss = torch.zeros((), dtype=torch.double, device=place)
-    for rows in torch.arange(len(target_S), device=place).split(CHUNK):
-        target = target_S[rows, None]
-        x = [table[rows].float().div_(scale) for table, scale in zip(scores_MSV, spread)]
-        z = weight_WV[-1].expand(len(rows), -1).clone()
+    chunk = CHUNK if place.type != "cpu" else max(1, CACHED // len(band_V))
+    for target, seen, *tables in zip(*(t.split(chunk) for t in (target_S[:, None], seen_SX, *scores_MSV))):
+        x = [table.to(torch.float32, copy=True).div_(scale) for table, scale in zip(tables, spread)]
+        z = weight_WV[-1].expand(len(target), -1).clone()
         for w, table in zip(weight_WV, x):
             z.addcmul_(w.expand_as(table), table)
-        hidden = torch.zeros_like(z, dtype=torch.bool).scatter_(1, seen_SX[rows].long(), True)
+        hidden = torch.zeros_like(z, dtype=torch.bool).scatter_(1, seen.long(), True)
         hidden.scatter_(1, target, False)[:, 0] = True
         z.masked_fill_(hidden, float("-inf"))
         top = z.logsumexp(1, keepdim=True)
         loss += (top - z.gather(1, target)).sum()
         p = (z - top).exp_()
         terms = [p * table for table in x] + [p]
+        buffer = torch.empty_like(p)
         mean = torch.stack([t @ onehot_VN for t in terms], 1).double()  # [rows, M+1, N]
         gradient += mean.sum(0)
         for m, table in enumerate([*x, torch.ones_like(target, dtype=torch.float)]):
@@ -188,7 +192,8 @@ def _derivatives(theta: Tensor, scores_MSV: Sequence[Tensor], spread: Tensor, ta
                                    -(table.gather(1, target) if table.shape[1] > 1 else table)[:, 0].double())
         for m in range(width):
             for k in range(m + 1):
-                product = mean[:, k].sum(0) if m == width - 1 else ((terms[m] * x[k]).sum(0) @ onehot_VN).double()
+                product = mean[:, k].sum(0) if m == width - 1 else (
+                    torch.mul(terms[m], x[k], out=buffer).sum(0) @ onehot_VN).double()
                 second[m, k] += product
                 if k != m:
                     second[k, m] += product
