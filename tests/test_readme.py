@@ -57,24 +57,26 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     models = {"GC-SAN": "gcsan", "control": "gcsan-text", "control with": "gcsan-linear", "LLMGR with": "llmgr",
               "the linear start alone": "slit-text",
               "gate": "gated-gcsan-text-floors", "the same gate": "gated-both-floors"}
-    single = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
+    elsewhere = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
               **dict.fromkeys(("LLMGR out of fold", "the same in a gate", "what LLMGR starts from"),
                               ("beauty-folds", "office-folds"))}
+
+    def figures(folder: str, model: str) -> str:
+        record = recorded(folder)
+        runs = record["seeds"]["figures"] if record["seeds"] else {"": record["buckets"]}
+        assert len(runs) in (1, 3)
+        return " / ".join(f"{np.mean([run[model]['test_unseen']['all'][metric] for run in runs.values()]):.4f}"
+                          for metric in ("hr_at_20", "ndcg_at_20"))
+
     table = rows(README[README.index("**What came out**"):])
-    assert len(table) == len(models) + len(single)
+    assert len(table) == len(models) + len(elsewhere)
     for name, *cells in table:
-        if folders := next((single[start] for start in single if name.startswith(start)), None):
+        if folders := next((elsewhere[start] for start in elsewhere if name.startswith(start)), None):
             model = "llmgr-start" if "`llmgr-start`" in name else "gated-both" if "in a gate" in name else "llmgr"
-            runs = [folder and recorded(folder)["buckets"][model]["test_unseen"]["all"] for folder in folders]
-            assert cells == [run and f"{run['hr_at_20']:.4f} / {run['ndcg_at_20']:.4f}" for run in runs]
-            continue
-        model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
-        for folder, cell in zip(("beauty", "office"), cells, strict=True):
-            seeds = recorded(folder)["seeds"]["figures"]
-            assert len(seeds) == 3
-            means = [np.mean([run[model]["test_unseen"]["all"][metric] for run in seeds.values()])
-                     for metric in ("hr_at_20", "ndcg_at_20")]
-            assert cell == " / ".join(f"{mean:.4f}" for mean in means), name
+        else:
+            folders = "beauty", "office"
+            model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
+        assert cells == [folder and figures(folder, model) for folder in folders], name
 
 
 @pytest.mark.parametrize(("mark", "folder"), [("## Out of fold", "beauty-folds"), ("Office likewise", "office-folds")])
@@ -113,6 +115,30 @@ def test_what_llmgr_adds_out_of_fold_is_as_recorded() -> None:
         gap["all"]["hr_at_20"]["p_holm"], gap["cold"]["hr_at_20"]["relative"]) in text
     assert max(linear[bucket][metric]["p_holm"] for bucket, metric in (
         ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"), ("warm", "hr_at_20"))) < 0.0073
+
+
+def test_the_seeds_and_twins_out_of_fold_hold_the_recorded_figures() -> None:
+    record = recorded("beauty-folds")
+    columns = [("all", "hr_at_20"), ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"),
+               ("warm", "hr_at_20")]
+    seeds = record["seeds"]["figures"]
+    assert set(seeds) == {"1", "2", "2026"}
+    text = RESULTS[RESULTS.index("**Three seeds**"):]
+    for name, *cells in rows(text):
+        assert cells == [f"{np.mean([run[name]['test_unseen'][bucket][metric] for run in seeds.values()]):.4f}"
+                         for bucket, metric in columns], name
+    gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
+    words = " ".join(text.split())
+    for before, model in (("LLMGR over gcsan-linear: ", "gcsan-linear"), ("Over its start: ", "llmgr-start")):
+        assert before + ", ".join(f"{label} {gaps[model][metric]['relative']:+.1%}" for label, metric in (
+            ("HR@20", "hr_at_20"), ("NDCG@20", "ndcg_at_20"), ("MRR@20", "mrr_at_20"))) in words
+    twins = {"LLMGR": "llmgr", "tuned language model of random weights": "random-weights",
+             "without stage 1": "without-stage-1", "all targets alike (`tune.recency=1`)": "without-recency"}
+    table = rows(text[text.index("**Twins**"):])
+    assert {name for name, *_ in table} == set(twins)
+    for name, *cells in table:
+        figures = record["twins"][twins[name]]["figures"]["test_unseen"]
+        assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in columns], name
 
 
 def test_the_twins_hold_the_recorded_figures() -> None:

@@ -106,7 +106,7 @@ class LeftOut:
         gram = torch.from_numpy((self.clicks.T @ self.clicks).toarray())
         gram.diagonal().add_(ridge)
         try:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).numpy()
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).T.numpy()  # symmetric: now rows lie together
         except torch.linalg.LinAlgError:
             raise UserError(f"the linear model is not solved: set slit.ridge above {ridge:g}") from None
         self.matrix = ((self.targets.T @ self.clicks) @ inverse).T
