@@ -43,7 +43,6 @@ def main(params, shape: str | None) -> None:
     if params.tune.linear:
         model.linear_term = linear_term(params, sessions[0], device)
     model.to(device).train()
-    model.prepare(params.tune, params.launch, device)
     prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
 
     def job(**changes) -> BehaviourJob:
@@ -56,16 +55,17 @@ def main(params, shape: str | None) -> None:
     warm = min(WARM, len(batches) - 1)
     if warm < 1:
         raise UserError("an epoch of stage 2 is one step, too few to time: lower tune.batch_size or set tune.samples=0")
-    before = product_rate(device, dtype)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    found = steps(ours, batches, optimizer, warm)
-    held = peak_memory_mb()
     order = torch.randperm(len(plain.first), generator=generator)
     packs, model.packs = model.packs, False
     loop = steps(plain, list(order[:params.tune.batch_size * (WARM + PLAIN_STEPS)].split(params.tune.batch_size)),
                  optimizer, warm)
     model.packs = packs
+    model.prepare(params.tune, params.launch, device)
+    before = product_rate(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = steps(ours, batches, optimizer, warm)
+    held = peak_memory_mb()
     peak = max(before, product_rate(device, dtype))
     rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]
     each = len(sessions[0]) / len(ours.first)

@@ -6,7 +6,7 @@ import torch
 from tiny import language_model
 from torch.nn import functional as F
 
-from llmgr.attention import NAME, attention
+from llmgr.attention import NAME, attend_plainly, attends_apart, attention
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -43,3 +43,45 @@ def test_a_model_trains_on_what_it_scores_with(kind):
         scoring = model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(training, scoring, atol=1e-5, rtol=1e-5)
     assert torch.autograd.grad(training[:, 4].square().sum(), embeds)[0][:, 5:].abs().max() == 0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_attend_apart_as_in_one_row_under_a_mask(groups, dtype):
+    torch.manual_seed(0)
+    module, sizes = types.SimpleNamespace(num_key_value_groups=groups, is_causal=True), [(3, 2), (1, 7), (2, 4)]
+    total = sum(n * length for n, length in sizes)
+    q, k, v = (torch.randn(1, h, total, 4, dtype=dtype, requires_grad=True) for h in (6, 6 // groups, 6 // groups))
+    seen = [(torch.rand(n, length, length) < 0.5) | torch.eye(length, dtype=torch.bool) for n, length in sizes]
+    blocks = [torch.where(s, 0.0, torch.finfo(torch.float32).min) for s in seen]
+    mask = torch.block_diag(*(one.float() for s in seen for one in s)).bool()[None, None]
+    wide = [t.repeat_interleave(groups, 1) for t in (k, v)]
+    slack = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.04, "rtol": 0.04}
+    for scaling in (None, 0.2):
+        expected = F.scaled_dot_product_attention(q, *wide, mask, scale=scaling).transpose(1, 2)
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+            found, _ = attention(module, q, k, v, None, scaling=scaling, blocks=blocks)
+        torch.testing.assert_close(found, expected, **slack)
+        weight = torch.randn_like(found)
+        for one, other in zip(*(torch.autograd.grad((t * weight).sum(), (q, k, v)) for t in (found, expected)),
+                              strict=True):
+            torch.testing.assert_close(one, other, **slack)
+    with pytest.raises(ValueError, match="neither dropout"):
+        attention(module, q, k, v, None, dropout=0.1, blocks=blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_whose_layers_hand_blocks_on_are_told_from_those_that_do_not(dtype):
+    from transformers import GPT2Config, GPT2Model, MPNetConfig, MPNetModel, OPTConfig, OPTModel
+
+    size = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, use_cache=False)).eval()
+    opt = OPTModel(OPTConfig(**size, word_embed_proj_dim=8, ffn_dim=16, use_cache=False)).eval()
+    mpnet = MPNetModel(MPNetConfig(**size, intermediate_size=16), add_pooling_layer=False).eval()
+    models = [language_model("llama"), language_model("bert"), gpt2, opt, mpnet]
+    for model in models:
+        attend_plainly(model.to(dtype))
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.float()  # as when it is loaded
+    assert [attends_apart(model) for model in models] == [True, True, True, True, False]

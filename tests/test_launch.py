@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,8 +47,8 @@ def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divid
     for parameter in model.language_model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    if chosen.pop("recompute", False):
-        model.checkpoint_activations()
+    model.prepare(types.SimpleNamespace(gradient_checkpointing=chosen.pop("recompute", False)),
+                  types.SimpleNamespace(compile=False, strategy=strategy), torch.device("cpu"))
     if case.startswith("align"):
         job = align(model, **chosen)
     else:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import DIM, ITEMS, LISTS, TITLES, language_model, llmgr, model_settings, prefixes, tokenizer
-from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel
 
+from llmgr.adapters import join_products
+from llmgr.encoders.layers import Dropout
 from llmgr.errors import UserError
 from llmgr.llmgr import HybridEncoding, Llmgr, load_llmgr, logits, save_llmgr
 from llmgr.prompts import GRAPH, NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
@@ -123,12 +125,13 @@ def test_the_models_dropout_strikes_slots_and_readout_in_training_alone():
     model = Llmgr(language_model(), plain.encoder, plain.vectors, plain.output.table[:, DIM:],
                   model_settings(dropout=0.5, lora_r=0)).train()
     tokens, (prompts, session_RD) = model.language_model.get_input_embeddings(), prompted()
+    drop = Dropout(0.5)
     torch.manual_seed(4)
     embeds = model.hybrid(tokens, prompts, session_RD)
     torch.manual_seed(4)
     for kind, source in ((NODE, model.vectors), (GRAPH, session_RD)):
         slot = prompts.kind_BL == kind
-        read = F.dropout(source[prompts.ref_BL[slot]], 0.5)
+        read = drop(source[prompts.ref_BL[slot]])
         torch.testing.assert_close(embeds[slot], read @ model.hybrid.project.weight.T)
         assert 0.3 < read.eq(0).float().mean() < 0.7
     assert torch.equal(embeds[prompts.kind_BL == TEXT], tokens(prompts.token_BL)[prompts.kind_BL == TEXT])
@@ -137,7 +140,7 @@ def test_the_models_dropout_strikes_slots_and_readout_in_training_alone():
     torch.manual_seed(4)
     query = model(prompts, session_RD)[0]
     torch.manual_seed(4)
-    torch.testing.assert_close(query, model.output(F.dropout(h, 0.5), session_RD)[0])
+    torch.testing.assert_close(query, model.output(drop(h), session_RD)[0])
     assert torch.equal(model.eval()(prompts, session_RD)[0], model.output(h, session_RD)[0])
 
 
@@ -375,6 +378,22 @@ def test_noise_moves_item_vectors_on_both_sides_alike_and_in_training_alone(outp
     torch.testing.assert_close(found, scores(plain, prompts, session_RD), atol=1e-5, rtol=1e-5)
     assert (found - before).abs().max() > 1e-3 and not torch.equal(scores(model, prompts, session_RD), found)
     assert torch.equal(scores(model.eval(), prompts, session_RD), before), "the vectors themselves stay"
+
+
+def test_all_layers_compile_to_a_few_programs_with_their_products_joined():
+    from torch._dynamo.testing import CompileCounter
+
+    config = LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=12,
+                         num_attention_heads=4, max_position_embeddings=50, use_cache=False)
+    model = Llmgr(LlamaModel(config).requires_grad_(False), llmgr().encoder, torch.randn(ITEMS + 1, DIM),
+                  torch.randn(ITEMS + 1, 5), model_settings())
+    states, counter = torch.randn(2, 7, 16), CompileCounter()
+    before = model.language_model(inputs_embeds=states).last_hidden_state
+    join_products(model.language_model)
+    torch._dynamo.reset()
+    model.compile_layers(backend=counter)
+    torch.testing.assert_close(model.language_model(inputs_embeds=states).last_hidden_state, before)
+    assert 1 <= counter.frame_count <= 2
 
 
 def test_compiled_layers_compute_the_same_for_any_batch():

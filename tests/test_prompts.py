@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from llmgr.prompts import (
     ATTENDED,
     GRAPH,
     NODE,
+    SPREAD,
     TEXT,
     AlignmentPrompts,
     BehaviourPrompts,
@@ -201,6 +203,20 @@ def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
 
 
 @pytest.mark.parametrize("titles", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_prompts_end_to_end_have_the_states_they_had_alone(kind, titles):
+    model, build, sessions = llmgr(kind, attention="causal"), behaviour("short", titles, kind=kind), prefixes()
+    session_RD = model.sessions(sessions.graphs(torch.arange(len(sessions))))
+    prompts = build(whole(sessions, LISTS), torch.ones(len(LISTS), dtype=torch.long))
+    row, alone = prompts.end_to_end(True), model.hidden(prompts, session_RD)
+    assert row.tokens == prompts.tokens and len(row.real_BL) == 1 and len(row.blocks) > 1
+    assert row.real_BL.shape[1] == sum(b.shape[0] * b.shape[1] for b in row.blocks) < SPREAD * row.tokens
+    torch.testing.assert_close(model.hidden(row, session_RD), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden(replace(row, blocks=None), session_RD), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("titles", [False, True])
 @torch.no_grad()
 def test_prompts_of_a_bidirectional_model_are_packed_where_it_reads_the_last_token(titles):
     model, build, sessions = llmgr("bert", readout="last"), behaviour("paper", titles, True, "bert"), prefixes()
@@ -210,6 +226,7 @@ def test_prompts_of_a_bidirectional_model_are_packed_where_it_reads_the_last_tok
     assert not model.causal and model.packs and len(packed.real_BL) < len(LISTS)
     alone = model.hidden(prompts, session_RD)
     torch.testing.assert_close(model.hidden(packed, session_RD), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden(prompts.end_to_end(False), session_RD), alone, atol=1e-5, rtol=1e-5)
     assert not llmgr("bert").packs and not llmgr("bert", readout="mean").packs
 
 

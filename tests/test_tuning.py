@@ -462,6 +462,60 @@ def test_where_prompts_are_packed_a_step_is_read_in_whole_micro_batches():
     assert [[len(m) for m in s] for s in steps] == [[4, 1]]
 
 
+@pytest.mark.parametrize("make", [align, behave])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_step_is_the_same_padded_in_rows_and_in_blocks(kind, make):
+    found, launch = [], types.SimpleNamespace(compile=False, strategy="ddp")
+    for form in ("padded", "rows", "blocks", "recomputed"):
+        model = llmgr(kind, attention="causal")
+        model.unfreeze_encoder("all")
+        model.packs = form != "padded"
+        if form in ("blocks", "recomputed"):
+            asked = types.SimpleNamespace(gradient_checkpointing=form == "recomputed")
+            model.prepare(asked, launch, torch.device("cpu"))
+            model.language_model.train()
+        assert model.apart == (form in ("blocks", "recomputed"))
+        job = make(model)
+        job.steps(0, torch.Generator().manual_seed(0))
+        loss = job.loss(torch.arange(1, 5))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append((loss.tokens, loss.total, *torch.autograd.grad(loss.total, trained, allow_unused=True)))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@torch.no_grad()
+def test_blocks_and_joined_products_in_bf16_are_as_near_to_float32_as_rows(kind):
+    away = {}
+    sessions = prefixes()
+    graphs = sessions.prefix_graphs(torch.arange(len(LISTS)), torch.tensor([len(x) for x in LISTS]))
+    exact = llmgr(kind, attention="causal")
+    session_RD = exact.sessions(sessions.graphs(torch.arange(len(sessions))))
+    prompts = BehaviourPrompts(tokenizer(kind), "short", None, 4, False)(graphs, torch.ones(len(LISTS), dtype=int))
+    wanted = exact.hidden(prompts, session_RD)
+    for form in ("rows", "blocks"):
+        model = llmgr(kind, attention="causal", dtype=torch.bfloat16)
+        if form == "blocks":
+            model.prepare(types.SimpleNamespace(gradient_checkpointing=False),
+                          types.SimpleNamespace(compile=False, strategy="ddp"), torch.device("cpu"))
+            assert model.apart and model.pack(prompts, 64).blocks
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.hidden(model.pack(prompts, 64), session_RD)
+        away[form] = float((found - wanted).norm() / wanted.norm())
+    assert 1e-4 < away["blocks"] < 1.5 * away["rows"] < 0.1, away
+
+
+def test_blocks_are_for_a_cpu_and_joined_products_not_for_zero3():
+    settings = types.SimpleNamespace(gradient_checkpointing=False)
+    for strategy, joined in (("ddp", True), ("zero3", False)):
+        model = llmgr()
+        model.prepare(settings, types.SimpleNamespace(compile=False, strategy=strategy), torch.device("cuda"))
+        assert not model.apart
+        assert any("forward" in vars(module) for module in model.language_model.modules()) == joined
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_the_graph_encoders_readouts_keep_their_order(padded):
     model = llmgr()

@@ -112,12 +112,17 @@ def model_settings(**changes: Any) -> types.SimpleNamespace:
         "session_residual": False} | changes)
 
 
-def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, **changes: Any) -> Llmgr:
+def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **changes: Any
+          ) -> Llmgr:
     """LLMGR over random item vectors and text features, in evaluation mode, adapters stirred so that they act."""
     torch.manual_seed(seed)
     encoder = Gcsan(DIM, dropout, types.SimpleNamespace(gnn_layers=1, attention_layers=1, attention_heads=1, omega=0.6))
     vectors, texts = (F.pad(torch.randn(ITEMS, d), (0, 0, 1, 0)) for d in (DIM, TEXT))
-    model = Llmgr(language_model(kind, seed, dropout), encoder, vectors, texts, model_settings(**changes))
+    backbone = language_model(kind, seed, dropout).to(dtype)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()  # as when it is loaded
+    model = Llmgr(backbone, encoder, vectors, texts, model_settings(**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

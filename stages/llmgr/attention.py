@@ -1,6 +1,8 @@
-"""The language model's attention where a CPU trains: plain products."""
+"""The language model's attention where a CPU trains: plain products, and of prompts end to end each with itself."""
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +22,37 @@ def attend_plainly(model: nn.Module) -> None:
     model.set_attn_implementation(NAME)
 
 
+@torch.no_grad()
+def attends_apart(model: nn.Module) -> bool:
+    """Whether a model's layers hand `blocks` on to `attention`: of two prompts of a token, neither sees the other."""
+    tokens = model.get_input_embeddings().weight
+    states = torch.arange(3.0 * tokens.shape[1]).sin().view(3, -1).to(tokens.dtype)
+    apart = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "blocks": [torch.zeros(2, 1, 1)],
+             "position_ids": torch.arange(2)[None]}
+    try:
+        with torch.autocast("cpu", tokens.dtype, enabled=tokens.dtype is not torch.float32):
+            one, other = (model(inputs_embeds=states[None, [first, 2]], **apart).last_hidden_state[0, 1]
+                          for first in (0, 1))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return torch.equal(one, other)
+
+
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              dropout: float = 0.0, scaling: float | None = None, **others: Any) -> tuple[Tensor, None]:
+              dropout: float = 0.0, scaling: float | None = None, blocks: Sequence[Tensor] | None = None, **others: Any
+              ) -> tuple[Tensor, None]:
     """Attention [B, L, heads, D] of queries, keys and values [B, heads, L, D], as transformers' layers call it.
 
     torch's own, but where a CPU goes backward through a mask: there its fused form takes three times as long as plain
-    products, and its plain form scales queries and keys apart and looks for rows that see nothing.
+    products, and its plain form scales queries and keys apart and looks for rows that see nothing. With `blocks`
+    (B = 1) prompts attend to themselves, as `Apart` says, and `attention_mask` says nothing.
     """
+    if blocks is not None:
+        if dropout or others.get("position_bias") is not None:
+            raise ValueError("attention in blocks has neither dropout nor a bias of positions")
+        groups = getattr(module, "num_key_value_groups", 1)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return Apart.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scaling, blocks), None
     if query.device.type != "cpu" or attention_mask is None or not torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     if query.dtype is not torch.float32 or dropout or others.get("position_bias") is not None:
@@ -39,3 +65,60 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         unseen = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min)
     scores_BHLL = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3) + unseen
     return (scores_BHLL.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+class Apart(torch.autograd.Function):
+    """Attention [1, T, heads, D] of prompts that stand end to end [1, heads, T, D], each with itself alone.
+
+    `blocks` has, for N prompts of L tokens after another, what is added to the score of a key (last axis) for a query
+    [N, L, L]: 0 where it is seen and the least float32 where it is not. Nothing is computed between two prompts. All
+    of it is float32: in bfloat16 torch's softmax over so few keys takes three times as long, and a product of every
+    new shape, which every step has, is first compiled.
+    """
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, blocks: Sequence[Tensor]
+                ) -> Tensor:
+        out = query.new_empty(query.transpose(1, 2).shape)
+        saved = []
+        for unseen_NLL, part in zip(blocks, _parts(blocks), strict=True):
+            q, k, v = (_apart(t, part, unseen_NLL) for t in (query, key, value))
+            scores = (q @ k.transpose(1, 2)).view(-1, *unseen_NLL.shape)
+            share = torch.add(unseen_NLL, scores, alpha=scaling).softmax(-1).view(-1, *unseen_NLL.shape[1:])
+            _together(out, part, share @ v)
+            saved += [q, k, v, share]
+        ctx.save_for_backward(*saved)
+        ctx.scaling, ctx.blocks = scaling, blocks
+        return out
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        outs = [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(3)]
+        grad = grad.transpose(1, 2)
+        saved = iter(ctx.saved_tensors)  # to be asked for once, where activations are recomputed
+        for unseen_NLL, part in zip(ctx.blocks, _parts(ctx.blocks), strict=True):
+            q, k, v, share = itertools.islice(saved, 4)
+            g = _apart(grad, part, unseen_NLL)
+            scores = torch._softmax_backward_data(g @ v.transpose(1, 2), share, -1, torch.float32) * ctx.scaling
+            for out, one in zip(outs, (scores @ k, scores.transpose(1, 2) @ q, share.transpose(1, 2) @ g), strict=True):
+                _together(out, part, one)
+        return *(out.transpose(1, 2) for out in outs), None, None
+
+
+def _parts(blocks: Sequence[Tensor]) -> list[slice]:
+    """Where the tokens of each block stand."""
+    ends = list(itertools.accumulate(unseen_NLL.shape[0] * unseen_NLL.shape[1] for unseen_NLL in blocks))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _apart(states: Tensor, part: slice, unseen_NLL: Tensor) -> Tensor:
+    """A block's states [heads * N, L, D] of [1, heads, T, D], in float32."""
+    read = states[0, :, part]
+    return torch.empty(read.shape, dtype=torch.float32).copy_(read).view(-1, unseen_NLL.shape[1], states.shape[-1])
+
+
+def _together(out: Tensor, part: slice, states: Tensor) -> None:
+    """A block's states [heads * N, L, D] written to their place in [1, T, heads, D]."""
+    out[0, part].copy_(states.view(out.shape[2], -1, out.shape[3]).transpose(0, 1))

@@ -18,8 +18,9 @@ SHAPES = ((2048, 2048, 2048), (2048, 384, 384), (2048, 384, 1536), (2048, 1536, 
 GPU_SHAPES = ((8192, 8192, 8192), (8192, 4096, 11008))
 TIMES = 3  # that a step is timed
 AT_A_TIME = 10  # products between two looks at a GPU's clock
-PRODUCTS = ("mm", "addmm", "linear", "linear_cross_entropy")
-WORDS = {"softmax": "attention", "bmm": "attention", "scaled_dot_product": "attention",
+PRODUCTS = ("mm", "addmm", "addmm_", "linear", "linear_cross_entropy")
+WORDS = {"apart": "attention", "adapted": "sums (residuals, adapters, biases)",
+         "softmax": "attention", "bmm": "attention", "scaled_dot_product": "attention",
          "gelu": "activations", "silu": "activations", "norm": "layer norms",
          "index": "gathering slots and items", "scatter": "gathering slots and items", "sort": "making prompts",
          "cumsum": "making prompts", "nonzero": "making prompts", "adam": "optimiser", "copy": "copies",

@@ -191,6 +191,7 @@ def encoder(name: str, items: int, device: torch.device, formed: Formed | None =
 
 def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
+    from llmgr.adapters import join_products
     from llmgr.llmgr import build_llmgr, load_llmgr
     from llmgr.training import arithmetic
     from llmgr.tuning import Scorer, behaviour_prompts
@@ -201,6 +202,7 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     if params.tune.linear:
         model.linear_term = own_term(params, device, formed)
     load_llmgr(folder, model, params.model)
+    join_products(model.language_model)
     prompts = behaviour_prompts(params, params.tune)
 
     def over(sessions: Sessions) -> Score:

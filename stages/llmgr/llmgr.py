@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmgr.adapters import join_products
 from llmgr.artifacts import load_tensors, read_json, rounded, save_tensors, write_json
+from llmgr.attention import attends_apart
 from llmgr.backbone import add_adapters, is_causal, load_language_model, load_tokenizer
+from llmgr.encoders.layers import Dropout
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch
 from llmgr.prompts import GRAPH, NODE, PromptBatch
@@ -32,7 +35,7 @@ class HybridEncoding(nn.Module):
             vectors_VD = torch.cat((vectors_VD, text_VT * vectors_VD[1:].square().mean().sqrt()), 1)
         self.register_buffer("nodes", vectors_VD, persistent=False)
         dim = vectors_VD.shape[1]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.project = nn.Linear(dim, tokens.embedding_dim, bias=False)
         every = torch.arange(tokens.num_embeddings, device=tokens.weight.device)  # Gemma's scales its weights
         token_scale = tokens(every).detach().float().square().mean().sqrt()
@@ -125,6 +128,9 @@ class Llmgr(nn.Module):
             raise UserError(f"model.readout={self.readout} reads nothing useful under causal attention: "
                             "set model.readout=last")
         self.packs = self.readout == "last"  # a readout that stands anywhere in a row, and averages nothing over one
+        self.apart = False  # prompts stand in one row and attend in blocks; see `prepare`
+        on_cpu = language_model.get_input_embeddings().weight.device.type == "cpu"
+        self.can_be_apart = on_cpu and attends_apart(language_model)
         self.positions = config.max_position_embeddings - position_offset(config)
         self.offset = position_offset(config)
         self.register_buffer("vectors", vectors_VD, persistent=False)
@@ -133,7 +139,7 @@ class Llmgr(nn.Module):
         width, items = config.hidden_size, len(vectors_VD) - 1
         self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD, params.dropout,
                                      text_VT if params.node_text else None)
-        self.dropout = nn.Dropout(params.dropout)
+        self.dropout = Dropout(params.dropout)
         self.output = (ItemsOutput(width, vectors_VD, text_VT, params.session_residual) if params.output == "items"
                        else LinearOutput(width, items, hidden=params.output == "mlp"))
         self.language_model = add_adapters(language_model, params)
@@ -150,12 +156,21 @@ class Llmgr(nn.Module):
         scale = share * self.vectors[1:].square().mean().sqrt()
         self.deviation_V = F.pad(scale * (1 + count_V[1:].to(scale.device)).rsqrt(), (1, 0))
 
+    def pack(self, prompts: PromptBatch, least: int) -> PromptBatch:
+        """The prompts of a step end to end, where the readout allows it: in one row, or in rows of `least` tokens."""
+        if not self.packs:
+            return prompts
+        return prompts.end_to_end(self.causal) if self.apart else prompts.packed(least)
+
     def hidden(self, prompts: PromptBatch, session_RD: Tensor | None, shift_VD: Tensor | None = None) -> Tensor:
         """Hidden states at the readouts [R, H]."""
         embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD, shift_VD)
-        mask = prompts.mask(self.causal)
-        h_BLH = self.language_model(inputs_embeds=embeds, attention_mask=mask,
-                                    position_ids=prompts.position_BL + self.offset).last_hidden_state
+        if prompts.blocks is None:
+            seen: dict[str, Any] = {"attention_mask": prompts.mask(self.causal)}
+        else:
+            seen = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "blocks": prompts.blocks}
+        h_BLH = self.language_model(inputs_embeds=embeds, position_ids=prompts.position_BL + self.offset,
+                                    **seen).last_hidden_state
         if self.readout == "mean":
             weight_BL1 = prompts.real_BL[..., None].to(h_BLH.dtype)
             return ((h_BLH * weight_BL1).sum(1) / weight_BL1.sum(1))[prompts.row_R].float()
@@ -202,6 +217,9 @@ class Llmgr(nn.Module):
             self.checkpoint_activations()
         if launch.compile and place.type == "cuda":
             self.compile_layers()
+        self.apart = place.type == "cpu" and self.can_be_apart
+        if launch.strategy != "zero3":  # which gathers a layer's weights when it is called itself
+            join_products(self.language_model)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass (not reentrant: `inputs_embeds` may need no gradient)."""

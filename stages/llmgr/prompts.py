@@ -10,7 +10,7 @@ with a branch for every prefix gives the same hidden states as a prompt a prefix
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmgr.errors import UserError
-from llmgr.graph import GraphBatch, Sessions
+from llmgr.graph import GraphBatch, Sessions, alike
 
 ALIGNMENT = "Each node stands for a product. Nodes: {nodes}. Description: {text}. The described node is:"
 
@@ -34,6 +34,8 @@ EDGES = re.compile(r"[^.]*\{edges\}\.")
 TEXT, NODE, GRAPH = 0, 1, 2
 ATTENDED = 640  # tokens in a row whose attention takes as long as all else (measured with MiniLM on a CPU)
 WIDTHS = 24  # of rows that are tried
+SPREAD = 1.15  # the longest prompt of a block is shorter than so many times its shortest
+TOKEN_FIELDS = ("token_BL", "kind_BL", "ref_BL", "position_BL", "branch_BL", "limit_BL", "real_BL", "segment_BL")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class PromptBatch:
     slot. position_BL: position ids. branch_BL: 0 in the trunk, else the branch's number. limit_BL: trunk positions
     below it are visible. real_BL: False at padding. segment_BL: which of a row's prompts a token belongs to (one a row
     unless packed). row_R, column_R: where hidden states are read. slots_N: where slots of a kind stand, once counted.
+    blocks: what prompts do not see of themselves, where they attend in blocks of like length (`llmgr.attention.Apart`).
     """
 
     token_BL: Tensor
@@ -57,6 +60,7 @@ class PromptBatch:
     row_R: Tensor
     column_R: Tensor
     slots_N: dict[int, Tensor] | None = None
+    blocks: list[Tensor] | None = None
 
     def slots(self, kind: int) -> Tensor:
         """Where the slots of NODE or GRAPH stand among the B x L tokens [N]."""
@@ -106,11 +110,31 @@ class PromptBatch:
         return PromptBatch(*fields_BL, moved(segment_B[prompt_N]), row_B[self.row_R],
                            start_B[self.row_R] + self.column_R)
 
+    def end_to_end(self, causal: bool) -> PromptBatch:
+        """The same prompts end to end in one row, those of like length together, and where each attends (on the CPU).
+
+        They are padded to the longest of their block, which costs less than the padding of a row, and no token meets
+        one of another prompt at all.
+        """
+        size_B = self.real_BL.sum(1)
+        start_B, end, blocks, fields_1T = torch.empty_like(size_B), 0, [], [[] for _ in TOKEN_FIELDS]
+        for group in alike(torch.arange(len(size_B)), size_B, SPREAD):
+            width = int(size_B[group].max())
+            part = replace(self, **{name: getattr(self, name)[group, :width] for name in TOKEN_FIELDS}, slots_N=None)
+            start_B[group] = end + width * torch.arange(len(group))
+            end += width * len(group)
+            blocks.append(torch.where(part.mask(causal)[:, 0], 0.0, torch.finfo(torch.float32).min))
+            part.segment_BL[:] = group[:, None]
+            for filled, name in zip(fields_1T, TOKEN_FIELDS, strict=True):
+                filled.append(getattr(part, name).flatten())
+        return PromptBatch(*(torch.cat(filled)[None] for filled in fields_1T), torch.zeros_like(self.row_R),
+                           start_B[self.row_R] + self.column_R, blocks=blocks)
+
     def to(self, device: torch.device) -> PromptBatch:
         """The same batch on another device: prompts are laid out on the CPU, where a GPU would wait for every count."""
         if self.real_BL.device == device:
             return self
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "slots_N"}
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("slots_N", "blocks")}
         return PromptBatch(**moved, slots_N={kind: self.slots(kind).to(device) for kind in (NODE, GRAPH)})
 
 

@@ -24,6 +24,7 @@ from llmgr.training import Loss
 ACCURACY_ITEMS = 1024
 ALIKE, TEMPERATURE = 10, 0.1  # text smoothing: items that share a target's weight, how sharply the likest are preferred
 PACKED = 64  # tokens of a row of packed prompts, at least
+GROUPED = 4.0  # the longest session that the graph encoder reads at once is shorter than so many times the shortest
 
 
 def shortened(sessions: Sessions, prompts: BehaviourPrompts, positions: int, kind: str) -> tuple[Sessions, int]:
@@ -104,8 +105,7 @@ class AlignJob:
 
     def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
         prompts = self.prompts(micro, candidates[micro])
-        if self.model.packs:
-            prompts = prompts.packed(2 * PACKED)  # texts are long: one would not leave room for another
+        prompts = self.model.pack(prompts, 2 * PACKED)  # texts are long: one would not leave room for another
         tokens = prompts.tokens
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts.to(self.device), None)
@@ -187,8 +187,7 @@ class BehaviourJob:
         sample_R = (self.sample[micro].repeat_interleave(count) + within).to(self.device)
         graphs = self.laid_out.prefix_graphs(self.laid_out.row[self.sample[micro]], self.last[micro])
         prompts = self.prompts(graphs, self.first[micro])
-        if self.model.packs:
-            prompts = prompts.packed(PACKED)
+        prompts = self.model.pack(prompts, PACKED)
         tokens = prompts.tokens
         shift_VD = self.shifts[0 if self.fold is None else int(self.fold[self.sample[micro[0]]])]
         session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R, shift_VD)
@@ -236,7 +235,7 @@ class BehaviourJob:
         if not self.model.encoder.pads:
             return self.model.sessions(self.train.graphs(sample_R), shift_VD)
         length = self.laid_out.length[sample_R.cpu()]
-        groups = alike(torch.arange(len(sample_R)), length, place=self.device)
+        groups = alike(torch.arange(len(sample_R)), length, GROUPED, self.device)
         read = torch.cat([self.model.sessions(self.train.graphs(sample_R[group.to(self.device)]), shift_VD)
                           for group in groups])
         return read[torch.argsort(torch.cat(groups)).to(self.device)]
