@@ -79,9 +79,8 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
         assert cells == [folder and figures(folder, model) for folder in folders], name
 
 
-@pytest.mark.parametrize(("mark", "folder"), [("## Out of fold", "beauty-folds"), ("Office likewise", "office-folds")])
-def test_the_tables_out_of_fold_hold_the_recorded_figures(mark: str, folder: str) -> None:
-    table, record = rows(RESULTS[RESULTS.index(mark):]), recorded(folder)
+def test_the_table_of_one_seed_out_of_fold_holds_the_recorded_figures() -> None:
+    table, record = rows(RESULTS[RESULTS.index("## Out of fold"):]), recorded("beauty-folds")
     assert {"llmgr", "llmgr-start", "gcsan-linear"} < {name for name, *_ in table}
     for name, *cells in table:
         figures = record["buckets"][name]["test_unseen"]
@@ -91,16 +90,12 @@ def test_the_tables_out_of_fold_hold_the_recorded_figures(mark: str, folder: str
 
 def test_what_llmgr_adds_out_of_fold_is_as_recorded() -> None:
     text = " ".join(RESULTS[RESULTS.index("## Out of fold"):].split())
-    gaps = {(place, model): by["test_unseen"] for place in ("beauty", "office")
-            for model, by in recorded(f"{place}-folds")["differences"].items()}
-    start, linear = gaps["beauty", "llmgr-start"], gaps["beauty", "gcsan-linear"]
+    gaps = {model: by["test_unseen"] for model, by in recorded("beauty-folds")["differences"].items()}
+    start, linear = gaps["llmgr-start"], gaps["gcsan-linear"]
     for words, by, bucket, p in (
             ("over gcsan-linear: HR@20 {:+.1%} (Holm p {:.2g} over 18 models)", linear, "all", "p_holm"),
             ("over its start: HR@20 {:+.1%} (Holm p {:.2g} over 18 models)", start, "all", "p_holm"),
-            ("cold items {:+.1%} HR@20 (Holm {:.1g})", start, "cold", "p_holm"),
-            ("over its start: HR@20 {:+.1%} (p {:.2f})", gaps["office", "llmgr-start"], "all", "p"),
-            ("cold items {:+.1%} HR@20 (p {:.2f})", gaps["office", "llmgr-start"], "cold", "p"),
-            ("over gcsan-linear {:+.1%} (p {:.1f})", gaps["office", "gcsan-linear"], "all", "p")):
+            ("cold items {:+.1%} HR@20 (Holm {:.1g})", start, "cold", "p_holm")):
         gap = by[bucket]["hr_at_20"]
         assert words.format(gap["relative"], gap[p]) in text, words
     for bucket, metric, words in (("cold", "hr_at_20", "cold items {}"), ("all", "ndcg_at_20", "NDCG@20 {}"),
@@ -117,27 +112,50 @@ def test_what_llmgr_adds_out_of_fold_is_as_recorded() -> None:
         ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"), ("warm", "hr_at_20"))) < 0.0073
 
 
-def test_the_seeds_and_twins_out_of_fold_hold_the_recorded_figures() -> None:
-    record = recorded("beauty-folds")
+TWINS = {"LLMGR": "llmgr", "tuned language model of random weights": "random-weights",
+         "without stage 1": "without-stage-1", "all targets alike (`tune.recency=1`)": "without-recency",
+         "without LoRA (language model frozen)": "without-lora",
+         "item vectors alone at the node slots": "without-node-texts",
+         "texts and base shuffled among items": "shuffled-texts",
+         "the base not out of fold (`tune.folds=0`)": "without-folds",
+         "without the linear start, not out of fold": "without-linear"}
+
+
+@pytest.mark.parametrize(("folder", "seeds_at", "twins_at", "over"), [
+    ("beauty-folds", "**Three seeds**", "**Twins**", (
+        "LLMGR over gcsan-linear: HR@20 {gcsan-linear hr_at_20}, NDCG@20 {gcsan-linear ndcg_at_20}, MRR@20 "
+        "{gcsan-linear mrr_at_20}",
+        "Over its start: HR@20 {llmgr-start hr_at_20}, NDCG@20 {llmgr-start ndcg_at_20}, MRR@20 "
+        "{llmgr-start mrr_at_20}")),
+    ("office-folds", "**Office**, the same", "**Office's twins**", (
+        "LLMGR over gcsan-linear: HR@20 {gcsan-linear hr_at_20} (Holm p {holm gcsan-linear hr_at_20}), NDCG@20 "
+        "{gcsan-linear ndcg_at_20} ({holm gcsan-linear ndcg_at_20}), MRR@20 {gcsan-linear mrr_at_20} "
+        "({holm gcsan-linear mrr_at_20})",
+        "over the control {gcsan-text hr_at_20}, {gcsan-text ndcg_at_20}, {gcsan-text mrr_at_20} and over GC-SAN "
+        "{gcsan hr_at_20} HR@20 ({holm gcsan hr_at_20} each",
+        "Over its start: HR@20 {llmgr-start hr_at_20} (Holm p {holm llmgr-start hr_at_20}), NDCG@20 "
+        "{llmgr-start ndcg_at_20} ({holm llmgr-start ndcg_at_20}), MRR@20 {llmgr-start mrr_at_20} "
+        "({holm llmgr-start mrr_at_20})"))])
+def test_seeds_and_twins_out_of_fold_hold_the_recorded_figures(folder, seeds_at, twins_at, over) -> None:
+    record = recorded(folder)
     columns = [("all", "hr_at_20"), ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"),
                ("warm", "hr_at_20")]
     seeds = record["seeds"]["figures"]
     assert set(seeds) == {"1", "2", "2026"}
-    text = RESULTS[RESULTS.index("**Three seeds**"):]
+    text = RESULTS[RESULTS.index(seeds_at):]
     for name, *cells in rows(text):
         assert cells == [f"{np.mean([run[name]['test_unseen'][bucket][metric] for run in seeds.values()]):.4f}"
                          for bucket, metric in columns], name
-    gaps = {model: by["test_unseen"] for model, by in record["seeds"]["differences"].items()}
-    words = " ".join(text.split())
-    for before, model in (("LLMGR over gcsan-linear: ", "gcsan-linear"), ("Over its start: ", "llmgr-start")):
-        assert before + ", ".join(f"{label} {gaps[model][metric]['relative']:+.1%}" for label, metric in (
-            ("HR@20", "hr_at_20"), ("NDCG@20", "ndcg_at_20"), ("MRR@20", "mrr_at_20"))) in words
-    twins = {"LLMGR": "llmgr", "tuned language model of random weights": "random-weights",
-             "without stage 1": "without-stage-1", "all targets alike (`tune.recency=1`)": "without-recency"}
-    table = rows(text[text.index("**Twins**"):])
-    assert {name for name, *_ in table} == set(twins)
+    said = {}
+    for model, by in record["seeds"]["differences"].items():
+        for metric, gap in by["test_unseen"].items():
+            said |= {f"{model} {metric}": f"{gap['relative']:+.1%}", f"holm {model} {metric}": f"{gap['p_holm']:.2g}"}
+    for words in over:
+        assert re.sub(r"{(.*?)}", lambda found: said[found[1]], words) in " ".join(text.split())
+    table = rows(text[text.index(twins_at):])
+    assert {TWINS[name] for name, *_ in table} == set(record["twins"])
     for name, *cells in table:
-        figures = record["twins"][twins[name]]["figures"]["test_unseen"]
+        figures = record["twins"][TWINS[name]]["figures"]["test_unseen"]
         assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in columns], name
 
 
