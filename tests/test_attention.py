@@ -75,13 +75,19 @@ def test_models_whose_layers_hand_blocks_on_are_told_from_those_that_do_not(dtyp
     from transformers import GPT2Config, GPT2Model, MPNetConfig, MPNetModel, OPTConfig, OPTModel
 
     size = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, use_cache=False)).eval()
-    opt = OPTModel(OPTConfig(**size, word_embed_proj_dim=8, ffn_dim=16, use_cache=False)).eval()
-    mpnet = MPNetModel(MPNetConfig(**size, intermediate_size=16), add_pooling_layer=False).eval()
+    gpt2 = GPT2Model(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, use_cache=False, resid_pdrop=0.0,
+                                embd_pdrop=0.0, attn_pdrop=0.0)).eval()
+    opt = OPTModel(OPTConfig(**size, word_embed_proj_dim=8, ffn_dim=16, use_cache=False, dropout=0.0)).eval()
+    mpnet = MPNetModel(MPNetConfig(**size, intermediate_size=16, hidden_dropout_prob=0.0,
+                                    attention_probs_dropout_prob=0.0), add_pooling_layer=False).eval()
     models = [language_model("llama"), language_model("bert"), gpt2, opt, mpnet]
     for model in models:
         attend_plainly(model.to(dtype))
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.float()  # as when it is loaded
-    assert [attends_apart(model) for model in models] == [True, True, True, True, False]
+    drops = language_model("llama", dropout=0.3).to(dtype)
+    with torch.random.fork_rng():
+        state = torch.get_rng_state()
+        assert [attends_apart(model) for model in (*models, drops)] == [True, True, True, True, False, False]
+        assert torch.equal(torch.get_rng_state(), state) and not drops.training

@@ -24,17 +24,23 @@ def attend_plainly(model: nn.Module) -> None:
 
 @torch.no_grad()
 def attends_apart(model: nn.Module) -> bool:
-    """Whether a model's layers hand `blocks` on to `attention`: of two prompts of a token, neither sees the other."""
+    """Whether a model's layers hand `blocks` on to `attention`: of two prompts of a token, neither sees the other.
+
+    Asked of the model as it trains: with dropout of its own it attends otherwise.
+    """
     tokens = model.get_input_embeddings().weight
     states = torch.arange(3.0 * tokens.shape[1]).sin().view(3, -1).to(tokens.dtype)
     apart = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "blocks": [torch.zeros(2, 1, 1)],
              "position_ids": torch.arange(2)[None]}
+    trains = model.training
     try:
-        with torch.autocast("cpu", tokens.dtype, enabled=tokens.dtype is not torch.float32):
-            one, other = (model(inputs_embeds=states[None, [first, 2]], **apart).last_hidden_state[0, 1]
+        with torch.autocast("cpu", tokens.dtype, enabled=tokens.dtype is not torch.float32), torch.random.fork_rng():
+            one, other = (model.train()(inputs_embeds=states[None, [first, 2]], **apart).last_hidden_state[0, 1]
                           for first in (0, 1))
     except (TypeError, ValueError, RuntimeError):
         return False
+    finally:
+        model.train(trains)
     return torch.equal(one, other)
 
 
