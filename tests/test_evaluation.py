@@ -155,7 +155,7 @@ def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monk
         model = build_recommender(base, ITEMS, load(DEFAULTS).encoder, None, users=known, max_session=5)
         save_recommender(f"models/encoders/{base}", base, model)
         tuned = torch.nn.Module()
-        tuned.encoder, tuned.positions = model.encoder, 99
+        tuned.encoder, tuned.language_model, tuned.positions = model.encoder, torch.nn.Module(), 99
         monkeypatch.setattr(llmgr, "build_llmgr", lambda *_, tuned=tuned: tuned)
         for folder, over in ((f"models/encoders/{base}", evaluation.encoder(base, ITEMS, CPU)),
                              ("models/embeddings", evaluation.llmgr(params, CPU, None))):
