@@ -35,7 +35,9 @@ pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the b
 	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
 
 twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/twins.py
-	for twin in stages/presets/twins/*.txt; do $(BIN)/dvc exp run --queue bucket $$(cat $$twin) $(SET) || exit 1; done
+	for twin in stages/presets/twins/*.txt; do \
+		changed=$$($(BIN)/python stages/twins.py --options $$twin) && \
+		$(BIN)/dvc exp run --queue bucket $$changed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 
 seeds: $(VENV)/.installed  # the same at other seeds, in the background: make seeds SEEDS="1 2"; then python stages/seeds.py

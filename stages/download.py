@@ -28,6 +28,10 @@ def main(params) -> None:
     dataset = amazon.dataset(data.dataset)
     raw, files = Path("data/raw"), {}
     simulated = {}
+    names = [url.rsplit("/", 1)[1] for url in dataset.addresses().values()]
+    if other := sorted(set(data.sha256) - set(names)):
+        stage.say(f"warning: data.sha256 has {', '.join(other)}, which data.dataset={data.dataset} does not fetch; it "
+                  f"fetches {' and '.join(names)}")
     if dataset.name == "sample":
         simulated = sample.generate(data.sample_users, data.sample_items, data.sample_seed)
     with ExitStack() as held:

@@ -1,7 +1,7 @@
 """Reduce the raw files to their k-core and clean the items' texts.
 
 Reads:  data/raw/ (found through data/raw/source.json)
-Writes: data/core/interactions.parquet (user, item, timestamp in seconds, rating, line; by user, time, line),
+Writes: data/core/interactions.parquet (user, item, timestamp as the release has it, rating, line; by user, time, line),
         data/core/items.parquet (item_id from 1 in the order of the item strings, item, title, brand, category,
         description, text, count); reports/metrics/filter.json
 Params: filter

@@ -12,7 +12,8 @@ from llmgr.stage import run
 READS = ()
 
 
-def main(params) -> None:
+def main(params, options=None) -> None:
+    import json
     from pathlib import Path
 
     import yaml
@@ -22,6 +23,10 @@ def main(params) -> None:
     from llmgr.stage import say
 
     content = yaml.safe_load(Path("params.yaml").read_text())
+    if options:
+        for key, value in twins.options(Path(options), content).items():
+            print("-S", f"{key}={json.dumps(value, separators=(',', ':')) if type(value) is not str else value}")
+        return
     asked = twins.possible(content)
     found = twins.collected(search.shown(), content, asked, search.lock_of)
     write_json("reports/twins.json", found)
@@ -36,4 +41,5 @@ def main(params) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, READS)
+    run(main, __doc__, READS, optional={"options": "a file of stages/presets/twins/: print what it changes here, for "
+                                                   "`dvc exp run`, and do nothing else"})

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from llmgr import amazon
@@ -71,7 +72,8 @@ def test_three_formats_give_the_same_interactions(tmp_path):
     files = ((old, "2014"), (old, "2018"), (new, "2023"))
     tables = [amazon.read_reviews(path, release, 0)[0] for path, release in files]
     assert list(tables[0].iter_rows()) == [(*row, line) for line, row in enumerate(rows)]
-    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+    assert tables[0].equals(tables[1])
+    assert tables[2].equals(tables[0].with_columns(pl.col("timestamp") * 1000 + 999)), "milliseconds stay"
 
 
 def test_ratings_are_optional(tmp_path):
@@ -135,6 +137,18 @@ def test_three_formats_give_the_same_metadata(tmp_path, release, line):
     expected = PEN | {"description": ["Blue.\nFine."]} if release == "2014" else PEN
     assert found == {"B1": expected}
     assert counts["lines"] == 1 and counts["malformed"] == 0
+
+
+@pytest.mark.parametrize(("item", "line"), [
+    ("caf\u00e9", json.dumps({"asin": "caf\u00e9", "title": "Pen"})),
+    ('6" ruler', json.dumps({"asin": '6" ruler', "title": "Pen"})),
+    ("Juniper's", json.dumps({"asin": "Juniper's", "title": "Pen"})),
+    ("Juniper's", """{'asin': "Juniper's", 'title': 'Pen'}"""),
+    ("B1", '{ "title": "Pen", "asin": "B1", "price": null }'),
+])
+def test_ids_and_spaces_of_any_kind_are_read(tmp_path, item, line):
+    found, counts = amazon.read_metadata(written(tmp_path / "m.json.gz", line), "2014", {item}, 0)
+    assert found[item]["title"] == "Pen" and counts["malformed"] == 0
 
 
 def test_metadata_oddities_are_tolerated_and_counted(tmp_path):

@@ -51,6 +51,16 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
+def test_what_a_dead_process_left_is_swept_and_no_other(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = [f".state.pt.{writer}.tmp" for writer in (gone.pid, os.getpid(), os.getppid())]
+    for name in (*names, ".state.pt.tmp", "state.pt"):
+        (tmp_path / name).touch()
+    artifacts.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[2], "state.pt"]
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "models" / "x"
     with artifacts.replacing_folder(folder) as temporary:

@@ -96,6 +96,16 @@ def test_a_damaged_folder_is_one_sentence(folder, damage):
     assert f"{folder} cannot be loaded (" in refused(lambda: load_language_model(folder))
 
 
+def test_a_model_whose_sizes_lie_deeper_is_refused(tmp_path):
+    from transformers import Gemma3Config, Gemma3Model
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Gemma3Model(Gemma3Config(text_config=sizes | {"vocab_size": 62, "num_key_value_heads": 1, "head_dim": 8},
+                             vision_config=sizes | {"image_size": 28, "patch_size": 14})).save_pretrained(tmp_path)
+    assert "has no hidden_size, num_hidden_layers, vocab_size, max_position_embeddings; choose another llm.name" in (
+        refused(lambda: load_language_model(tmp_path)))
+
+
 def test_weights_that_no_file_holds_are_not_drawn(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["layers.1.mlp.up_proj.weight"]

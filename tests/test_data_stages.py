@@ -180,6 +180,8 @@ def test_wrong_checksum(tmp_path):
     refused(run(tmp_path, "download", data=OFFICE | {"sha256": {name: "0" * 64}}), name, "SHA-256")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert run(tmp_path, "download", data=OFFICE | {"sha256": {name: digest}}).returncode == 0
+    said = run(tmp_path, "download", data=OFFICE | {"sha256": {"meta_Ofice.json.gz": digest}}).stderr
+    assert "warning: data.sha256 has meta_Ofice.json.gz, which data.dataset=office does not fetch" in said
 
 
 def test_html_page_in_place_of_data(tmp_path):

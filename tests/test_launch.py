@@ -19,6 +19,7 @@ from machine import DEFAULTS
 
 from llmgr import launch, params
 from llmgr.errors import UserError
+from llmgr.stage import PARENT, WORKERS
 from llmgr.training import fit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,6 +306,21 @@ def test_workers_leave_with_the_process_that_started_them(tmp_path: Path) -> Non
     while any(Path(f"/proc/{path.stem}").exists() for path in tmp_path.glob("*.pid")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_workers_whose_parent_left_before_they_joined_leave_too(tmp_path: Path) -> None:
+    command = probe(tmp_path, """
+        import os, time
+        from pathlib import Path
+        Path(f"{os.getpid()}.pid").touch()
+        time.sleep(300)
+        """)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    workers = [subprocess.Popen(command, cwd=tmp_path, env=environment() | {
+        WORKERS: str(tmp_path), PARENT: str(gone.pid), "WORLD_SIZE": "2", "RANK": str(n), "LOCAL_RANK": str(n),
+        "LOCAL_WORLD_SIZE": "2"}) for n in range(2)]
+    assert [worker.wait(100) for worker in workers] == [1, 1]
 
 
 @pytest.mark.parametrize(("settings", "gpus", "words"), [

@@ -59,6 +59,7 @@ def test_every_committed_key_arrives_with_its_value():
     ({"tune__text_smoothing": 0.1, "tune__mask_seen": True}, ("tune.text_smoothing", "tune.mask_seen")),
     ({"tune__text_smoothing": 1.5}, ("tune.text_smoothing",)),
     ({"tune__recency": 1.5}, ("tune.recency",)),
+    ({"slit__ridge": 1e-3}, ("slit.ridge=0.001", "at least 0.01")),
     ({"tune__item_noise": -1}, ("tune.item_noise",)),
     ({"tune__epoch": 3}, ("tune.epoch", "nearest known one is tune.epochs")),
     ({"encoder__training__learning_rate": 1}, ("encoder.training.learning_rate", "encoder.training.")),

@@ -167,7 +167,7 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("tune.lr", 5e-4, {"tune", *LAST}),
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
-    ("model.base", "gcsan-text", {"export", "folds", *TUNING}),
+    ("model.base", "gcsan-text", {"check", "export", "folds", *TUNING}),
     ("tune.folds", 3, {"folds", "tune", *LAST}),
     ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),

@@ -121,6 +121,9 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
     assert roles == ["ignored", "ignored", "searched", "searched"]
     assert [search.stage_of(model) for model in ("narm", "narm-text", "narm-linear", "llmgr")] == [
         "pretrain@narm", "control@narm-text", "linear@narm", "tune"]
+    roles = [search.role(key, "llmgr") for key in ("tune.valid_sessions", "align.checkpoint_seconds",
+                                                   "tune.gradient_checkpointing", "tune.lr")]
+    assert roles == ["fixed", "ignored", "ignored", "searched"]
     assert search.role("encoder.narm.lr", "narm-text") == "ignored", "a control learns at encoder.text_lr"
     assert search.role("llm.name", "narm-text") == search.role("encoder.dim", "llmgr", ["narm"]) == "fixed"
     assert [search.role(key, "llmgr", ["narm-text"]) for key in (

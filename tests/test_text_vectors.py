@@ -6,6 +6,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -77,7 +79,20 @@ def test_texts_longer_than_the_model_are_refused():
         with pytest.raises(UserError, match=rf"llm.max_text_tokens={positions + 1} .* {positions} positions"):
             encode_texts(model(kind), read, ["w1"], positions + 1)
         assert encode_texts(model(kind), read, long, positions).isfinite().all()
-        assert position_offset(model(kind).config) == 80 - positions
+        assert position_offset(model(kind)) == 80 - positions
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "data2vec-text",
+                                  "bert", "gpt2"])
+def test_positions_given_are_the_models_own(kind):
+    settings = AutoConfig.for_model(kind, vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                    num_attention_heads=2, max_position_embeddings=80, pad_token_id=1)
+    torch.manual_seed(0)
+    network = AutoModel.from_config(settings).eval()
+    ids = torch.randint(5, 60, (2, 9))
+    position = torch.arange(9).expand(2, 9) + position_offset(network)
+    given = network(inputs_embeds=network.get_input_embeddings()(ids), position_ids=position).last_hidden_state
+    torch.testing.assert_close(given, network(input_ids=ids).last_hidden_state)
 
 
 def test_components_are_those_of_a_singular_value_decomposition():

@@ -101,12 +101,24 @@ def test_figures_that_an_experiment_did_not_make_are_left_out():
             "abc": lock(BASE), "e": lock(second)}.get)) == ["7", "2026"]
 
 
-def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys):
+def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys, tmp_path: Path):
+    for name, line in (("other-base", "model.base=sasrec-text"), ("random-weights", "model.weights=random")):
+        (tmp_path / f"{name}.txt").write_text(f"-S {line}\n")
     content = changed(BASE, {"encoder.controls": [], "model.base": "gcsan", "gate.fuse": {}})
-    asked = twins.possible(content)
-    assert "shuffled-texts" not in asked and "random-weights" in asked
+    asked = twins.possible(content, tmp_path)
+    assert "other-base" not in asked and "random-weights" in asked
     assert list(twins.collected([state("abc", content, 0.3)], content, asked, {"abc": lock(content)}.get)) == ["llmgr"]
-    assert "shuffled-texts is no twin of these parameters: " in capsys.readouterr().err
+    assert "other-base is no twin of these parameters: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("base", "shuffled"), [("gcsan-text", "gcsan-shuffled"), ("sasrec-text", "sasrec-shuffled"),
+                                                ("gcsan", "gcsan"), ("gcsan-shuffled", "gcsan-shuffled")])
+def test_shuffled_texts_change_the_base_in_its_texts_alone(base: str, shuffled: str):
+    content = changed(BASE, {"encoder.names": ["gcsan", "sasrec"], "encoder.controls": ["gcsan", "sasrec"],
+                             "model.base": base})
+    twin = twins.possible(content)["shuffled-texts"]
+    other = {key: value for key, value in twin.decisive.items() if value != twins.decisive(content)[key]}
+    assert other == {"model.texts": "shuffled"} | ({"model.base": shuffled} if shuffled != base else {})
 
 
 def test_every_preset_changes_parameters_that_exist():

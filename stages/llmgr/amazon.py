@@ -6,6 +6,7 @@ Files are streamed line by line; a malformed line is counted by reason and skipp
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import gzip
 import io
@@ -28,7 +29,7 @@ MAX_LITERAL = 1_000_000
 """Bytes of a Python literal that is still parsed."""
 BATCH = 200_000
 """Reviews held as Python objects before they become a table."""
-ITEM_ID = re.compile(rb"""asin["']\s*:\s*["']([^"']+)["']""")
+ITEM_ID = re.compile(rb"""asin["']\s*:\s*(?:"([^"]+)"|'([^']+)')""")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ class Release:
     user: str
     item: str
     time: str
-    ticks: int
-    """Units of `time` a second."""
     rating: str
     brand: str
     categories: str
@@ -54,12 +53,12 @@ SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/main/raw/"
 RELEASES = {
-    "2014": Release(SNAP + "reviews_{}_5.json.gz", SNAP + "meta_{}.json.gz", "reviewerID", "asin", "unixReviewTime", 1,
+    "2014": Release(SNAP + "reviews_{}_5.json.gz", SNAP + "meta_{}.json.gz", "reviewerID", "asin", "unixReviewTime",
                     "overall", "brand", "categories", ("description",)),
     "2018": Release(UCSD + "categoryFilesSmall/{}_5.json.gz", UCSD + "metaFiles2/meta_{}.json.gz", "reviewerID", "asin",
-                    "unixReviewTime", 1, "overall", "brand", "category", ("description", "feature")),
+                    "unixReviewTime", "overall", "brand", "category", ("description", "feature")),
     "2023": Release(HUB + "review_categories/{}.jsonl", HUB + "meta_categories/meta_{}.jsonl", "user_id", "parent_asin",
-                    "timestamp", 1000, "rating", "store", "categories", ("description", "features")),
+                    "timestamp", "rating", "store", "categories", ("description", "features")),
 }
 
 
@@ -131,9 +130,10 @@ def lines(path: Path) -> Iterator[bytes | None]:
 
 
 def read_reviews(path: Path, release: str, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Interactions of a reviews file: user, item, timestamp (i64 seconds), rating (f32 or null), line (i64, 0-based).
+    """Interactions of a reviews file: user, item, timestamp (i64), rating (f32 or null), line (i64, 0-based).
 
-    Also the counts: lines, malformed by reason. UserError if more than `max_bad_share` of the lines are malformed.
+    Times are as the release has them, seconds or (2023) milliseconds: two clicks of one second keep their order. Also
+    the counts: lines, malformed by reason. UserError if more than `max_bad_share` of the lines are malformed.
     """
     import orjson
     import polars as pl
@@ -165,7 +165,7 @@ def read_reviews(path: Path, release: str, max_bad_share: float) -> tuple[pl.Dat
             bad[_fault(form.time, time)] += 1
         else:
             rating = record.get(form.rating)
-            rows.append((user, item, time // form.ticks, rating if type(rating) in (int, float) else None, number))
+            rows.append((user, item, time, rating if type(rating) in (int, float) else None, number))
             if len(rows) == BATCH:
                 frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
                 rows.clear()
@@ -181,8 +181,6 @@ def read_metadata(
     A field that is missing or no text is empty. Lines of other items are recognised by their id and not parsed; the
     first line of an item counts. Also the counts: lines, malformed by reason, repeated, titles missing or no text.
     """
-    import orjson
-
     form = RELEASES[release]
     names = {name.encode() for name in wanted}
     found: dict[str, dict[str, Any]] = {}
@@ -192,14 +190,14 @@ def read_metadata(
         if line is not None and line.isspace():
             continue
         total += 1
-        ids = ITEM_ID.findall(line) if line is not None else []
+        ids = [double or single for double, single in ITEM_ID.findall(line)] if line is not None else []
         if not ids:
             bad["too long" if line is None else f"{form.item} missing or no text"] += 1
             continue
-        if names.isdisjoint(ids):
+        if names.isdisjoint(ids) and not any(b"\\" in found for found in ids):  # an id may be escaped
             continue
         try:
-            record = orjson.loads(line) if line.startswith(b'{"') else _literal(line)
+            record = _record(line)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             bad["neither JSON nor a Python literal"] += 1
             continue
@@ -221,8 +219,12 @@ def read_metadata(
     return found, counts | {"repeated": repeated, "titles_missing_or_no_text": untitled}
 
 
-def _literal(line: bytes) -> Any:
-    """A line of the 2014 metadata: a Python literal, never evaluated as code."""
+def _record(line: bytes) -> Any:
+    """A line as JSON or, as the 2014 metadata has them, a Python literal, which is never evaluated as code."""
+    import orjson
+
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return orjson.loads(line)
     if len(line) > MAX_LITERAL:
         raise ValueError("too long")
     return ast.literal_eval(line.decode().strip())

@@ -32,6 +32,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what `replacing` left in `folder` in a process that is no more; another run may be writing there."""
+    for leftover in folder.glob(".*.tmp"):
+        writer = leftover.name.split(".")[-2]
+        if writer == str(os.getpid()) or not (writer.isdigit() and _runs(int(writer))):
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, whole, when the block succeeds."""

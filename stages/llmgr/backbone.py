@@ -22,6 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "vocab.json", "merges.txt", "added_tokens.json")
 ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin",
                     "out_lin", "c_attn", "query_key_value", "Wqkv", "q", "k", "v")
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")  # what is read of a configuration
 SCRATCH_TOKENS = 128  # of each text that a scratch model is trained on
 
 
@@ -121,6 +122,10 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
         raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{folder} is an encoder with a decoder: choose a language model that is one of the two")
+    missing = [name for name in SIZES if not isinstance(getattr(model.config, name, None), int)]
+    if missing:
+        raise UserError(f"{folder} is no plain text model: its config.json itself has no {', '.join(missing)}; choose "
+                        "another llm.name")
     attend_plainly(model)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None

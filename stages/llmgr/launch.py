@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from llmgr.errors import UserError, WorkersFailed
-from llmgr.stage import WORKERS, say
+from llmgr.stage import PARENT, WORKERS, say
 
 Optimizer = torch.optim.Optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,14 +85,14 @@ def _join(chosen: torch.device) -> None:
     if folder := os.environ.get(WORKERS):
         method = {"init_method": f"file://{folder}/store", "rank": int(os.environ["RANK"]),
                   "world_size": int(os.environ["WORLD_SIZE"])}
-        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_leave_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     distributed.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl", **method)
 
 
 def _leave_with(parent: int) -> None:
-    """End this process when the one that started it has gone, however it went."""
+    """End this process when the one that started it has gone, however it went and were it before this was asked."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -105,8 +105,8 @@ def _supervise(count: int) -> None:
     """
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cpus() // count)))
     with tempfile.TemporaryDirectory() as folder:
-        shared = {**os.environ, WORKERS: folder, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-                  "OMP_NUM_THREADS": threads,
+        shared = {**os.environ, WORKERS: folder, PARENT: str(os.getpid()), "WORLD_SIZE": str(count),
+                  "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": threads,
                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         workers = [subprocess.Popen([sys.executable, *sys.argv],
                                     env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)]

@@ -131,8 +131,8 @@ class Llmgr(nn.Module):
         self.apart = False  # prompts stand in one row and attend in blocks; see `prepare`
         on_cpu = language_model.get_input_embeddings().weight.device.type == "cpu"
         self.can_be_apart = on_cpu and attends_apart(language_model)
-        self.positions = config.max_position_embeddings - position_offset(config)
-        self.offset = position_offset(config)
+        self.offset = position_offset(language_model)
+        self.positions = config.max_position_embeddings - self.offset
         self.register_buffer("vectors", vectors_VD, persistent=False)
         self.register_buffer("deviation_V", None, persistent=False)
         self.encoder = encoder.requires_grad_(False)

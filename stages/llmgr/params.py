@@ -621,14 +621,15 @@ class Slit:
     """The linear item-item model, wherever it stands: the floors, and under the logits of LLMGR and of a control."""
 
     ridge: float
-    """Weight of the ridge, in clicks; the larger, the less is learned of rare transitions."""
+    """Weight of the ridge, in clicks, at least 0.01, below which single precision solves it wrongly; the larger, the
+    less is learned of rare transitions."""
     decay: float
     """An item's weight falls by this factor a step back in the session; 0: the last alone."""
     text: float
     """All but the floor `slit`: what the ridge shrinks a weight to, as a share of the likeness of two items' texts."""
 
     def check(self) -> None:
-        positive(self, "slit", "ridge")
+        at_least(self, "slit", "ridge", 0.01)
         at_least(self, "slit", "text", 0)
         share(self, "slit", "decay")
 

@@ -181,6 +181,11 @@ def search(found: Sequence[Trial], model: str) -> Search:
     return Search(searched, list(best.values()))
 
 
+def is_means(key: str) -> bool:
+    """Whether a parameter says how something is done or fetched, and not what."""
+    return key.startswith(MEANS) or key.endswith((".checkpoint_seconds", ".gradient_checkpointing"))
+
+
 def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
     """`searched` for the model's own parameters, `fixed` for what makes figures comparable, else `ignored`.
 
@@ -188,12 +193,13 @@ def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
     """
     section, *rest = key.split(".")
     base, _, text = model.partition("-")
-    if section in LATER or key in LISTS or key.startswith(MEANS):
+    if section in LATER or key in LISTS or is_means(key):
         return "ignored"
     if model == TUNED and section == "encoder":
         return "fixed" if any(role(key, base) == "searched" for base in bases) else "ignored"
     if model == TUNED:
-        return "searched" if section in ("model", "align", "tune", "slit") else "fixed"
+        own = section in ("model", "align", "tune", "slit") and key != "tune.valid_sessions"  # which it is judged by
+        return "searched" if own else "fixed"
     if section == "slit":
         return "searched" if text == "linear" else "ignored"
     if key in (("encoder.text_dim", "encoder.text_lr") if not text else (f"encoder.{base}.lr",)):

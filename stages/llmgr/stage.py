@@ -14,6 +14,7 @@ from llmgr.errors import UserError, WorkersFailed
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_DISK_WORDS = (*map(os.strerror, FULL_DISK), "database or disk is full")  # the last is SQLite's
 WORKERS = "LLMGR_WORKERS"  # environment: the folder where workers of llmgr.launch meet and leave what they died of
+PARENT = "LLMGR_PARENT"  # environment: the process that started them and ends them
 
 
 def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None, *,

@@ -12,12 +12,15 @@ from llmgr.artifacts import read_table
 from llmgr.errors import UserError
 
 BATCH_TEXTS = 512
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their position ids start after the padding id
 
 
-def position_offset(config: Any) -> int:
-    """What a language model calls the first position."""
-    return config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
+def position_offset(model: nn.Module) -> int:
+    """What a language model calls the first position: in RoBERTa's family the one after the padding's id."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.padding_idx + 1
+    return 0
 
 
 @torch.no_grad()
@@ -28,7 +31,7 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
     Texts go through in batches of like length, at most `batch_tokens` tokens with padding. UserError where `max_tokens`
     passes the model's positions.
     """
-    positions = model.config.max_position_embeddings - position_offset(model.config)
+    positions = model.config.max_position_embeddings - position_offset(model)
     if max_tokens > positions:
         raise UserError(f"llm.max_text_tokens={max_tokens} exceeds the backbone's {positions} positions: lower it")
     ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]

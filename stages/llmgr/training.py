@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmgr.artifacts import write_bytes, write_json, write_text
+from llmgr.artifacts import sweep, write_bytes, write_json, write_text
 from llmgr.errors import UserError
 from llmgr.launch import added, from_first, gathered, partners, rank, size
 from llmgr.params import rate_key
@@ -330,8 +330,7 @@ def _save(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor],
 
 def _load(path: Path) -> dict[str, Any] | None:
     """A checkpoint, if there is one; a damaged one is removed."""
-    for leftover in path.parent.glob(".*.tmp"):
-        leftover.unlink()
+    sweep(path.parent)
     if not path.exists():
         return None
     content = io.BytesIO(path.read_bytes())  # read by Python, so that no failure of the disk counts as damage

@@ -10,7 +10,7 @@ import yaml
 from llmgr.buckets import COMPARED
 from llmgr.errors import UserError
 from llmgr.params import Params, build, changed, flat
-from llmgr.search import LATER, LISTS, MEANS, TUNED, digests, finished, trained
+from llmgr.search import LATER, LISTS, TUNED, digests, finished, is_means, trained
 from llmgr.seeds import Figures
 from llmgr.stage import say
 
@@ -29,10 +29,24 @@ def changes(path: Path) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
+def options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What the preset changes in the experiment `content`.
+
+    Texts that are dealt to other items are so in the base as well, by its own shuffled control; a base that reads none
+    stays.
+    """
+    values, (base, _, text) = changes(path), content["model"]["base"].partition("-")
+    if not values.get("model.base", "").endswith("-shuffled"):
+        return values
+    if text == "text":
+        return values | {"model.base": f"{base}-shuffled"}
+    return {key: value for key, value in values.items() if key not in ("model.base", "encoder.control_texts")}
+
+
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that decide LLMGR's figures, by dotted key."""
     return {key: value for key, value in flat(build(Params, dict(content), "")).items()
-            if key in COUNTED or (key.split(".")[0] not in LATER and not key.startswith(MEANS))}
+            if key in COUNTED or (key.split(".")[0] not in LATER and not is_means(key))}
 
 
 class Twin(NamedTuple):
@@ -49,7 +63,7 @@ def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, T
     """
     found = {TUNED: Twin({}, decisive(content))}
     for path in sorted(presets.glob("*.txt")):
-        values = changes(path)
+        values = options(path, content)
         try:
             twin = Twin(values, decisive(changed(content, values)))
         except UserError as error:
