@@ -159,6 +159,24 @@ def test_seeds_and_twins_out_of_fold_hold_the_recorded_figures(folder, seeds_at,
         assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in columns], name
 
 
+def test_the_twins_of_another_seed_hold_the_recorded_figures() -> None:
+    record = recorded("beauty-seed1")
+    table = rows(RESULTS[RESULTS.index("(results/beauty-seed1/results.md)"):])
+    assert {TWINS[name] for name, *_ in table} == set(record["twins"])
+    for name, *cells in table:
+        figures = record["twins"][TWINS[name]]["figures"]["test_unseen"]
+        assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
+            ("all", "hr_at_20"), ("all", "ndcg_at_20"), ("all", "mrr_at_20"), ("cold", "hr_at_20"),
+            ("warm", "hr_at_20"))], name
+    metrics = ("hr_at_20", "ndcg_at_20", "mrr_at_20")
+    start = record["buckets"]["llmgr-start"]["test_unseen"]["all"]
+    gaps = record["differences"]["llmgr-start"]["test_unseen"]["all"]
+    assert "The start has {} / {} / {} there; LLMGR is {}, {} and {} above it (Holm p 0.0072 each)".format(
+        *(f"{start[name]:.4f}" for name in metrics), *(f"{gaps[name]['relative']:.1%}" for name in metrics)
+    ) in " ".join(RESULTS.split())
+    assert max(gaps[name]["p_holm"] for name in metrics) < 0.0073
+
+
 def test_the_twins_hold_the_recorded_figures() -> None:
     twins = recorded("office-twins")["twins"]
     names = {"LLMGR": "llmgr", "tuned language model of random weights": "random-weights",
