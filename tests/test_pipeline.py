@@ -167,7 +167,7 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("tune.lr", 5e-4, {"tune", *LAST}),
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
-    ("model.base", "gcsan-text", {"check", "export", "folds", *TUNING}),
+    ("model.base", "gcsan-text", {"check", *LEARNING}),  # as --force-downstream has it; see the next test
     ("tune.folds", 3, {"folds", "tune", *LAST}),
     ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),
@@ -183,6 +183,18 @@ def test_a_parameter_reruns_what_it_touches(planned: Path, key: str, value: Any,
     said = run(planned, "dvc", "repro", "--dry", "--force-downstream", status=None)
     (planned / "params.yaml").write_text(before)
     assert set(RAN.findall(said)) == expected, said
+
+
+def test_another_base_is_checked_and_no_encoder_trained_anew(planned: Path) -> None:
+    before = (planned / "params.yaml").read_text()
+    change(planned, model__base="gcsan-text")
+    ran = set(RAN.findall(run(planned, "dvc", "repro", "--dry", status=None)))
+    change(planned, model__base="gcsn")
+    said = run(planned, "dvc", "repro", status=255)
+    (planned / "params.yaml").write_text(before)
+    run(planned, "dvc", "checkout", "data/checked")
+    assert {"check", "export"} <= ran and not ran & {"pretrain@gcsan", *CONTROLS}
+    assert "error: model.base=gcsn is not trained: choose one of" in said and "Errno" not in said
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -134,7 +134,9 @@ def test_killed_without_warning_it_goes_on(tmp_path):
         fit(job, settings(checkpoint_seconds=0), seed=7, resume=Path("a"), name="tune")
         """)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT / 'tests'}"})
     assert killed.returncode == -signal.SIGKILL
-    (tmp_path / "a" / ".state.pt.1.tmp").write_bytes(b"half a checkpoint")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "a" / f".state.pt.{gone.pid}.tmp").write_bytes(b"half a checkpoint")
     resumed, whole = Toy(), Toy()
     expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path / "b", name="tune"))
     assert outcome(resumed, fit(resumed, settings(), seed=7, resume=tmp_path / "a", name="tune")) == expected
