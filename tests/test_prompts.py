@@ -19,6 +19,7 @@ from llmgr.prompts import (
     BehaviourPrompts,
     PromptBatch,
     first_fit,
+    rounded,
     row_width,
 )
 
@@ -217,6 +218,28 @@ def test_prompts_end_to_end_have_the_states_they_had_alone(kind, titles):
 
 
 @pytest.mark.parametrize("titles", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_prompts_in_line_have_the_states_they_had_alone(kind, titles):
+    model, build, sessions = llmgr(kind, attention="causal"), behaviour("short", titles, kind=kind), prefixes()
+    session_RD = model.sessions(sessions.graphs(torch.arange(len(sessions))))
+    prompts = build(whole(sessions, LISTS), torch.ones(len(LISTS), dtype=torch.long))
+    line, sizes = prompts.in_line(), prompts.real_BL.sum(1)
+    assert line.tokens == prompts.tokens < line.real_BL.shape[1] <= max(32, 1.125 * (prompts.tokens + 1))
+    assert line.there_NW.shape == (rounded(len(LISTS) + 1, 8), max(16, rounded(int(sizes.max()), 2)))
+    assert torch.equal(line.real_BL[0, line.there_NW].sum(1)[:len(LISTS)], sizes)
+    assert torch.equal(line.there_NW.flatten()[line.back_T[:line.tokens]], torch.arange(line.tokens))
+    assert not line.real_BL[0, line.there_NW.flatten()[line.back_T[line.tokens:]]].any()
+    assert line.apiece(True).seen_N1WW.any(-1).all()
+    torch.testing.assert_close(model.hidden(line, session_RD), model.hidden(prompts, session_RD), atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_that_are_rounded_up_are_few():
+    assert [rounded(n, 8) for n in (1, 2, 7, 8, 9, 16, 17, 33, 1180, 2048)] == [1, 2, 7, 8, 9, 16, 18, 36, 1280, 2048]
+    assert [rounded(n, 2) for n in (16, 17, 24, 25, 33, 65, 97)] == [16, 24, 24, 32, 48, 96, 128]
+
+
+@pytest.mark.parametrize("titles", [False, True])
 @torch.no_grad()
 def test_prompts_of_a_bidirectional_model_are_packed_where_it_reads_the_last_token(titles):
     model, build, sessions = llmgr("bert", readout="last"), behaviour("paper", titles, True, "bert"), prefixes()
@@ -227,6 +250,7 @@ def test_prompts_of_a_bidirectional_model_are_packed_where_it_reads_the_last_tok
     alone = model.hidden(prompts, session_RD)
     torch.testing.assert_close(model.hidden(packed, session_RD), alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.hidden(prompts.end_to_end(False), session_RD), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden(prompts.in_line(), session_RD), alone, atol=1e-5, rtol=1e-5)
     assert not llmgr("bert").packs and not llmgr("bert", readout="mean").packs
 
 

@@ -462,11 +462,35 @@ def test_where_prompts_are_packed_a_step_is_read_in_whole_micro_batches():
     assert [[len(m) for m in s] for s in steps] == [[4, 1]]
 
 
+class Again:
+    """A recorder without a GPU: its replay calls the function again and puts what it returns where it once was."""
+
+    replays = 0
+
+    def warm(self, function):
+        function()
+
+    def record(self, function):
+        found = function()
+        kept = [t for t in (found if isinstance(found, tuple) else [found]) if t is not None]
+
+        def replay() -> None:
+            self.replays += 1
+            with torch.enable_grad():
+                anew = function()
+            for old, new in zip(kept, anew if isinstance(anew, tuple) else [anew]):
+                old.data.copy_(new)
+
+        for tensor in kept:
+            tensor.data.fill_(torch.nan)  # recording computes nothing
+        return found, replay
+
+
 @pytest.mark.parametrize("make", [align, behave])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_a_step_is_the_same_padded_in_rows_and_in_blocks(kind, make):
+def test_a_step_is_the_same_padded_in_rows_in_blocks_and_replayed(kind, make):
     found, launch = [], types.SimpleNamespace(compile=False, strategy="ddp")
-    for form in ("padded", "rows", "blocks", "recomputed"):
+    for form in ("padded", "rows", "blocks", "recomputed", "line", "replayed"):
         model = llmgr(kind, attention="causal")
         model.unfreeze_encoder("all")
         model.packs = form != "padded"
@@ -474,15 +498,50 @@ def test_a_step_is_the_same_padded_in_rows_and_in_blocks(kind, make):
             asked = types.SimpleNamespace(gradient_checkpointing=form == "recomputed")
             model.prepare(asked, launch, torch.device("cpu"))
             model.language_model.train()
+        elif form in ("line", "replayed"):
+            recorder = Again() if form == "replayed" else None
+            model.prepare(types.SimpleNamespace(gradient_checkpointing=False), launch, torch.device("cuda"), recorder)
+            model.language_model.train()
+            if form == "line":
+                model.replayed = model.states
         assert model.apart == (form in ("blocks", "recomputed"))
         job = make(model)
         job.steps(0, torch.Generator().manual_seed(0))
-        loss = job.loss(torch.arange(1, 5))
         trained = [p for p in model.parameters() if p.requires_grad]
-        found.append((loss.tokens, loss.total, *torch.autograd.grad(loss.total, trained, allow_unused=True)))
+        for micro in (torch.arange(1, 4), torch.arange(1, 5), torch.tensor([4, 2])):  # the last two add up
+            if len(micro) > 2:
+                model.zero_grad()
+            loss = job.loss(micro)
+            loss.total.backward()
+        if form == "replayed":
+            assert 1 < len(model.replayed.passes) <= 3 and recorder.replays == 6
+        found.append((loss.tokens, loss.total, *(p.grad for p in trained)))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [align, behave])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_gpu_learns_what_a_cpu_learns(kind, make, tmp_path):
+    ends = []
+    for place in map(torch.device, ("cpu", "cuda")):
+        torch.manual_seed(4)
+        model = llmgr(kind, attention="causal")
+        model.unfreeze_encoder("all")
+        asked = settings(epochs=3, batch_size=2, gradient_checkpointing=False)
+        model.prepare(asked, types.SimpleNamespace(compile=False, strategy="ddp"), place)
+        given = {"train": prefixes().to(place)} if make is behave else {}
+        job = make(model.to(place), **given, epochs=3, batch_size=2)
+        progress = fit(job, asked, seed=3, resume=tmp_path / place.type, name="tune")
+        assert (model.replayed is not None and len(model.replayed.passes) > 1) == (place.type == "cuda")
+        ends.append(([row["loss"] for row in progress.step_rows],
+                     [p.detach().cpu() for p in model.parameters() if p.requires_grad]))
+    (one, of_cpu), (other, of_gpu) = ends
+    assert one == pytest.approx(other, abs=5e-3)
+    for a, b in zip(of_cpu, of_gpu, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

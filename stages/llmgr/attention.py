@@ -1,9 +1,9 @@
-"""The language model's attention where a CPU trains: plain products, and of prompts end to end each with itself."""
+"""The language model's attention: plain products where a CPU trains, and of prompts end to end each with itself."""
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,19 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 NAME = "llmgr"
+
+
+class Apiece(NamedTuple):
+    """How N prompts that stand end to end in T places attend on a GPU: moved to rows of W, each by itself.
+
+    there_NW: the place that an entry of a row is read from (one without a token where none is). back_T: the entry of
+    all rows that a place is read from (one without a token where none is). seen_N1WW: the keys (last axis) that a query
+    sees, at least one.
+    """
+
+    there_NW: Tensor
+    back_T: Tensor
+    seen_N1WW: Tensor
 
 
 def attend_plainly(model: nn.Module) -> None:
@@ -29,12 +42,16 @@ def attends_apart(model: nn.Module) -> bool:
     Asked of the model as it trains: with dropout of its own it attends otherwise.
     """
     tokens = model.get_input_embeddings().weight
-    states = torch.arange(3.0 * tokens.shape[1]).sin().view(3, -1).to(tokens.dtype)
-    apart = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "blocks": [torch.zeros(2, 1, 1)],
-             "position_ids": torch.arange(2)[None]}
+    place = tokens.device
+    states = torch.arange(3.0 * tokens.shape[1], device=place).sin().view(3, -1).to(tokens.dtype)
+    two = torch.arange(2, device=place)
+    blocks = [torch.zeros(2, 1, 1)] if place.type == "cpu" else Apiece(two[:, None], two, two.view(2, 1, 1, 1) >= 0)
+    apart = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=place), "blocks": blocks,
+             "position_ids": two[None]}
     trains = model.training
     try:
-        with torch.autocast("cpu", tokens.dtype, enabled=tokens.dtype is not torch.float32), torch.random.fork_rng():
+        with torch.autocast(place.type, tokens.dtype, enabled=tokens.dtype is not torch.float32
+                            ), torch.random.fork_rng():
             one, other = (model.train()(inputs_embeds=states[None, [first, 2]], **apart).last_hidden_state[0, 1]
                           for first in (0, 1))
     except (TypeError, ValueError, RuntimeError):
@@ -45,17 +62,19 @@ def attends_apart(model: nn.Module) -> bool:
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              dropout: float = 0.0, scaling: float | None = None, blocks: Sequence[Tensor] | None = None, **others: Any
-              ) -> tuple[Tensor, None]:
+              dropout: float = 0.0, scaling: float | None = None, blocks: Sequence[Tensor] | Apiece | None = None,
+              **others: Any) -> tuple[Tensor, None]:
     """Attention [B, L, heads, D] of queries, keys and values [B, heads, L, D], as transformers' layers call it.
 
     torch's own, but where a CPU goes backward through a mask: there its fused form takes three times as long as plain
     products, and its plain form scales queries and keys apart and looks for rows that see nothing. With `blocks`
-    (B = 1) prompts attend to themselves, as `Apart` says, and `attention_mask` says nothing.
+    (B = 1) prompts attend to themselves, as `Apart` or `Apiece` says, and `attention_mask` says nothing.
     """
     if blocks is not None:
         if dropout or others.get("position_bias") is not None:
             raise ValueError("attention in blocks has neither dropout nor a bias of positions")
+        if isinstance(blocks, Apiece):
+            return _apiece(module, query, key, value, blocks, scaling), None
         groups = getattr(module, "num_key_value_groups", 1)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return Apart.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scaling, blocks), None
@@ -71,6 +90,33 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         unseen = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min)
     scores_BHLL = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3) + unseen
     return (scores_BHLL.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def _apiece(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, places: Apiece, scaling: float | None
+            ) -> Tensor:
+    """Attention [1, T, heads, D] of prompts of [1, heads, T, D] in rows of their own."""
+    there_NW, back_T, seen_N1WW = places
+    rows = (Moved.apply(t[0].transpose(0, 1), there_NW.flatten(), back_T).unflatten(0, there_NW.shape).transpose(1, 2)
+            for t in (query, key, value))
+    out_NWHD, _ = sdpa_attention_forward(module, *rows, seen_N1WW, 0.0, scaling)
+    return Moved.apply(out_NWHD.flatten(0, 1), back_T, there_NW.flatten())[None]
+
+
+class Moved(torch.autograd.Function):
+    """Rows of `states` read at `there`, where nearly all are read once: at `back` is what a row's gradient is.
+
+    It is exact where rows without a token have no gradient, as those have that no readout and no token looks at.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return states.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back, = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
 
 
 class Apart(torch.autograd.Function):

@@ -19,6 +19,10 @@ GPU_SHAPES = ((8192, 8192, 8192), (8192, 4096, 11008))
 TIMES = 3  # that a step is timed
 AT_A_TIME = 10  # products between two looks at a GPU's clock
 PRODUCTS = ("mm", "addmm", "addmm_", "linear", "linear_cross_entropy")
+KERNELS = {"fmha": "attention", "flash": "attention", "softmax": "attention", "gemm": "matrix products",
+           "nvjet": "matrix products", "cutlass": "matrix products", "cublas": "matrix products",
+           "splitk": "matrix products", "multi_tensor": "optimiser", "memcpy": "copies", "memset": "copies",
+           "triton": "compiled kernels"}
 WORDS = {"apart": "attention", "adapted": "sums (residuals, adapters, biases)",
          "softmax": "attention", "bmm": "attention", "scaled_dot_product": "attention",
          "gelu": "activations", "silu": "activations", "norm": "layer norms",
@@ -95,8 +99,8 @@ def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optim
 def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
     """What a step's time goes to: matrix products first, then the rest, largest first, as shares.
 
-    On a GPU its own time counts, and what is left of the clock's is its waiting for the CPU: at most, since watching
-    slows the CPU down.
+    On a GPU its kernels' time counts, and what is left of the clock's is its waiting for the CPU: at most, since
+    watching slows the CPU down.
     """
     gpu = job.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as watched:
@@ -110,9 +114,8 @@ def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
         taken = 1e6 * (time.perf_counter() - start)
     spent: Counter[str] = Counter()
     for event in watched.key_averages():
-        name = event.key.removeprefix("aten::").removeprefix("_").lower()
-        if event.device_type == DeviceType.CPU:  # a kernel's time counts with the operator that launched it
-            spent[kind_of(name)] += event.self_device_time_total if gpu else event.self_cpu_time_total
+        if event.device_type == (DeviceType.CUDA if gpu else DeviceType.CPU):
+            spent[kind_of(event.key)] += event.self_device_time_total if gpu else event.self_cpu_time_total
     if gpu:
         spent["waiting for the CPU, at most"] = max(0.0, taken - sum(spent.values()))
     total = sum(spent.values())
@@ -121,7 +124,11 @@ def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
 
 
 def kind_of(name: str) -> str:
-    """The kind of work that a torch operator does."""
+    """The kind of work that a torch operator does, or a GPU's kernel, which a replayed graph has without operators."""
+    name = name.lower()
+    if kernel := next((kind for word, kind in KERNELS.items() if word in name and "aten::" not in name), None):
+        return kernel
+    name = name.removeprefix("aten::").removeprefix("_")
     if name in PRODUCTS or name.startswith("linear_cross_entropy"):
         return "matrix products"
     return next((kind for word, kind in WORDS.items() if word in name), "the rest")

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from llmgr.adapters import join_products
 from llmgr.artifacts import load_tensors, read_json, rounded, save_tensors, write_json
-from llmgr.attention import attends_apart
+from llmgr.attention import Apiece, attends_apart
 from llmgr.backbone import add_adapters, is_causal, load_language_model, load_tokenizer
 from llmgr.encoders.layers import Dropout
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch
 from llmgr.prompts import GRAPH, NODE, PromptBatch
+from llmgr.replay import Replayed
 from llmgr.text_vectors import position_offset, principal_components, shuffled
 
 
@@ -129,8 +130,8 @@ class Llmgr(nn.Module):
                             "set model.readout=last")
         self.packs = self.readout == "last"  # a readout that stands anywhere in a row, and averages nothing over one
         self.apart = False  # prompts stand in one row and attend in blocks; see `prepare`
-        on_cpu = language_model.get_input_embeddings().weight.device.type == "cpu"
-        self.can_be_apart = on_cpu and attends_apart(language_model)
+        self.replayed: Replayed | None = None  # the language model's pass on a GPU, over prompts in line
+        self.can_be_apart = attends_apart(language_model)
         self.offset = position_offset(language_model)
         self.positions = config.max_position_embeddings - self.offset
         self.register_buffer("vectors", vectors_VD, persistent=False)
@@ -160,22 +161,35 @@ class Llmgr(nn.Module):
         """The prompts of a step end to end, where the readout allows it: in one row, or in rows of `least` tokens."""
         if not self.packs:
             return prompts
+        if self.replayed is not None:
+            return prompts.in_line()
         return prompts.end_to_end(self.causal) if self.apart else prompts.packed(least)
 
     def hidden(self, prompts: PromptBatch, session_RD: Tensor | None, shift_VD: Tensor | None = None) -> Tensor:
         """Hidden states at the readouts [R, H]."""
         embeds = self.hybrid(self.language_model.get_input_embeddings(), prompts, session_RD, shift_VD)
-        if prompts.blocks is None:
-            seen: dict[str, Any] = {"attention_mask": prompts.mask(self.causal)}
+        position_BL = prompts.position_BL + self.offset
+        if prompts.there_NW is not None:
+            run = self.states if self.replayed is None or not torch.is_grad_enabled() else self.replayed
+            h_BLH = run(embeds, position_BL, *prompts.apiece(self.causal))
+        elif prompts.blocks is not None:
+            h_BLH = self.states(embeds, position_BL, blocks=prompts.blocks)
         else:
-            seen = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "blocks": prompts.blocks}
-        h_BLH = self.language_model(inputs_embeds=embeds, position_ids=prompts.position_BL + self.offset,
-                                    **seen).last_hidden_state
+            h_BLH = self.language_model(inputs_embeds=embeds, position_ids=position_BL,
+                                        attention_mask=prompts.mask(self.causal)).last_hidden_state
         if self.readout == "mean":
             weight_BL1 = prompts.real_BL[..., None].to(h_BLH.dtype)
             return ((h_BLH * weight_BL1).sum(1) / weight_BL1.sum(1))[prompts.row_R].float()
         column_R = torch.zeros_like(prompts.column_R) if self.readout == "first" else prompts.column_R
         return h_BLH[prompts.row_R, column_R].float()
+
+    def states(self, embeds_1TH: Tensor, position_1T: Tensor, *places: Tensor, blocks: list[Tensor] | None = None
+               ) -> Tensor:
+        """Hidden states [1, T, H] of prompts that stand end to end, each attending to itself as `blocks` or the places
+        of an `Apiece` say."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_1TH.device)
+        return self.language_model(inputs_embeds=embeds_1TH, position_ids=position_1T, attention_mask=mask,
+                                   blocks=Apiece(*places) if places else blocks).last_hidden_state
 
     def forward(self, prompts: PromptBatch, session_RD: Tensor | None, shift_VD: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -211,7 +225,7 @@ class Llmgr(nn.Module):
             if name.startswith(("hybrid.", "output.", "linear_term.")) or "lora_" in name:
                 yield name, parameter
 
-    def prepare(self, settings: Any, launch: Any, place: torch.device) -> None:
+    def prepare(self, settings: Any, launch: Any, place: torch.device, recorder: Any = None) -> None:
         """What the align or tune section and `launch` ask of the language model's layers, to be called once."""
         if settings.gradient_checkpointing:
             self.checkpoint_activations()
@@ -220,6 +234,16 @@ class Llmgr(nn.Module):
         self.apart = place.type == "cpu" and self.can_be_apart
         if launch.strategy != "zero3":  # which gathers a layer's weights when it is called itself
             join_products(self.language_model)
+        if place.type == "cuda" and self.can_be_apart and launch.strategy == "ddp" and (
+                not settings.gradient_checkpointing):
+            self.replayed = Replayed(self._cast_anew,
+                                     [p for p in self.language_model.parameters() if p.requires_grad], recorder)
+
+    def _cast_anew(self, *inputs: Tensor) -> Tensor:
+        """`states`, whose weights autocast casts every time: a recording would keep those of the day it was made."""
+        kind = inputs[0].device.type
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            return self.states(*inputs)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass (not reentrant: `inputs_embeds` may need no gradient)."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmgr.attention import Apiece
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch, Sessions, alike
 
@@ -47,6 +48,7 @@ class PromptBatch:
     below it are visible. real_BL: False at padding. segment_BL: which of a row's prompts a token belongs to (one a row
     unless packed). row_R, column_R: where hidden states are read. slots_N: where slots of a kind stand, once counted.
     blocks: what prompts do not see of themselves, where they attend in blocks of like length (`llmgr.attention.Apart`).
+    there_NW, back_T: where tokens stand, where each prompt attends in a row of its own (`llmgr.attention.Apiece`).
     """
 
     token_BL: Tensor
@@ -61,6 +63,8 @@ class PromptBatch:
     column_R: Tensor
     slots_N: dict[int, Tensor] | None = None
     blocks: list[Tensor] | None = None
+    there_NW: Tensor | None = None
+    back_T: Tensor | None = None
 
     def slots(self, kind: int) -> Tensor:
         """Where the slots of NODE or GRAPH stand among the B x L tokens [N]."""
@@ -130,12 +134,46 @@ class PromptBatch:
         return PromptBatch(*(torch.cat(filled)[None] for filled in fields_1T), torch.zeros_like(self.row_R),
                            start_B[self.row_R] + self.column_R, blocks=blocks)
 
+    def in_line(self) -> PromptBatch:
+        """The same prompts end to end in one row, and where each attends; few sizes differ, so that each can be kept.
+
+        Tokens, prompts and the longest prompt's length are rounded up (`rounded`), with a place and a row or more that
+        hold none.
+        """
+        size_B = self.real_BL.sum(1)
+        prompt_N, column_N = self.real_BL.nonzero(as_tuple=True)
+        total, width = len(prompt_N), max(16, rounded(int(size_B.max()), 2))
+        places, rows = max(32, rounded(total + 1, 8)), rounded(len(size_B) + 1, 8)
+        there_NW = torch.full((rows, width), total)
+        there_NW[prompt_N, column_N] = torch.arange(total)
+        back_T = torch.full((places,), rows * width - 1)
+        back_T[:total] = prompt_N * width + column_N
+        fields_1T = [F.pad(getattr(self, name)[self.real_BL], (0, places - total), value=name == "limit_BL")[None]
+                     for name in TOKEN_FIELDS[:-1]]
+        segment_1T = F.pad(prompt_N, (0, places - total), value=rows - 1)[None]
+        return PromptBatch(*fields_1T, segment_1T, torch.zeros_like(self.row_R),
+                           (size_B.cumsum(0) - size_B)[self.row_R] + self.column_R, there_NW=there_NW, back_T=back_T)
+
+    def apiece(self, causal: bool) -> Apiece:
+        """How prompts in line attend; an entry without a token sees its row's first."""
+        fields = {name: getattr(self, name)[0][self.there_NW] for name in TOKEN_FIELDS if name != "segment_BL"}
+        seen_N1WW = replace(self, **fields, segment_BL=torch.zeros_like(self.there_NW)).mask(causal)
+        first_W = torch.arange(self.there_NW.shape[1], device=self.there_NW.device) == 0
+        return Apiece(self.there_NW, self.back_T, seen_N1WW | ~fields["real_BL"][:, None, :, None] & first_W)
+
     def to(self, device: torch.device) -> PromptBatch:
         """The same batch on another device: prompts are laid out on the CPU, where a GPU would wait for every count."""
         if self.real_BL.device == device:
             return self
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("slots_N", "blocks")}
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)
+                 if isinstance(getattr(self, f.name), Tensor)}
         return PromptBatch(**moved, slots_N={kind: self.slots(kind).to(device) for kind in (NODE, GRAPH)})
+
+
+def rounded(count: int, sizes: int) -> int:
+    """The next of `sizes` equally spaced numbers from one power of two to the next, `count` itself where it is one."""
+    step = max(1, 2 ** (count - 1).bit_length() // 2 // sizes)
+    return -(-count // step) * step
 
 
 def first_fit(sizes: list[int], width: int) -> tuple[list[int], list[int]]:
