@@ -1,17 +1,17 @@
 """Fit the gates: scorers fused with weights that depend on how often the candidate item was trained on.
 
-Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, models/backbone/, data/sessions/,
-        data/core/items.parquet
+Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
+        data/sessions/, data/core/items.parquet
 Writes: models/gates/NAME.json for every NAME of gate.fuse (weights and biases by band of training interactions),
         reports/metrics/gate.json (validation metrics, each half of the sessions scored by a gate fitted on the other),
         reports/metrics/cost/gate.json
-Params: seed, gate, evaluate, model, tune, slit, data.max_session, encoder.names, encoder.controls,
+Params: seed, gate, evaluate, model, tune, tower, slit, data.max_session, encoder.names, encoder.controls,
         encoder.control_texts, encoder.linear_controls
 """
 from llmgr.stage import run
 
-READS = ("seed", "gate", "evaluate", "model", "tune", "slit", "data.max_session", "encoder.names", "encoder.controls",
-         "encoder.control_texts", "encoder.linear_controls")
+READS = ("seed", "gate", "evaluate", "model", "tune", "tower", "slit", "data.max_session", "encoder.names",
+         "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from llmgr import stage
 from llmgr.errors import UserError
 
-READS = ("data.dataset", "bucket", "gate", "model.base", "tune")
+READS = ("data.dataset", "bucket", "gate", "model.base", "tune", "tower")
 
 
 def main(params: Any) -> None:

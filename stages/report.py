@@ -13,7 +13,7 @@ from typing import Any
 from llmgr import stage
 
 READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder", "llm", "model", "align", "tune",
-         "slit", "gate", "evaluate", "bucket")
+         "tower", "slit", "gate", "evaluate", "bucket")
 
 
 def main(params: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from llmgr import stage
 
-READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", "tune", "slit", "launch", "gate",
-         "evaluate", "bucket", "track")
+READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", "tune", "tower", "slit", "launch",
+         "gate", "evaluate", "bucket", "track")
 
 
 def main(params: Any) -> None:

@@ -1,17 +1,17 @@
 """Stage 2: tune LLMGR on behaviour, the next item of session graphs, from stage 1's weights.
 
-Reads:  models/aligned/, models/embeddings/, models/folds/, models/backbone/, data/sessions/{train,valid}.parquet,
-        data/core/items.parquet
+Reads:  models/aligned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
+        data/sessions/{train,valid}.parquet, data/core/items.parquet
 Writes: models/tuned/ (bridge, output layer, adapters, graph encoder, no frozen weight; start.safetensors: what the
         logits started from, where tune.linear lets them), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
-Params: seed, model, tune, slit, data.max_session, launch
+Params: seed, model, tune, tower, slit, data.max_session, launch
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "slit", "data.max_session", "launch")
-INPUTS = ("models/aligned", "models/embeddings", "models/folds", "models/backbone", "data/sessions/train.parquet",
-          "data/sessions/valid.parquet", "data/core/items.parquet")
+READS = ("seed", "model", "tune", "tower", "slit", "data.max_session", "launch")
+INPUTS = ("models/aligned", "models/embeddings", "models/folds", "models/tower", "models/backbone",
+          "data/sessions/train.parquet", "data/sessions/valid.parquet", "data/core/items.parquet")
 
 
 def main(params) -> None:

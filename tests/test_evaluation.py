@@ -98,6 +98,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                    evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
                                    slit=types.SimpleNamespace(text=0.0),
                                    tune=types.SimpleNamespace(linear=False),
+                                   tower=types.SimpleNamespace(enabled=False),
                                    encoder=types.SimpleNamespace(
                                        names=["gcsan"], controls=["gcsan"], control_texts=["text"],
                                        linear_controls=[]))
@@ -170,6 +171,7 @@ def gate_params(**fuse: list[str]) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         data=types.SimpleNamespace(max_session=5), evaluate=types.SimpleNamespace(item_shrinkage=1.0, item_decay=0.5),
         slit=types.SimpleNamespace(text=0.0), tune=types.SimpleNamespace(linear=False),
+        tower=types.SimpleNamespace(enabled=False),
         encoder=types.SimpleNamespace(names=[], controls=[], control_texts=[], linear_controls=[]),
         gate=types.SimpleNamespace(fuse=fuse, edges=[1, 3]))
 

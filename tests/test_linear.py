@@ -236,7 +236,8 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
         wanted = logits(test, torch.arange(len(test)))
         save_recommender(f"models/encoders/{name}", name, model)
         params = SimpleNamespace(
-            slit=slit, tune=SimpleNamespace(linear=False), data=SimpleNamespace(max_session=50),
+            slit=slit, tune=SimpleNamespace(linear=False),
+            tower=SimpleNamespace(enabled=False), data=SimpleNamespace(max_session=50),
             encoder=SimpleNamespace(names=[], controls=[], control_texts=[], linear_controls=[base]))
         found = evaluation.scorers(params, CPU)[name]()(test)(torch.arange(len(test)))
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -40,12 +40,13 @@ SMALL = {
     "llm.scratch.vocabulary": 400, "llm.scratch.epochs": 1, "llm.max_text_tokens": 16, "model.text_dim": 16,
     "align.batch_size": 32, "align.candidates": 4, "align.max_text_tokens": 16, "tune.epochs": 1,
     "tune.checkpoint_seconds": 0, "tune.linear": True, "tune.folds": 2, "tune.recency": 0.5,
+    "tower.enabled": True, "tower.epochs": 1, "tower.batch_size": 256, "tower.max_text_tokens": 16,
     "bucket.resamples": 100,
 }
 LAST = {"gate", "evaluate", "bucket", "report", "track"}
 TUNING = {"align", "tune", *LAST}
 CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled", "linear@gcsan"}
-LEARNING = {"pretrain@gcsan", *CONTROLS, "export", "folds", *TUNING}
+LEARNING = {"pretrain@gcsan", *CONTROLS, "export", "folds", "tower", *TUNING}
 WEIGHTS = CHECKPOINTS / "stories260K"
 RAN = re.compile(r"^Running stage '(.+)':", re.M)
 
@@ -167,12 +168,13 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("tune.lr", 5e-4, {"tune", *LAST}),
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
-    ("model.base", "gcsan-text", {"check", *LEARNING}),  # as --force-downstream has it; see the next test
-    ("tune.folds", 3, {"folds", "tune", *LAST}),
+    ("model.base", "gcsan-text", {"check", *LEARNING} - {"tower"}),  # as --force-downstream has it; see the next test
+    ("tune.folds", 3, {"folds", "tower", "tune", *LAST}),
+    ("tower.lr", 5e-4, {"tower", "tune", *LAST}),
     ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),
-    ("llm.scratch.epochs", 2, {"backbone", "folds", *CONTROLS, *TUNING}),
-    ("encoder.gcsan.lr", 5e-4, LEARNING),
+    ("llm.scratch.epochs", 2, {"backbone", "folds", "tower", *CONTROLS, *TUNING}),
+    ("encoder.gcsan.lr", 5e-4, LEARNING - {"tower"}),
     ("encoder.niser.sigma", 8.0, {"report", "track"}),
     ("split.ties", "file", {"split", *LEARNING}),
     ("filter.core", 4, {"filter", "split", "backbone", *LEARNING}),
@@ -270,8 +272,9 @@ def test_training_sessions_end_before_the_held_out_items(reproduced: Path) -> No
 
 @pytest.mark.parametrize(("name", "script"), [
     ("encoders/gcsan-text", ["pretrain", "--encoder", "gcsan-text"]),
-    ("encoders/gcsan-linear", ["linear", "--encoder", "gcsan"]), ("folds", ["folds"]), ("aligned", ["align"]),
-    ("tuned", ["tune"]), ("gates", ["gate"])], ids=["control", "linear", "folds", "align", "tune", "gate"])
+    ("encoders/gcsan-linear", ["linear", "--encoder", "gcsan"]), ("folds", ["folds"]), ("tower", ["tower"]),
+    ("aligned", ["align"]), ("tuned", ["tune"]), ("gates", ["gate"])
+], ids=["control", "linear", "folds", "tower", "align", "tune", "gate"])
 def test_training_by_hand_without_the_test_sessions_gives_the_same_model(copy: Path, name: str, script: list[str]
                                                                          ) -> None:
     model = copy / "models" / name

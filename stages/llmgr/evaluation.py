@@ -17,11 +17,12 @@ from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_split
 from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
 from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
-from llmgr.params import START, texts_shuffled, trained
+from llmgr.params import START, TOWER, texts_shuffled, trained
 from llmgr.pretraining import Score, scoring
 from llmgr.sessions import training_counts
 from llmgr.start import linear_term
 from llmgr.text_vectors import principal_components
+from llmgr.tower import Tower, likeness
 from llmgr.training import hardware, peak_memory_mb
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
         "word-knn": lambda: word_knn(params.evaluate.decay, device),
         "slit": lambda: slit(solved(), 0.0),
         "slit-text": lambda: slit(solved(), params.slit.text)}
+    if params.tower.enabled:
+        found[TOWER] = lambda: tower(params, items, device)
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device, formed)
     if params.tune.linear:
@@ -116,14 +119,17 @@ def text_knn(text_dim: int, decay: float, device: torch.device) -> Over:
 
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
-            graphs = sessions.graphs(samples)
-            back = (graphs.length_B[:, None] - 1 - torch.arange(graphs.items_BS.shape[1], device=device)).clamp(min=0)
-            weight = torch.full_like(back, decay, dtype=torch.float).pow(back) * graphs.mask_BS()
-            return (vectors[graphs.items_BS] * weight[..., None]).sum(1) @ vectors.T
+            return likeness(sessions, samples, vectors, decay)
 
         return score
 
     return over
+
+
+def tower(params: Any, items: int, device: torch.device) -> Over:
+    """Scores an item by the cosine of its text's tuned vector to those of the clicks (`llmgr.tower`)."""
+    model = Tower(params, items, device)
+    return lambda sessions: lambda samples: model(sessions, samples, False)
 
 
 def word_knn(decay: float, device: torch.device) -> Over:

@@ -22,6 +22,7 @@ from llmgr.stage import say
 
 if TYPE_CHECKING:
     from llmgr.folds import OutOfFold
+    from llmgr.tower import Tower
 
 CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share of its clicks' norm
 MOST = 200  # iterations; some ten are the rule
@@ -186,13 +187,14 @@ class LinearTerm(nn.Module):
 
     Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
     model of clicks and words leaves open. With a `base` (`llmgr.folds.OutOfFold`: a training session's scores are of
-    one that has not met its user either) the logits have d[band] times its scores, too. a, b, c and d learn with it,
-    from the values that fit training prefixes best.
+    one that has not met its user either) the logits have d[band] times its scores, too, and with a `tower`
+    (`llmgr.tower.Tower`, likewise) e[band] times those. a to e learn with it, from the values that fit training
+    prefixes best.
     """
 
-    def __init__(self, model: LeftOut, base: OutOfFold | None = None) -> None:
+    def __init__(self, model: LeftOut, base: OutOfFold | None = None, tower: Tower | None = None) -> None:
         super().__init__()
-        self.model, self.base = model, base
+        self.model, self.base, self.tower = model, base, tower
         self.register_buffer("count", torch.from_numpy(model.targets.sum(0)), persistent=False)
         self.register_buffer("edges", torch.tensor(BANDS, dtype=self.count.dtype), persistent=False)
         self.scale = 1 / max(float(np.sqrt(np.square(model.matrix).mean(dtype=np.float64))), 1e-12)
@@ -200,32 +202,36 @@ class LinearTerm(nn.Module):
         self.clicked = nn.Parameter(torch.zeros(1))
         if base is not None:
             self.base_weight = nn.Parameter(torch.zeros(len(BANDS) + 1))
+        if tower is not None:
+            self.tower_weight = nn.Parameter(torch.zeros(len(BANDS) + 1))
 
     def forward(self, sessions: Sessions, samples: Tensor, trained: bool = False) -> Tensor:
         """Logits [R, V+1] of samples [R]; `trained` where the sessions are those that are learned from."""
         return self._weighted(*self._read(sessions, samples, trained))
 
     def _read(self, sessions: Sessions, samples: Tensor, trained: bool) -> tuple[Tensor | None, ...]:
-        """Scores [R, V+1] and the base's; place, band of items that the user's own targets hold; clicked [R, N]."""
+        """Scores [R, V+1], those of base and tower; place, band of items that the user's own targets hold; clicked
+        [R, N]."""
         place = self.count.device
         scores, own = self.model(sessions, samples, place)
         row, item, often = (torch.from_numpy(part).to(place) for part in (own.row, own.col, own.data))
         band = torch.bucketize(self.count[item.long()] - often, self.edges, right=True)
-        base = None if self.base is None else self.base(sessions, samples, trained)
-        return (scores * self.scale, base, row.long(), item.long(), band, sessions.graphs(samples).nodes_BN)
+        others = [None if part is None else part(sessions, samples, trained) for part in (self.base, self.tower)]
+        return (scores * self.scale, *others, row.long(), item.long(), band, sessions.graphs(samples).nodes_BN)
 
-    def _weighted(self, scores: Tensor, base: Tensor | None, row: Tensor, item: Tensor, band: Tensor, nodes: Tensor
-                  ) -> Tensor:
+    def _weighted(self, scores: Tensor, base: Tensor | None, tower: Tensor | None, row: Tensor, item: Tensor,
+                  band: Tensor, nodes: Tensor) -> Tensor:
         band_V = torch.bucketize(self.count, self.edges, right=True)
         logits = torch.addcmul(self.bias[band_V], scores, self.weight[band_V])
         own = self.bias[band] + scores[row, item] * self.weight[band]
-        if base is not None:
-            logits = torch.addcmul(logits, base, self.base_weight[band_V])
-            own = own + base[row, item] * self.base_weight[band]
+        for other, weight in ((base, "base_weight"), (tower, "tower_weight")):
+            if other is not None:
+                logits = torch.addcmul(logits, other, getattr(self, weight)[band_V])
+                own = own + other[row, item] * getattr(self, weight)[band]
         return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
 
     def start(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
-        """Fit a, b, c and d alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
+        """Fit a to e alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
 
         Below 1, `recency` has them drawn with repetition, by the weights of `Sessions.recency`.
         """

@@ -24,10 +24,11 @@ PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are h
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")  # what tables and pages show first
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
-START = "llmgr-start"  # what LLMGR's logits start from, alone, before anything was tuned
+TOWER = "tower"  # the language model tuned on item texts, by itself
+START = "llmgr-start"  # what LLMGR's logits start from, alone, before stage 2
 WHOLE = {"fpmc": "has something of each user", "caser": "has something of each user",
          "hcgr": "has its items on a curved space"}  # bases that tune.folds cannot divide
-STAGES = ("backbone", "folds", "align", "tune", "gate", "evaluate")  # whose cost files stand beside those of models
+STAGES = ("backbone", "folds", "tower", "align", "tune", "gate", "evaluate")  # with cost files beside those of models
 
 
 @dataclass(frozen=True)
@@ -363,12 +364,12 @@ def texts_shuffled(params: Any) -> int | None:
 
 
 def rate_key(name: str) -> str:
-    """The key that holds the learning rate of a training: `align`, `tune`, `backbone`, an encoder or a control.
+    """The key that holds a training's learning rate: `align`, `tune`, `tower`, `backbone`, an encoder or a control.
 
     Only the first word counts: `gcsan-text without fold 2` learns as gcsan-text.
     """
     base, hyphen, _ = name.split()[0].partition("-")
-    own = {"align": "align.lr", "tune": "tune.lr", "backbone": "llm.scratch.lr"}.get(base, f"encoder.{base}.lr")
+    own = {"backbone": "llm.scratch.lr"}.get(base, f"{base if base in STAGES else f'encoder.{base}'}.lr")
     return f"encoder.text_lr ({own} where that is null)" if hyphen else own
 
 
@@ -594,6 +595,30 @@ class Tune(Training):
 
 
 @dataclass(frozen=True)
+class Tower(Training):
+    """The language model tuned on item texts, all its weights: a prefix's next item lies near its clicks."""
+
+    enabled: bool
+    """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
+    too. With a model of MiniLM's size minutes on a GPU, a day on a CPU's core."""
+    batch_size: int
+    """Training prefixes a micro-batch; the targets of one are told from each other."""
+    max_text_tokens: int
+    """Tokens of each text, `llm.item_text`."""
+    decay: float
+    """A click's weight falls by this factor a step back in the session; 0: the last alone."""
+
+    section = "tower"
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "tower", "max_text_tokens")
+        share(self, "tower", "decay")
+        if self.batch_size < 2:
+            raise UserError("tower.batch_size=1 leaves no other target to be told from: set at least 2")
+
+
+@dataclass(frozen=True)
 class Evaluate:
     batch_size: int
     """Sessions scored at a time."""
@@ -729,6 +754,7 @@ class Params:
     model: Model
     align: Align
     tune: Tune
+    tower: Tower
     slit: Slit
     launch: Launch
     gate: Gate
@@ -747,7 +773,11 @@ class Params:
             reason = WHOLE.get(base, "has a linear start of its own")
             raise UserError(f"tune.folds={self.tune.folds} cannot stand for model.base={self.model.base}, which "
                             f"{reason}: set tune.folds=0 or choose another base")
-        models = [*FLOORS, *trained(self.encoder), *([START] if self.tune.linear else []), "llmgr"]
+        if self.tower.enabled and self.tune.linear and not self.tune.folds:
+            raise UserError("tower.enabled=true needs tune.folds: scores of the sessions that a tower was tuned on "
+                            "would mislead what LLMGR starts from; set tune.folds to at least 2, or tune.linear=false")
+        models = [*FLOORS, *([TOWER] if self.tower.enabled else []), *trained(self.encoder),
+                  *([START] if self.tune.linear else []), "llmgr"]
         for name, parts in self.gate.fuse.items():
             if name in (*models, "repeat", *STAGES):
                 raise UserError(f"gate.fuse names a gate {name}, which is a model or a stage already: choose another "

@@ -12,12 +12,12 @@ from llmgr import figures, seeds
 from llmgr.artifacts import left_behind, read_json
 from llmgr.buckets import FLOORS, LEVEL, order
 from llmgr.figures import count, duration, pretty, signed
-from llmgr.params import HEADLINE, START, flat
+from llmgr.params import HEADLINE, START, TOWER, flat
 from llmgr.ranking import least_p, names
 
 CONVENTIONS = {"test": "Seen items kept", "test_unseen": "Seen items excluded"}
 REQUIRED = ("buckets", "intervals", "differences")
-FACTS = ("filter", "split", "backbone", "folds", "align", "tune", "gate")
+FACTS = ("filter", "split", "backbone", "folds", "tower", "align", "tune", "gate")
 MAIN = "llmgr"  # without a gate
 HEADLINE_COLUMNS = [*(("all", metric) for metric in HEADLINE), ("cold", "hr_at_20"), ("warm", "hr_at_20")]
 TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
@@ -28,7 +28,8 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "text-knn": "items with the most similar texts to the language model, untrained",
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
-         "slit-text": "the same, shrunk to the likeness of the items' words"}
+         "slit-text": "the same, shrunk to the likeness of the items' words",
+         TOWER: "items with the most similar texts to the language model, tuned on which texts follow which"}
 CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
             "linear": "item texts, over the linear model of clicks and words: no language model tuned"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
@@ -160,11 +161,13 @@ def describe(model: str, params: Any) -> str:
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
     if model == START:
-        base = f" and {params.model.base}" if params.tune.folds else ""
-        return f"what LLMGR's logits start from: a linear model of clicks and words{base}, no language model tuned"
+        base = f", {params.model.base}" if params.tune.folds else ""
+        rest = " and the tuned tower" if params.tower.enabled else ": no language model tuned"
+        return f"what LLMGR's logits start from: a linear model of clicks and words{base}{rest}"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
         beside = f", its scores{beside}" if params.tune.folds else beside
+        beside += " and the tower's scores" if params.tower.enabled and params.tune.linear else ""
         return f"language model ({llm_name(params).rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors{beside}"
     if hyphen and text in CONTROLS:
         return f"{base} with {CONTROLS[text]}"
@@ -177,9 +180,9 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
     needs = {model: [model, *(["backbone"] if "-" in model else [])] for model in found["buckets"] if model in took}
     if MAIN in found["buckets"]:
-        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", "align", "tune"]
+        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", TOWER, "align", "tune"]
     if START in found["buckets"]:
-        needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds"]
+        needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds", TOWER]
         took["start"] = found["cost"].get("tune", {}).get("prepared_seconds", 0.0)
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:

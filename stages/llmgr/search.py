@@ -198,7 +198,7 @@ def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
     if model == TUNED and section == "encoder":
         return "fixed" if any(role(key, base) == "searched" for base in bases) else "ignored"
     if model == TUNED:
-        own = section in ("model", "align", "tune", "slit") and key != "tune.valid_sessions"  # which it is judged by
+        own = section in ("model", "align", "tune", "tower", "slit") and key != "tune.valid_sessions"  # which it is judged by
         return "searched" if own else "fixed"
     if section == "slit":
         return "searched" if text == "linear" else "ignored"
@@ -206,7 +206,7 @@ def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
         return "ignored"  # a control learns at encoder.text_lr
     if section == "encoder":
         return "ignored" if len(rest) > 1 and rest[0] not in ("training", base) else "searched"
-    return "ignored" if section in ("model", "align", "tune") or (section == "llm" and not text) else "fixed"
+    return "ignored" if section in ("model", "align", "tune", "tower") or (section == "llm" and not text) else "fixed"
 
 
 def table(result: Search) -> tuple[list[str], list[list[str]]]:

@@ -71,6 +71,16 @@ def principal_components(vectors_VH: Tensor, dim: int, whiten: bool = False) -> 
     return torch.cat((torch.zeros(1, reduced.shape[1]), reduced.float()))
 
 
+def whitening(vectors_VH: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [H] and axes [H, H] such that (v - mean) @ axes has no correlations and, but for directions in which the
+    vectors hardly differ, unit variances."""
+    mean_H = vectors_VH.mean(0)
+    centred = (vectors_VH - mean_H).double()
+    variance_H, axes_HH = torch.linalg.eigh(centred.T @ centred / len(centred))
+    deviation_H = variance_H.clamp(min=0).sqrt()
+    return mean_H, (axes_HH / deviation_H.clamp(min=max(1e-2 * float(deviation_H.max()), 1e-12))).float()
+
+
 def shuffled(vectors_VH: Tensor, seed: int) -> Tensor:
     """The same vectors dealt out to other items (row 0 stays): what is left of a gain is not the text."""
     return torch.cat((vectors_VH[:1], vectors_VH[1:][_deal(len(vectors_VH) - 1, seed)]))

@@ -1,0 +1,266 @@
+"""The text tower: the language model tuned so that an item's text lies near the texts of what is clicked before it.
+
+Its item vectors score sessions by themselves (`Tower`), and LLMGR's logits start from those scores. As with the base
+(llmgr.folds), a training session is scored by a tower that was tuned without its user.
+"""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.artifacts import load_tensors, read_json, replacing_folder, resume_folder, save_tensors, write_json
+from llmgr.backbone import is_causal, load_language_model, load_tokenizer
+from llmgr.errors import UserError
+from llmgr.folds import fold_of
+from llmgr.params import flat, texts_shuffled
+from llmgr.pretraining import rank_sessions, sessions_here
+from llmgr.ranking import metrics
+from llmgr.text_vectors import item_texts, position_offset, whitening
+from llmgr.training import Loss, Progress, arithmetic, cost, finish, fit
+
+if TYPE_CHECKING:
+    from llmgr.graph import GraphBatch, Sessions
+
+FOLDER = "models/tower"
+INPUTS = ("models/backbone", "data/core/items.parquet", "data/sessions/train.parquet", "data/sessions/valid.parquet")
+TEMPERATURE = 0.1  # that training starts from
+QUICK = 50.0  # times the learning rate that the temperature's logarithm learns at
+CELLS = {"cpu": 8192, "cuda": 65536}  # tokens of a batch of texts, with padding
+RANKED = 512  # validation sessions scored at a time
+
+
+def click_weights(graphs: GraphBatch, decay: float) -> Tensor:
+    """The weight of every click [B, S]: 1 for the last, `decay` less a step back, 0 at padding."""
+    steps = torch.arange(graphs.items_BS.shape[1], device=graphs.items_BS.device)
+    back_BS = (graphs.length_B[:, None] - 1 - steps).clamp(min=0)
+    return torch.full_like(back_BS, decay, dtype=torch.float).pow(back_BS) * graphs.mask_BS()
+
+
+class TextTower(nn.Module):
+    """Unit vectors of item texts: a linear map of the mean of the language model's last hidden states.
+
+    The map starts as the whitening of the untuned vectors, so that tuning starts from text-kNN. `token_VL` has the
+    texts' token ids and `count_V` how many each has; row 0 is padding.
+    """
+
+    def __init__(self, language_model: nn.Module, token_VL: Tensor, count_V: Tensor) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.register_buffer("token", token_VL, persistent=False)
+        self.count = count_V  # on the CPU, where batches are laid out
+        self.causal, self.offset = is_causal(language_model.config), position_offset(language_model)
+        self.head = nn.Linear(language_model.config.hidden_size, language_model.config.hidden_size)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE) / QUICK))
+
+    def whiten(self) -> None:
+        """Let the map whiten the vectors of the texts as the language model now makes them."""
+        with torch.no_grad():
+            pooled_VH = torch.cat([self.pooled(items) for items in torch.arange(1, len(self.count)).split(4096)])
+            mean_H, axes_HH = whitening(pooled_VH)
+            self.head.weight.copy_(axes_HH.T)
+            self.head.bias.copy_(-mean_H @ axes_HH)
+
+    def pooled(self, items: Tensor) -> Tensor:
+        """Unit vectors of the language model [N, H] of the texts of items [N] (on the CPU)."""
+        place, states, start = self.token.device, [], 0
+        count_N, order = torch.sort(self.count[items], descending=True, stable=True)
+        while start < len(items):
+            longest = max(1, int(count_N[start]))
+            part = slice(start, start + max(1, CELLS[place.type] // longest))
+            states.append(self._states(items[order[part]].to(place), count_N[part].to(place), longest))
+            start = part.stop
+        return torch.cat(states)[torch.argsort(order).to(place)]
+
+    def _states(self, items: Tensor, count_N: Tensor, longest: int) -> Tensor:
+        real_NL = torch.arange(longest, device=items.device) < count_N[:, None]
+        seen_N1LL = real_NL[:, None, None].expand(-1, 1, longest, -1)
+        if self.causal:
+            seen_N1LL = seen_N1LL.tril()
+        position_NL = torch.arange(longest, device=items.device).expand(len(items), -1) + self.offset
+        h_NLH = self.language_model(input_ids=self.token[items, :longest], position_ids=position_NL,
+                                    attention_mask=seen_N1LL).last_hidden_state.float()
+        return F.normalize((h_NLH * real_NL[..., None]).sum(1) / count_N[:, None].clamp(min=1), dim=-1)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Unit vectors [N, H] of the texts of items [N] (on the CPU)."""
+        with torch.autocast(self.token.device.type, enabled=False):
+            return F.normalize(self.head(self.pooled(items)), dim=-1)
+
+    @torch.no_grad()
+    def vectors(self) -> Tensor:
+        """Those of all items [V+1, H], row 0 zeros."""
+        every = torch.arange(1, len(self.count))
+        return F.pad(torch.cat([self(items) for items in every.split(4096)]), (0, 0, 1, 0))
+
+
+class TowerJob:
+    """Tells the text of a prefix's next item from those of the other targets of its batch.
+
+    Softmax over the batch's distinct targets (InfoNCE, van den Oord et al. 2018) of the cosine, over a temperature that
+    learns, between a target and the sum of the clicks' vectors, an earlier click weighing `decay` less a step. A target
+    that the session has clicked is no negative of it. `rows` are the training samples learned from.
+    """
+
+    selects = None
+
+    def __init__(self, model: TextTower, train: Sessions, valid: Sessions, settings: Any, dtype: torch.dtype,
+                 rows: Tensor) -> None:
+        self.model, self.settings, self.dtype, self.rows = model, settings, dtype, rows
+        self.train, self.valid = train.to("cpu"), valid
+
+    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
+        size = self.settings.batch_size
+        order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+        return [list(step.split(size)) for step in order.split(size * self.settings.accumulate)]
+
+    def targets(self, micro: Tensor) -> int:
+        return len(micro)
+
+    def loss(self, micro: Tensor) -> Loss:
+        graphs, target_B = self.train.graphs(micro), self.train.target[micro]
+        place, width = self.model.token.device, graphs.items_BS.shape[1]
+        met_U, at = torch.unique(torch.cat((graphs.items_BS, target_B[:, None]), 1), return_inverse=True)
+        items, padding = (met_U[1:], 1) if met_U[0] == 0 else (met_U, 0)
+        weight_BS = click_weights(graphs, self.settings.decay).to(place)
+        click_BS, own_B = (at[:, :width] - padding).clamp(min=0), at[:, width] - padding
+        pool_P, own_B = torch.unique(own_B, return_inverse=True)
+        column_U = torch.full((len(items),), len(pool_P)).scatter(0, pool_P, torch.arange(len(pool_P)))
+        clicked_BS = torch.where(graphs.mask_BS(), column_U[click_BS], len(pool_P))
+        clicked_BS = torch.where(clicked_BS == own_B[:, None], len(pool_P), clicked_BS).to(place)
+        with torch.autocast(place.type, self.dtype, enabled=self.dtype is not torch.float32):
+            pooled_UH = self.model.pooled(items)
+        vectors_UH = F.normalize(self.model.head(pooled_UH), dim=-1)
+        query_BH = F.normalize((vectors_UH[click_BS.to(place)] * weight_BS[..., None]).sum(1), dim=-1)
+        logits_BP = query_BH @ vectors_UH[pool_P.to(place)].T * (-QUICK * self.model.log_temperature).exp()
+        logits_BP = F.pad(logits_BP, (0, 1)).scatter(1, clicked_BS, float("-inf"))[:, :-1]
+        total = F.cross_entropy(logits_BP, own_B.to(place), reduction="sum")
+        return Loss(total, len(micro), int(self.model.count[items].sum()))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        with torch.autocast(self.model.token.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            vectors_VH = self.model.vectors()
+        found = metrics(rank_sessions(lambda samples: likeness(self.valid, samples, vectors_VH, self.settings.decay),
+                                      self.valid, RANKED))
+        return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
+
+
+def likeness(sessions: Sessions, samples: Tensor, vectors_VH: Tensor, decay: float) -> Tensor:
+    """Scores [B, V+1]: cosines of item vectors to those of the clicks, summed with their weights."""
+    graphs = sessions.graphs(samples)
+    weight_BS = click_weights(graphs, decay)
+    return (vectors_VH[graphs.items_BS] * weight_BS[..., None]).sum(1) @ vectors_VH.T
+
+
+def train_tower(params: Any) -> None:
+    """Tune a tower over all training users, and one without each fold of them, into models/tower/, with the records.
+
+    The folder says so and no more where `tower.enabled` is false. UserError as `fit`, and where texts are to be longer
+    than the backbone's positions or there are more folds than users.
+    """
+    settings, folds = params.tower, params.tune.folds
+    config = {"enabled": settings.enabled, "folds": folds, "seed": params.seed, "decay": settings.decay,
+              "texts": params.model.texts}
+    resume = resume_folder("tower", flat(params), INPUTS)
+    if not settings.enabled:
+        with replacing_folder(FOLDER) as folder:
+            write_json(folder / "config.json", config)
+        write_json("reports/metrics/tower.json", {})
+        finish(Progress(), nn.Module(), name="tower", resume=resume, reports=Path("reports"))
+        return
+    train, valid = sessions_here(params)
+    users = int(train.user.max())
+    if folds > users:
+        raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
+    fold_N = fold_of(users, folds, params.seed)[train.user[train.row].cpu()] if folds else None
+    dtype, vectors, ends = arithmetic(settings.precision), [], []
+    for fold in range(folds + 1):
+        name = f"tower without fold {fold}" if fold else "tower"
+        rows = torch.arange(len(train)) if fold == 0 else (fold_N != fold - 1).nonzero()[:, 0]
+        model = built(params, train.row.device)
+        job = TowerJob(model, train, valid, settings, dtype, rows)
+        ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold), name=name))
+        with torch.autocast(model.token.device.type, dtype, enabled=dtype is not torch.float32):
+            vectors.append(model.vectors().cpu())
+        if fold == 0:
+            whole = model.to("cpu")
+    with replacing_folder(FOLDER) as folder:
+        for fold, vectors_VH in enumerate(vectors):
+            save_tensors(folder / (f"{fold}.safetensors" if fold else "whole.safetensors"), {"vectors": vectors_VH})
+        save_tensors(folder / "tower.safetensors", {k: p for k, p in whole.named_parameters() if p.requires_grad})
+        write_json(folder / "config.json", config)
+    write_json("reports/metrics/tower.json", {
+        f"fold {fold}" if fold else "whole": {k.removeprefix("valid_"): v for k, v in end.epoch_rows[-1].items()}
+        for fold, end in enumerate(ends)})
+    finish(ends[0], whole, name="tower", resume=resume, reports=Path("reports"))
+    together = Progress(**{key: sum(getattr(end, key) for end in ends)
+                           for key in ("seconds", "training_seconds", "samples", "tokens")})
+    write_json("reports/metrics/cost/tower.json", cost(together, whole))
+
+
+def built(params: Any, place: torch.device) -> TextTower:
+    """The tower before tuning, at `place`: all its weights are to learn."""
+    torch.manual_seed(params.seed)
+    random = params.seed if params.model.weights == "random" else None
+    language_model = load_language_model("models/backbone", random=random).requires_grad_(True)
+    positions = language_model.config.max_position_embeddings - position_offset(language_model)
+    if params.tower.max_text_tokens > positions:
+        raise UserError(f"tower.max_text_tokens={params.tower.max_text_tokens} exceeds the backbone's {positions} "
+                        "positions: lower it")
+    texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
+    tokens = load_tokenizer("models/backbone")(texts, truncation=True, max_length=params.tower.max_text_tokens)
+    token_VL, count_V = token_table(tokens["input_ids"])
+    if params.tower.gradient_checkpointing:
+        language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = TextTower(language_model, token_VL, count_V).to(place)
+    model.whiten()
+    return model
+
+
+def token_table(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids of texts [V+1, longest], padded, and their counts [V+1]; row 0 is empty."""
+    count_V = torch.tensor([0, *map(len, ids)])
+    token_VL = torch.zeros(len(ids) + 1, max(1, int(count_V.max())), dtype=torch.long)
+    token_VL[torch.arange(token_VL.shape[1]) < count_V[:, None]] = torch.tensor([t for row in ids for t in row],
+                                                                                dtype=torch.long)
+    return token_VL, count_V
+
+
+class Tower:
+    """The tower's scores of all items: of a training session by the one that was tuned without its user."""
+
+    def __init__(self, params: Any, items: int, place: torch.device) -> None:
+        """Load models/tower; UserError where it is of other folds, texts, seed or another catalogue."""
+        config = read_json(f"{FOLDER}/config.json")
+        asked = {"enabled": params.tower.enabled, "folds": params.tune.folds, "seed": params.seed,
+                 "decay": params.tower.decay, "texts": params.model.texts}
+        if config != asked:
+            key = next(key for key in asked if config.get(key) != asked[key])
+            raise UserError(f"{FOLDER} was made with {key}={config.get(key)}, not {asked[key]}: run `dvc repro` to "
+                            "make it anew")
+        names = ["whole", *map(str, range(1, config["folds"] + 1))]
+        self.vectors = [load_tensors(f"{FOLDER}/{name}.safetensors")["vectors"].to(place) for name in names]
+        if len(self.vectors[0]) != items + 1:
+            raise UserError(f"{FOLDER} has {len(self.vectors[0]) - 1} items, the catalogue {items}: run `dvc repro` to "
+                            "make it anew")
+        self.decay, self.folds, self.seed = config["decay"], config["folds"], config["seed"]
+        self.scale = len(self.vectors[0]) / float((self.vectors[0].T @ self.vectors[0]).norm())
+        self.fold_U: Tensor | None = None
+
+    def __call__(self, sessions: Sessions, samples: Tensor, trained: bool) -> Tensor:
+        """Scores [R, V+1] of samples [R], of unit scale; `trained` where the tower was tuned on these sessions."""
+        if not trained:
+            return likeness(sessions, samples, self.vectors[0], self.decay) * self.scale
+        user_R = sessions.user[sessions.row[samples]].cpu()
+        if self.fold_U is None:
+            self.fold_U = fold_of(int(sessions.user.max()), self.folds, self.seed)
+        fold_R, scores = self.fold_U[user_R], self.vectors[0].new_empty(len(samples), len(self.vectors[0]))
+        for fold in fold_R.unique().tolist():
+            at = (fold_R == fold).nonzero()[:, 0].to(samples.device)
+            scores[at] = likeness(sessions, samples[at], self.vectors[1 + fold], self.decay) * self.scale
+        return scores

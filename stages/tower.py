@@ -1,0 +1,21 @@
+"""Tune the language model so that an item's text lies near the texts of what is clicked before it, all users and folds.
+
+Reads:  models/backbone/, data/sessions/{train,valid}.parquet, data/core/items.parquet
+Writes: models/tower/ (whole.safetensors: item vectors [V+1, H] tuned over all users; K.safetensors: without fold K;
+        tower.safetensors: the first one's weights; config.json; nothing else where tower.enabled is false),
+        reports/metrics/tower.json, reports/metrics/cost/tower.json, reports/curves/tower_{steps,epochs}.csv
+Params: seed, data.max_session, llm.item_text, model.weights, model.texts, tower, tune.folds
+"""
+from llmgr.stage import run
+
+READS = ("seed", "data.max_session", "llm.item_text", "model.weights", "model.texts", "tower", "tune.folds")
+
+
+def main(params) -> None:
+    from llmgr.tower import train_tower
+
+    train_tower(params)
+
+
+if __name__ == "__main__":
+    run(main, __doc__, READS)

@@ -1,0 +1,245 @@
+"""The text tower: where it starts, what it learns, and whose scores a session gets."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+import torch
+from machine import stage
+from test_pretrain import ITEMS as CATALOGUE
+from test_pretrain import USERS, set_up, write_data
+from tiny import ITEMS, LISTS, TITLES, language_model, prefixes, tokenizer
+from torch.nn import functional as F
+
+from llmgr import tower
+from llmgr.artifacts import load_tensors, read_json, save_tensors, write_json
+from llmgr.errors import UserError
+from llmgr.folds import fold_of
+from llmgr.graph import Sessions
+from llmgr.linear import BANDS, LeftOut, LinearTerm
+from llmgr.params import load
+from llmgr.text_vectors import encode_texts, whitening
+from llmgr.tower import TextTower, Tower, TowerJob, click_weights, likeness, token_table
+from llmgr.training import fit
+
+SETTINGS = SimpleNamespace(epochs=12, batch_size=6, accumulate=1, lr=3e-3, weight_decay=0.0, warmup_share=0.1, clip=1.0,
+                           checkpoint_seconds=1e9, decay=0.7)
+CPU = torch.device("cpu")
+
+
+def text_tower(kind: str = "llama", texts: list[str] = TITLES) -> TextTower:
+    ids = tokenizer(kind)(texts)["input_ids"]
+    model = TextTower(language_model(kind).requires_grad_(True), *token_table(ids))
+    model.whiten()
+    return model
+
+
+def job(model: TextTower, sessions: Sessions, **changes) -> TowerJob:
+    settings = SimpleNamespace(**vars(SETTINGS) | changes)
+    return TowerJob(model, sessions, sessions, settings, torch.float32, torch.arange(len(sessions)))
+
+
+@pytest.mark.parametrize("cells", [9, 40, 10000])
+@pytest.mark.parametrize("kind", ["llama", "bert", "all-MiniLM-L6-v2"])
+def test_it_starts_as_the_whitened_text_vectors_however_texts_are_batched(kind, cells, monkeypatch):
+    monkeypatch.setitem(tower.CELLS, "cpu", cells)
+    model, slack = text_tower(kind), {"atol": 1e-4, "rtol": 1e-3}
+    raw = encode_texts(language_model(kind), tokenizer(kind), TITLES, 64)
+    mean, axes = whitening(raw)
+    vectors = model.vectors()
+    assert vectors.shape == (ITEMS + 1, raw.shape[1]) and vectors[0].abs().max() == 0
+    some = torch.tensor([7, 2, 11])
+    torch.testing.assert_close(model.pooled(some), raw[some - 1], **slack)
+    torch.testing.assert_close(vectors[1:], F.normalize((raw - mean) @ axes, dim=1), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(model(some), vectors[some], **slack)
+
+
+def test_whitened_vectors_differ_alike_in_every_direction():
+    vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor(
+        [3.0, 2.0, 1.0, 1.0, 0.5, 0.0])) + 4
+    mean, axes = whitening(vectors)
+    spread = torch.cov(((vectors - mean) @ axes).T, correction=0)
+    torch.testing.assert_close(spread, torch.diag(torch.tensor([0.0, 1, 1, 1, 1, 1])), atol=1e-4, rtol=1e-3)
+
+
+def test_a_click_weighs_less_the_further_back_it_is():
+    graphs = prefixes().graphs(torch.tensor([2, 6]))
+    assert click_weights(graphs, 0.5)[0].tolist()[:3] == [0.25, 0.5, 1.0]
+    assert click_weights(graphs, 0.5)[1].tolist() == [1.0, 0.0, 0.0], "padding weighs nothing"
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_has_not_clicked():
+    model, sessions = text_tower(), prefixes()
+    vectors, micro = model.vectors(), torch.tensor([0, 2, 5, 9, 12, 16, 4])
+    targets, total, masked = sorted(set(sessions.target[micro].tolist())), 0.0, 0
+    for sample in micro:
+        row, length = sessions.items[sessions.row[sample]].tolist(), int(sessions.length[sample])
+        clicks, target = row[:length], int(sessions.target[sample])
+        query = sum(0.7 ** (length - 1 - n) * vectors[item] for n, item in enumerate(clicks))
+        scores = {other: 10 * float(F.cosine_similarity(query, vectors[other], dim=0)) for other in targets
+                  if other == target or other not in clicks}
+        masked += len(targets) - len(scores)
+        total -= float(torch.tensor(scores[target]) - torch.tensor(list(scores.values())).logsumexp(0))
+    found = job(model, sessions).loss(micro)
+    assert masked > 0 and found.targets == len(micro)
+    assert float(found.total) == pytest.approx(total, rel=1e-4)
+    read = {int(i) for s in micro for i in sessions.items[sessions.row[s], :sessions.length[s]]} | set(targets)
+    assert found.tokens == int(model.count[list(read)].sum())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_are_the_chosen_samples_once_an_epoch(accumulate):
+    made = job(text_tower(), prefixes(), accumulate=accumulate)
+    made.rows = torch.tensor([1, 3, 4, 7, 8, 9, 12, 13, 14])
+    steps = made.steps(0, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat([m for s in steps for m in s]).tolist()) == made.rows.tolist()
+    assert [[len(m) for m in s] for s in steps] == ([[6], [3]] if accumulate == 1 else [[6, 3]])
+
+
+def test_it_learns_which_texts_follow_each_other_and_ranks_by_it(tmp_path):
+    """Item n is followed by n + 6, which shares no letter with it; no item is a target of two others."""
+    lists = [[n] for n in range(1, 7)] * 3
+    items = torch.tensor(lists, dtype=torch.int32)
+    rows = torch.arange(len(lists))
+    sessions = Sessions(items, rows, torch.ones(len(lists), dtype=torch.long), items[:, 0].long() + 6)
+    model = text_tower()
+    made = job(model, sessions, epochs=10)
+    progress = fit(made, made.settings, seed=0, resume=tmp_path, name="tower")
+    first, last = progress.epoch_rows[0], progress.epoch_rows[-1]
+    assert last["train_loss"] < 0.1 and first["valid_mrr_at_20"] < 0.4
+    assert last["valid_mrr_at_20"] == pytest.approx(0.5), "second to the click itself alone"
+    assert float(model.log_temperature) != pytest.approx(text_tower().log_temperature.item())
+
+
+def ready(root: Path, folds: int = 3, **changes) -> None:
+    """Data, and a backbone whose texts are those of the tiny tests."""
+    write_data(root)
+    set_up(root, tune__linear=True, tune__folds=folds, tower__enabled=True, tower__epochs=1, tower__batch_size=64,
+           tower__max_text_tokens=12, **changes)
+    table = root / "data/core/items.parquet"
+    pl.read_parquet(table).with_columns(text=pl.format("an item of {} letters", "item_id")).write_parquet(table)
+    folder = root / "models/backbone"
+    folder.mkdir(parents=True, exist_ok=True)
+    language_model("bert").save_pretrained(folder)
+    tokenizer("bert").save_pretrained(folder)
+
+
+def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, capfd):
+    ready(tmp_path)
+    assert stage("tower", root=tmp_path) == 0
+    names = ["whole", "1", "2", "3"]
+    vectors = {n: load_tensors(tmp_path / f"models/tower/{n}.safetensors")["vectors"] for n in names}
+    assert {v.shape for v in vectors.values()} == {(CATALOGUE + 1, 16)}
+    assert all((vectors[a] - vectors[b]).abs().max() > 1e-4 for a in names for b in names if a < b)
+    record = read_json(tmp_path / "reports/metrics/tower.json")
+    assert list(record) == ["whole", "fold 1", "fold 2", "fold 3"] and record["whole"]["hr_at_20"] >= 0
+    cost, whole = read_json(tmp_path / "reports/metrics/cost/tower.json"), load_tensors(
+        tmp_path / "models/tower/tower.safetensors")
+    assert cost["trainable_parameters"] == sum(v.numel() for v in whole.values()) == cost["total_parameters"]
+    assert "head.weight" in whole and any("word_embeddings" in name for name in whole)
+    assert "tower without fold 3: epoch 1" in capfd.readouterr().err
+    assert not list((tmp_path / ".resume").rglob("*.pt"))
+
+
+def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
+    ready(tmp_path)
+    set_up(tmp_path, tower__enabled=False)
+    assert stage("tower", root=tmp_path) == 0
+    assert [p.name for p in (tmp_path / "models/tower").iterdir()] == ["config.json"]
+    assert read_json(tmp_path / "reports/metrics/tower.json") == {}
+    assert (tmp_path / "reports/curves/tower_steps.csv").exists()
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"tower__max_text_tokens": 701}, "tower.max_text_tokens=701 exceeds the backbone's 700 positions"),
+    ({"tune__folds": USERS + 1}, f"tune.folds={USERS + 1} are more than the {USERS} users"),
+    ({"tune__folds": 0}, "tower.enabled=true needs tune.folds")])
+def test_what_cannot_be_tuned_is_told_in_a_sentence(tmp_path, capfd, change, told):
+    ready(tmp_path)
+    set_up(tmp_path, **{"tune__linear": True, "tower__enabled": True, "tune__folds": 3} | change)
+    assert stage("tower", root=tmp_path) == 2
+    assert told in capfd.readouterr().err
+
+
+PARAMS = SimpleNamespace(seed=5, tune=SimpleNamespace(folds=2), tower=SimpleNamespace(enabled=True, decay=0.7),
+                         model=SimpleNamespace(texts="own"))
+
+
+def saved(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[torch.Tensor]:
+    """A tower's folder of random vectors, whole and of two folds."""
+    monkeypatch.chdir(root)
+    draw = torch.Generator().manual_seed(1)
+    vectors = [F.pad(F.normalize(torch.randn(ITEMS, 4, generator=draw), dim=1), (0, 0, 1, 0)) for _ in range(3)]
+    for name, one in zip(("whole", "1", "2"), vectors):
+        save_tensors(root / f"models/tower/{name}.safetensors", {"vectors": one})
+    write_json(root / "models/tower/config.json",
+               {"enabled": True, "folds": 2, "seed": 5, "decay": 0.7, "texts": "own"})
+    return vectors
+
+
+def test_a_session_that_was_tuned_on_is_scored_without_its_user_and_any_other_by_the_whole(tmp_path, monkeypatch):
+    vectors, sessions = saved(monkeypatch, tmp_path), prefixes()
+    sessions.user = torch.arange(1, len(LISTS) + 1)
+    model, every = Tower(PARAMS, ITEMS, CPU), torch.arange(len(sessions))
+    fold = fold_of(len(LISTS), 2, 5)
+    assert set(fold[1:].tolist()) == {0, 1}
+    trained, fresh = model(sessions, every, True), model(sessions, every, False)
+    torch.testing.assert_close(fresh, likeness(sessions, every, vectors[0], 0.7) * model.scale)
+    for sample in every:
+        own = vectors[1 + int(fold[sessions.user[sessions.row[sample]]])]
+        torch.testing.assert_close(trained[sample], likeness(sessions, sample[None], own, 0.7)[0] * model.scale)
+    pairs = vectors[0][1:] @ vectors[0][1:].T * model.scale
+    assert float(pairs.square().mean().sqrt()) == pytest.approx((ITEMS + 1) / ITEMS, rel=1e-4)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"seed": 6}, "seed=5, not 6"), ({"tune": SimpleNamespace(folds=3)}, "folds=2, not 3"),
+    ({"tower": SimpleNamespace(enabled=True, decay=0.5)}, "decay=0.7, not 0.5"),
+    ({"model": SimpleNamespace(texts="shuffled")}, "texts=own, not shuffled")])
+def test_a_tower_of_other_parameters_is_refused(tmp_path, monkeypatch, change, told):
+    saved(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match=told):
+        Tower(SimpleNamespace(**vars(PARAMS) | change), ITEMS, CPU)
+    with pytest.raises(UserError, match=f"{ITEMS} items, the catalogue {ITEMS + 1}"):
+        Tower(PARAMS, ITEMS + 1, CPU)
+
+
+def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_not_met(tmp_path, monkeypatch):
+    saved(monkeypatch, tmp_path)
+    sessions = prefixes()
+    sessions.user = torch.arange(1, len(LISTS) + 1)
+    model = LeftOut(sessions, 3.0, 0.7, None, 0.0, ITEMS)
+    plain, term = LinearTerm(model), LinearTerm(model, None, Tower(PARAMS, ITEMS, CPU))
+    every = torch.arange(len(sessions))
+    with torch.no_grad():
+        weight = 0.1 * torch.arange(1.0, len(BANDS) + 2)
+        term.tower_weight.copy_(weight)
+        for trained in (True, False):
+            added = term(sessions, every, trained) - plain(sessions, every, trained)
+            scores = term.tower(sessions, every, trained)
+            count = torch.from_numpy(model.targets.sum(0))
+            for sample in every:
+                own = (sessions.user[sessions.row] == sessions.user[sessions.row[sample]]).nonzero()[:, 0]
+                others = count - torch.bincount(sessions.target[own], minlength=ITEMS + 1)
+                band = torch.bucketize(others, torch.tensor(BANDS, dtype=others.dtype), right=True)
+                torch.testing.assert_close(added[sample], weight[band] * scores[sample], atol=1e-5, rtol=1e-4)
+    term.start(sessions, 0)
+    assert set(dict(term.named_parameters())) == {"weight", "bias", "clicked", "tower_weight"}
+    assert float(term.tower_weight.abs().max()) > 0
+
+
+def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path, monkeypatch):
+    ready(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    params = load("params.yaml")
+    own, random, dealt = (tower.built(replace(params, model=replace(params.model, **change)), CPU)
+                          for change in ({}, {"weights": "random"}, {"texts": "shuffled"}))
+    name = "language_model.encoder.layer.0.attention.self.query.weight"
+    weights = [dict(model.named_parameters())[name] for model in (own, random, dealt)]
+    assert torch.equal(weights[0], weights[2]) and not torch.allclose(weights[0], weights[1])
+    assert sorted(map(tuple, own.token.tolist())) == sorted(map(tuple, dealt.token.tolist()))
+    assert not torch.equal(own.token, dealt.token)
