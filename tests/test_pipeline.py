@@ -226,8 +226,9 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
     counts = dict(items.select("item_id", "count").iter_rows())
     evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
                                  for name in ("evaluate", "buckets", "differences"))
-    assert set(evaluated) == set(bucketed) == {*FLOORS, "gcsan", "gcsan-text", "gcsan-shuffled", "gcsan-linear",
-                                               "llmgr", "llmgr-start", "gated-gcsan-text", "gated-llmgr", "gated-both"}
+    assert set(evaluated) == set(bucketed) == {*FLOORS, "tower", "gcsan", "gcsan-text", "gcsan-shuffled",
+                                               "gcsan-linear", "llmgr", "llmgr-start", "gated-gcsan-text",
+                                               "gated-llmgr", "gated-both"}
     for model in evaluated:
         table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")
         assert table["target"].to_list() == test["target"].to_list()

@@ -130,7 +130,7 @@ def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation
                                              ("bench", "train"), ("linear", "train")])
 def test_every_reader_of_sessions_refuses_those_of_another_catalogue(
         place: Path, name: str, split: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("aligned", "embeddings", "folds", "backbone"):
+    for folder in ("aligned", "embeddings", "folds", "tower", "backbone"):
         (place / "models" / folder).mkdir(parents=True)
     save_tensors(place / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 130)})
     items = place / "data/core/items.parquet"

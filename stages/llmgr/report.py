@@ -161,9 +161,9 @@ def describe(model: str, params: Any) -> str:
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
     if model == START:
-        base = f", {params.model.base}" if params.tune.folds else ""
-        rest = " and the tuned tower" if params.tower.enabled else ": no language model tuned"
-        return f"what LLMGR's logits start from: a linear model of clicks and words{base}{rest}"
+        parts = [*([params.model.base] if params.tune.folds else []), *([TOWER] if params.tower.enabled else [])]
+        rest = "" if params.tower.enabled else ", no language model tuned"
+        return f"what LLMGR's logits start from: {' and '.join(['a linear model of clicks and words', *parts])}{rest}"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
         beside = f", its scores{beside}" if params.tune.folds else beside
