@@ -58,6 +58,8 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
               "the linear start alone": "slit-text",
               "gate": "gated-gcsan-text-floors", "the same gate": "gated-both-floors"}
     elsewhere = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
+              **dict.fromkeys(("MiniLM tuned", "what LLMGR starts from with the tower", "LLMGR with the tower"),
+                              ("beauty-tower", "office-tower")),
               **dict.fromkeys(("LLMGR out of fold", "the same in a gate", "what LLMGR starts from"),
                               ("beauty-folds", "office-folds"))}
 
@@ -72,7 +74,8 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     assert len(table) == len(models) + len(elsewhere)
     for name, *cells in table:
         if folders := next((elsewhere[start] for start in elsewhere if name.startswith(start)), None):
-            model = "llmgr-start" if "`llmgr-start`" in name else "gated-both" if "in a gate" in name else "llmgr"
+            model = next((kind for words, kind in (("starts from", "llmgr-start"), ("in a gate", "gated-both"),
+                                                   ("(`tower`", "tower")) if words in name), "llmgr")
         else:
             folders = "beauty", "office"
             model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
@@ -86,6 +89,32 @@ def test_the_table_of_one_seed_out_of_fold_holds_the_recorded_figures() -> None:
         figures = record["buckets"][name]["test_unseen"]
         assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
             *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
+
+
+@pytest.mark.parametrize("head, folder", [
+    ("Beauty, seed 1,", "beauty-tower"), ("Office, seed 2026, [all", "office-tower")])
+def test_the_tables_with_the_tower_hold_the_recorded_figures(head: str, folder: str) -> None:
+    text = RESULTS[RESULTS.index("## With the text tower"):]
+    record = recorded(folder)
+    for name, *cells in rows(text[text.index(head):]):
+        figures = record["buckets"][name]["test_unseen"]
+        assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
+            *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
+
+
+@pytest.mark.parametrize("folder, head", [
+    ("beauty-tower", "- **LLMGR alone is the best"), ("office-tower", "- **Office**, over")])
+def test_what_is_said_of_the_tower_is_as_recorded(folder: str, head: str) -> None:
+    text = " ".join(RESULTS[RESULTS.index("## With the text tower"):].split())
+    text = text[text.index(head):]
+    record = recorded(folder)
+    gaps = {model: by["test_unseen"]["all"] for model, by in record["differences"].items()}
+    for model in ("gcsan", "gcsan-text", "gcsan-linear", "gated-gcsan-text-floors", "gated-gcsan-text-tower"):
+        found = [f"{gaps[model][metric]['relative']:+.1%}".replace("-", "−") for metric in ("hr_at_20", "ndcg_at_20")]
+        assert all(word in text[:1100] for word in found), (model, found)
+        if model in ("gcsan", "gcsan-text", "gcsan-linear"):
+            assert max(gaps[model][metric]["p_holm"] for metric in ("hr_at_20", "ndcg_at_20")) < 0.009
+    assert f"over {len(gaps)} models" in text[:1100]
 
 
 def test_what_llmgr_adds_out_of_fold_is_as_recorded() -> None:

@@ -103,7 +103,8 @@ def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:
     watching slows the CPU down.
     """
     gpu = job.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as watched:
+    watching = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=watching, acc_events=True) as watched:
         start = time.perf_counter()
         for batch in batches:
             loss = job.loss(batch)
