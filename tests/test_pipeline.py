@@ -171,6 +171,7 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("model.base", "gcsan-text", {"check", *LEARNING} - {"tower"}),  # as --force-downstream has it; see the next test
     ("tune.folds", 3, {"folds", "tower", "tune", *LAST}),
     ("tower.lr", 5e-4, {"tower", "tune", *LAST}),
+    ("tower.decay", 0.5, {"tower", "tune", *LAST}),
     ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),
     ("llm.scratch.epochs", 2, {"backbone", "folds", "tower", *CONTROLS, *TUNING}),

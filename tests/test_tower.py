@@ -18,12 +18,12 @@ from llmgr import tower
 from llmgr.artifacts import load_tensors, read_json, save_tensors, write_json
 from llmgr.errors import UserError
 from llmgr.folds import fold_of
-from llmgr.graph import Sessions
+from llmgr.graph import Sessions, read_split
 from llmgr.linear import BANDS, LeftOut, LinearTerm
 from llmgr.params import load
 from llmgr.text_vectors import encode_texts, whitening
 from llmgr.tower import TextTower, Tower, TowerJob, click_weights, likeness, token_table
-from llmgr.training import fit
+from llmgr.training import Progress, arithmetic, fit
 
 SETTINGS = SimpleNamespace(epochs=12, batch_size=6, accumulate=1, lr=3e-3, weight_decay=0.0, warmup_share=0.1, clip=1.0,
                            checkpoint_seconds=1e9, decay=0.7)
@@ -119,13 +119,14 @@ def ready(root: Path, folds: int = 3, **changes) -> None:
     """Data, and a backbone whose texts are those of the tiny tests."""
     write_data(root)
     set_up(root, tune__linear=True, tune__folds=folds, tower__enabled=True, tower__epochs=1, tower__batch_size=64,
-           tower__max_text_tokens=12, **changes)
+           tower__max_text_tokens=12, tower__precision="fp32", **changes)
     table = root / "data/core/items.parquet"
     pl.read_parquet(table).with_columns(text=pl.format("an item of {} letters", "item_id")).write_parquet(table)
     folder = root / "models/backbone"
     folder.mkdir(parents=True, exist_ok=True)
     language_model("bert").save_pretrained(folder)
     tokenizer("bert").save_pretrained(folder)
+    write_json(folder / "backbone.json", {"sha256": {"model.safetensors": "own"}})
 
 
 def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, capfd):
@@ -143,6 +144,57 @@ def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, 
     assert "head.weight" in whole and any("word_embeddings" in name for name in whole)
     assert "tower without fold 3: epoch 1" in capfd.readouterr().err
     assert not list((tmp_path / ".resume").rglob("*.pt"))
+
+
+def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypatch):
+    """Which samples each training gets, and that what it saves is what their users' sessions are scored with."""
+    ready(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    params, seen = load("params.yaml"), []
+
+    def trained(made, settings, *, seed, resume, name):
+        with torch.no_grad():
+            made.model.head.bias += len(seen)
+        seen.append((name, made.rows, made.model.vectors()))
+        return Progress(epoch_rows=[{"epoch": 0}])
+
+    monkeypatch.setattr(tower, "fit", trained)
+    tower.train_tower(params)
+    train, _ = read_split("train", 50)
+    user, fold = train.user[train.row], fold_of(USERS, 3, params.seed)
+    assert [name for name, *_ in seen] == ["tower", *(f"tower without fold {k}" for k in (1, 2, 3))]
+    for number, (_, rows, _) in enumerate(seen):
+        assert set(rows.tolist()) == {n for n in range(len(train)) if number == 0 or fold[user[n]] != number - 1}
+    model, every = Tower(params, CATALOGUE, CPU), torch.arange(len(train))
+    found = model(train, every, True) / model.scale
+    for sample in every:
+        own = seen[1 + int(fold[user[sample]])][2]
+        torch.testing.assert_close(found[sample], likeness(train, sample[None], own, 0.7)[0])
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"accumulate": 2}])
+def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch, change):
+    ready(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    params, ends = load("params.yaml"), []
+    train, valid = (read_split(split, 50)[0] for split in ("train", "valid"))
+    for number, changes in enumerate(({}, change)):
+        settings = replace(params.tower, **{"precision": "fp32", "batch_size": 40, "epochs": 2} | changes)
+        model = tower.built(replace(params, tower=settings), CPU)
+        model.train()
+        made = TowerJob(model, train, valid, settings, arithmetic(settings.precision), torch.arange(len(train)))
+        progress = fit(made, settings, seed=1, resume=tmp_path / str(number), name="tower")
+        ends.append(progress.epoch_rows[-1]["train_loss"])
+    slack = {"gradient_checkpointing": 1e-5, "precision": 0.03, "accumulate": 0.2}[next(iter(change))]
+    assert ends[1] == pytest.approx(ends[0], rel=slack)
+
+
+@torch.no_grad()
+def test_texts_without_tokens_and_batches_of_one_stay_finite():
+    model = TextTower(language_model("bert"), *token_table([[], [3, 4], [], [5]]))
+    model.whiten()
+    assert model.vectors().isfinite().all() and model(torch.tensor([1])).isfinite().all()
+    assert float(job(text_tower(), prefixes()).loss(torch.tensor([3])).total) == pytest.approx(0, abs=1e-6)
 
 
 def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
@@ -165,8 +217,9 @@ def test_what_cannot_be_tuned_is_told_in_a_sentence(tmp_path, capfd, change, tol
     assert told in capfd.readouterr().err
 
 
-PARAMS = SimpleNamespace(seed=5, tune=SimpleNamespace(folds=2), tower=SimpleNamespace(enabled=True, decay=0.7),
-                         model=SimpleNamespace(texts="own"))
+PARAMS = SimpleNamespace(seed=5, tune=SimpleNamespace(folds=2), tower=SimpleNamespace(enabled=True, decay=0.7071068),
+                         model=SimpleNamespace(texts="own", weights="pretrained"))
+DECAY = PARAMS.tower.decay
 
 
 def saved(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[torch.Tensor]:
@@ -176,8 +229,8 @@ def saved(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[torch.Tensor]:
     vectors = [F.pad(F.normalize(torch.randn(ITEMS, 4, generator=draw), dim=1), (0, 0, 1, 0)) for _ in range(3)]
     for name, one in zip(("whole", "1", "2"), vectors):
         save_tensors(root / f"models/tower/{name}.safetensors", {"vectors": one})
-    write_json(root / "models/tower/config.json",
-               {"enabled": True, "folds": 2, "seed": 5, "decay": 0.7, "texts": "own"})
+    write_json(root / "models/backbone/backbone.json", {"sha256": {"model.safetensors": "own"}})
+    write_json(root / "models/tower/config.json", tower.asked(PARAMS) | {"users": len(LISTS)})
     return vectors
 
 
@@ -188,22 +241,32 @@ def test_a_session_that_was_tuned_on_is_scored_without_its_user_and_any_other_by
     fold = fold_of(len(LISTS), 2, 5)
     assert set(fold[1:].tolist()) == {0, 1}
     trained, fresh = model(sessions, every, True), model(sessions, every, False)
-    torch.testing.assert_close(fresh, likeness(sessions, every, vectors[0], 0.7) * model.scale)
+    torch.testing.assert_close(fresh, likeness(sessions, every, vectors[0], DECAY) * model.scale)
     for sample in every:
         own = vectors[1 + int(fold[sessions.user[sessions.row[sample]]])]
-        torch.testing.assert_close(trained[sample], likeness(sessions, sample[None], own, 0.7)[0] * model.scale)
+        torch.testing.assert_close(trained[sample], likeness(sessions, sample[None], own, DECAY)[0] * model.scale)
     pairs = vectors[0][1:] @ vectors[0][1:].T * model.scale
     assert float(pairs.square().mean().sqrt()) == pytest.approx((ITEMS + 1) / ITEMS, rel=1e-4)
+    sessions.user = sessions.user + 1
+    with pytest.raises(UserError, match="tuned on other users"):
+        model(sessions, every, True)
 
 
 @pytest.mark.parametrize("change, told", [
     ({"seed": 6}, "seed=5, not 6"), ({"tune": SimpleNamespace(folds=3)}, "folds=2, not 3"),
-    ({"tower": SimpleNamespace(enabled=True, decay=0.5)}, "decay=0.7, not 0.5"),
-    ({"model": SimpleNamespace(texts="shuffled")}, "texts=own, not shuffled")])
+    ({"tower": SimpleNamespace(enabled=True, decay=0.5)}, "decay=0.707107, not 0.5"),
+    ({"model": SimpleNamespace(texts="shuffled", weights="pretrained")}, "texts=own, not shuffled"),
+    ({"model": SimpleNamespace(texts="own", weights="random")}, "weights=pretrained, not random"),
+    ({}, "another backbone")])
 def test_a_tower_of_other_parameters_is_refused(tmp_path, monkeypatch, change, told):
     saved(monkeypatch, tmp_path)
+    digest = tmp_path / "models/backbone/backbone.json"
+    own = digest.read_bytes()
+    if not change:
+        write_json(digest, {"sha256": {"model.safetensors": "other"}})
     with pytest.raises(UserError, match=told):
         Tower(SimpleNamespace(**vars(PARAMS) | change), ITEMS, CPU)
+    digest.write_bytes(own)
     with pytest.raises(UserError, match=f"{ITEMS} items, the catalogue {ITEMS + 1}"):
         Tower(PARAMS, ITEMS + 1, CPU)
 

@@ -521,6 +521,44 @@ def test_a_step_is_the_same_padded_in_rows_in_blocks_and_replayed(kind, make):
             torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-4)
 
 
+def test_a_pass_that_cannot_be_recorded_is_run_as_it_is(capfd):
+    class Refusing(Again):
+        def record(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    found = []
+    for recorder in (Again(), Refusing()):
+        model = llmgr(attention="causal")
+        model.prepare(types.SimpleNamespace(gradient_checkpointing=False),
+                      types.SimpleNamespace(compile=False, strategy="ddp"), torch.device("cuda"), recorder)
+        model.train()
+        made = behave(model)
+        for _ in range(2):
+            model.zero_grad()
+            made.loss(torch.arange(1, 5)).total.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert capfd.readouterr().err.count("cannot be recorded for replay") == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_replay_reads_the_weights_of_its_day():
+    """In bf16, where autocast would keep copies of the weights that a recording had cast."""
+    model = llmgr(attention="causal", dtype=torch.bfloat16)
+    model.prepare(types.SimpleNamespace(gradient_checkpointing=False),
+                  types.SimpleNamespace(compile=False, strategy="ddp"), torch.device("cuda"), Again())
+    states, flags = torch.randn(1, 4, 16), []
+    monitored = model.states
+    model.states = lambda *inputs: flags.append((torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu"))
+                                                ) or monitored(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        there = torch.arange(4)[None]
+        model._cast_anew(states, torch.arange(4)[None], there, torch.arange(4), torch.ones(1, 1, 4, 4).bool())
+        assert torch.is_autocast_cache_enabled()
+    assert flags == [(False, True)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("make", [align, behave])
 @pytest.mark.parametrize("kind", ["llama", "bert"])

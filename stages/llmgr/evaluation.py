@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from llmgr.artifacts import load_tensors, read_json, read_table
 from llmgr.encoders import check_users, family, load_encoder
+from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_split
 from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
@@ -226,7 +227,11 @@ def own_term(params: Any, device: torch.device, formed: Formed) -> LinearTerm:
 def started(params: Any, device: torch.device, formed: Formed) -> Over:
     """Scores of what LLMGR's logits started from: no language model."""
     term = own_term(params, device, formed)
-    term.load_state_dict(load_tensors("models/tuned/start.safetensors"))
+    kept = load_tensors("models/tuned/start.safetensors")
+    if kept.keys() != term.state_dict().keys():
+        raise UserError("models/tuned started from other scores than tune.folds and tower.enabled ask for: run `dvc "
+                        "repro` to train it anew")
+    term.load_state_dict(kept)
     return lambda sessions: lambda samples: term(sessions, samples)
 
 

@@ -28,7 +28,7 @@ CLOSE = 1e-3  # a row is solved where its residual's norm falls below this share
 MOST = 200  # iterations; some ten are the rule
 BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
 BLOCK = 256  # training prefixes whose users are left out at a time
-STARTED = 2048  # prefixes that a linear term's first weights are fitted on, for each kind of scores
+STARTED = 2048  # prefixes that a linear term's first weights are fitted on; twice as many with a base's scores
 
 
 class Slit:

@@ -290,8 +290,8 @@ def load_llmgr(folder: Path, model: Llmgr, params: Any) -> None:
     tensors = load_tensors(folder / "llmgr.safetensors")
     own = dict(model.trained())
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-        raise UserError(f"{folder} has other tensors than the model section, tune.linear and tune.folds ask for: run "
-                        "`dvc repro` to train it anew")
+        raise UserError(f"{folder} has other tensors than the model section, tune.linear, tune.folds and "
+                        "tower.enabled ask for: run `dvc repro` to train it anew")
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)

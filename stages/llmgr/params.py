@@ -600,7 +600,7 @@ class Tower(Training):
 
     enabled: bool
     """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
-    too. With a model of MiniLM's size minutes on a GPU, a day on a CPU's core."""
+    too. In one process; with a model of MiniLM's size minutes on a GPU, most of a day on a CPU's core."""
     batch_size: int
     """Training prefixes a micro-batch; the targets of one are told from each other."""
     max_text_tokens: int
@@ -783,6 +783,9 @@ class Params:
                 raise UserError(f"gate.fuse names a gate {name}, which is a model or a stage already: choose another "
                                 "name")
             for part in parts:
+                if part == TOWER and not self.tower.enabled:
+                    raise UserError(f"gate.fuse.{name} fuses the tower, and there is none: set tower.enabled=true, or "
+                                    f"leave the gate out with -S '~gate.fuse.{name}'")
                 _one_of([*models, "repeat"], part, f"gate.fuse.{name}", "which scores nothing here",
                         f", or leave the gate out with -S '~gate.fuse.{name}'")
         _one_of([*models, *self.gate.fuse], self.bucket.ours, "bucket.ours", "which is not among the models compared")

@@ -55,7 +55,7 @@ def _kept(scores_BV: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tenso
     items = scores_BV[:, 1:]
     if items.numel() and bool(items.amax().isnan()):  # a maximum passes NaN on
         raise UserError("scores are not a number: the model diverged; lower its learning rate (the encoder's own lr, a "
-                        "control's encoder.text_lr, align.lr or tune.lr) or set its precision to fp32")
+                        "control's encoder.text_lr, align.lr, tower.lr or tune.lr) or set its precision to fp32")
     if bool((targets_B < 1).any()):
         raise ValueError("a target is 0, which is padding")
     own_B1 = scores_BV.gather(1, targets_B[:, None])

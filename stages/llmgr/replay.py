@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmgr.stage import out_of_memory, say
+
 
 class Replayed:
     """`function(states, *others)`, recorded once for every size of its inputs and replayed from then on.
@@ -16,8 +18,8 @@ class Replayed:
     A recording is a CUDA graph (torch.cuda.CUDAGraph) of the forward pass and one of the backward pass, over inputs of
     its own that every call is copied to. The graphs share their memory, so that a call's backward pass must come
     before the next call. `trained` are the weights that `function` reads and that learn; their gradients are added up
-    as those of any other. `states` must require a gradient, and `function` may ask the GPU for nothing that a CPU waits
-    for.
+    as those of any other. `states` must require a gradient. Where `function` asks the GPU for something that a CPU
+    waits for it cannot be recorded, and is called as it is from then on.
     """
 
     def __init__(self, function: Callable[..., Tensor], trained: Sequence[nn.Parameter],
@@ -25,12 +27,22 @@ class Replayed:
         self.function, self.trained = function, list(trained)
         self.recorder = recorder or Recorder()
         self.passes: dict[Any, Pass] = {}
+        self.refused = False
 
     def __call__(self, states: Tensor, *others: Tensor) -> Tensor:
         """What `function` returns, until the next call."""
         size = (*(t.shape for t in (states, *others)), states.dtype)
+        if size not in self.passes and not self.refused:
+            try:
+                self.passes[size] = Pass(self, (states, *others))
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                self.refused = True
+                say("the language model's pass cannot be recorded for replay on this GPU ("
+                    f"{' '.join(str(error).split())[:160]}): it is started kernel by kernel")
         if size not in self.passes:
-            self.passes[size] = Pass(self, (states, *others))
+            return self.function(states, *others)
         return Replay.apply(states, self.passes[size], *others)
 
     def add(self, grads: Sequence[Tensor | None]) -> None:

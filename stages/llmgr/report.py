@@ -179,10 +179,13 @@ def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
     gate what it fuses and its own fit."""
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
     needs = {model: [model, *(["backbone"] if "-" in model else [])] for model in found["buckets"] if model in took}
+    tower = [TOWER, "backbone"] if params.tower.enabled else []
+    if TOWER in found["buckets"]:
+        needs[TOWER] = tower
     if MAIN in found["buckets"]:
-        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", TOWER, "align", "tune"]
+        needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", *tower, "align", "tune"]
     if START in found["buckets"]:
-        needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds", TOWER]
+        needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds", *tower]
         took["start"] = found["cost"].get("tune", {}).get("prepared_seconds", 0.0)
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.artifacts import load_tensors, read_json, replacing_folder, resume_folder, save_tensors, write_json
+from llmgr.artifacts import (
+    load_tensors,
+    read_json,
+    replacing_folder,
+    resume_folder,
+    rounded,
+    save_tensors,
+    write_json,
+)
 from llmgr.backbone import is_causal, load_language_model, load_tokenizer
 from llmgr.errors import UserError
 from llmgr.folds import fold_of
@@ -21,7 +29,7 @@ from llmgr.params import flat, texts_shuffled
 from llmgr.pretraining import rank_sessions, sessions_here
 from llmgr.ranking import metrics
 from llmgr.text_vectors import item_texts, position_offset, whitening
-from llmgr.training import Loss, Progress, arithmetic, cost, finish, fit
+from llmgr.training import Loss, Progress, arithmetic, finish, fit
 
 if TYPE_CHECKING:
     from llmgr.graph import GraphBatch, Sessions
@@ -87,9 +95,10 @@ class TextTower(nn.Module):
         return F.normalize((h_NLH * real_NL[..., None]).sum(1) / count_N[:, None].clamp(min=1), dim=-1)
 
     def forward(self, items: Tensor) -> Tensor:
-        """Unit vectors [N, H] of the texts of items [N] (on the CPU)."""
+        """Unit vectors [N, H] of the texts of items [N] (on the CPU); the map is float32 under autocast, too."""
+        pooled_NH = self.pooled(items)
         with torch.autocast(self.token.device.type, enabled=False):
-            return F.normalize(self.head(self.pooled(items)), dim=-1)
+            return F.normalize(self.head(pooled_NH), dim=-1)
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
@@ -133,8 +142,7 @@ class TowerJob:
         clicked_BS = torch.where(graphs.mask_BS(), column_U[click_BS], len(pool_P))
         clicked_BS = torch.where(clicked_BS == own_B[:, None], len(pool_P), clicked_BS).to(place)
         with torch.autocast(place.type, self.dtype, enabled=self.dtype is not torch.float32):
-            pooled_UH = self.model.pooled(items)
-        vectors_UH = F.normalize(self.model.head(pooled_UH), dim=-1)
+            vectors_UH = self.model(items)
         query_BH = F.normalize((vectors_UH[click_BS.to(place)] * weight_BS[..., None]).sum(1), dim=-1)
         logits_BP = query_BH @ vectors_UH[pool_P.to(place)].T * (-QUICK * self.model.log_temperature).exp()
         logits_BP = F.pad(logits_BP, (0, 1)).scatter(1, clicked_BS, float("-inf"))[:, :-1]
@@ -164,8 +172,7 @@ def train_tower(params: Any) -> None:
     than the backbone's positions or there are more folds than users.
     """
     settings, folds = params.tower, params.tune.folds
-    config = {"enabled": settings.enabled, "folds": folds, "seed": params.seed, "decay": settings.decay,
-              "texts": params.model.texts}
+    config = asked(params)
     resume = resume_folder("tower", flat(params), INPUTS)
     if not settings.enabled:
         with replacing_folder(FOLDER) as folder:
@@ -189,18 +196,26 @@ def train_tower(params: Any) -> None:
             vectors.append(model.vectors().cpu())
         if fold == 0:
             whole = model.to("cpu")
+        del job, model  # which a GPU need not hold beside the next
     with replacing_folder(FOLDER) as folder:
         for fold, vectors_VH in enumerate(vectors):
             save_tensors(folder / (f"{fold}.safetensors" if fold else "whole.safetensors"), {"vectors": vectors_VH})
         save_tensors(folder / "tower.safetensors", {k: p for k, p in whole.named_parameters() if p.requires_grad})
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config | {"users": users})
     write_json("reports/metrics/tower.json", {
         f"fold {fold}" if fold else "whole": {k.removeprefix("valid_"): v for k, v in end.epoch_rows[-1].items()}
         for fold, end in enumerate(ends)})
-    finish(ends[0], whole, name="tower", resume=resume, reports=Path("reports"))
     together = Progress(**{key: sum(getattr(end, key) for end in ends)
-                           for key in ("seconds", "training_seconds", "samples", "tokens")})
-    write_json("reports/metrics/cost/tower.json", cost(together, whole))
+                           for key in ("seconds", "training_seconds", "samples", "tokens")},
+                        step_rows=ends[0].step_rows, epoch_rows=ends[0].epoch_rows)
+    finish(together, whole, name="tower", resume=resume, reports=Path("reports"))
+
+
+def asked(params: Any) -> dict[str, Any]:
+    """What a tower's folder must have been made with, as its config.json keeps it."""
+    return rounded({"enabled": params.tower.enabled, "folds": params.tune.folds, "seed": params.seed,
+                    "decay": params.tower.decay, "texts": params.model.texts, "weights": params.model.weights,
+                    "backbone": read_json("models/backbone/backbone.json")["sha256"]})
 
 
 def built(params: Any, place: torch.device) -> TextTower:
@@ -214,7 +229,7 @@ def built(params: Any, place: torch.device) -> TextTower:
                         "positions: lower it")
     texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
     tokens = load_tokenizer("models/backbone")(texts, truncation=True, max_length=params.tower.max_text_tokens)
-    token_VL, count_V = token_table(tokens["input_ids"])
+    token_VL, count_V = token_table([ids[:params.tower.max_text_tokens] for ids in tokens["input_ids"]])
     if params.tower.gradient_checkpointing:
         language_model.gradient_checkpointing_enable({"use_reentrant": False})
     model = TextTower(language_model, token_VL, count_V).to(place)
@@ -235,31 +250,33 @@ class Tower:
     """The tower's scores of all items: of a training session by the one that was tuned without its user."""
 
     def __init__(self, params: Any, items: int, place: torch.device) -> None:
-        """Load models/tower; UserError where it is of other folds, texts, seed or another catalogue."""
+        """Load models/tower; UserError where it is of other folds, texts, weights, seed or another catalogue."""
         config = read_json(f"{FOLDER}/config.json")
-        asked = {"enabled": params.tower.enabled, "folds": params.tune.folds, "seed": params.seed,
-                 "decay": params.tower.decay, "texts": params.model.texts}
-        if config != asked:
-            key = next(key for key in asked if config.get(key) != asked[key])
-            raise UserError(f"{FOLDER} was made with {key}={config.get(key)}, not {asked[key]}: run `dvc repro` to "
-                            "make it anew")
+        for key, value in asked(params).items():
+            if config.get(key) != value:
+                was = "another backbone" if key == "backbone" else f"{key}={config.get(key)}, not {value}"
+                raise UserError(f"{FOLDER} was made with {was}: run `dvc repro` to make it anew")
         names = ["whole", *map(str, range(1, config["folds"] + 1))]
         self.vectors = [load_tensors(f"{FOLDER}/{name}.safetensors")["vectors"].to(place) for name in names]
         if len(self.vectors[0]) != items + 1:
             raise UserError(f"{FOLDER} has {len(self.vectors[0]) - 1} items, the catalogue {items}: run `dvc repro` to "
                             "make it anew")
-        self.decay, self.folds, self.seed = config["decay"], config["folds"], config["seed"]
+        self.decay, self.users = params.tower.decay, config["users"]
         self.scale = len(self.vectors[0]) / float((self.vectors[0].T @ self.vectors[0]).norm())
-        self.fold_U: Tensor | None = None
+        self.fold_U = fold_of(self.users, config["folds"], config["seed"]) if config["folds"] else None
 
     def __call__(self, sessions: Sessions, samples: Tensor, trained: bool) -> Tensor:
-        """Scores [R, V+1] of samples [R], of unit scale; `trained` where the tower was tuned on these sessions."""
+        """Scores [R, V+1] of samples [R], of unit scale; `trained` where the tower was tuned on these sessions.
+
+        UserError where they have other users than those that it was tuned on.
+        """
         if not trained:
             return likeness(sessions, samples, self.vectors[0], self.decay) * self.scale
-        user_R = sessions.user[sessions.row[samples]].cpu()
-        if self.fold_U is None:
-            self.fold_U = fold_of(int(sessions.user.max()), self.folds, self.seed)
-        fold_R, scores = self.fold_U[user_R], self.vectors[0].new_empty(len(samples), len(self.vectors[0]))
+        if int(sessions.user.max()) != self.users:
+            raise UserError(f"{FOLDER} was tuned on other users than the sessions have: run `dvc repro` to make it "
+                            "anew")
+        fold_R = self.fold_U[sessions.user[sessions.row[samples]].cpu()]
+        scores = self.vectors[0].new_empty(len(samples), len(self.vectors[0]))
         for fold in fold_R.unique().tolist():
             at = (fold_R == fold).nonzero()[:, 0].to(samples.device)
             scores[at] = likeness(sessions, samples[at], self.vectors[1 + fold], self.decay) * self.scale
