@@ -215,7 +215,8 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     roles = {control: "the text + GNN control" + (" that it reads" if control == params.model.base else "")}
     if params.tune.linear:
         roles[_control(params, "linear")] = "the control over the same linear model"
-    roles[START] = "what LLMGR's logits start from, without a language model"
+    roles[START] = "what LLMGR's logits start from, " + (
+        "the tower among it" if params.tower.enabled else "without a language model")
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")
