@@ -600,7 +600,7 @@ class Tower(Training):
 
     enabled: bool
     """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
-    too. In one process; with a model of MiniLM's size minutes on a GPU, most of a day on a CPU's core."""
+    too. In one process; with a model of MiniLM's size minutes on a GPU, more than a day on a CPU's core."""
     batch_size: int
     """Training prefixes a micro-batch; the targets of one are told from each other."""
     max_text_tokens: int
