@@ -112,7 +112,7 @@ def test_it_learns_which_texts_follow_each_other_and_ranks_by_it(tmp_path):
     first, last = progress.epoch_rows[0], progress.epoch_rows[-1]
     assert last["train_loss"] < 0.1 and first["valid_mrr_at_20"] < 0.4
     assert last["valid_mrr_at_20"] == pytest.approx(0.5), "second to the click itself alone"
-    assert float(model.log_temperature) != pytest.approx(text_tower().log_temperature.item())
+    assert model.log_temperature.item() != pytest.approx(text_tower().log_temperature.item())
 
 
 def ready(root: Path, folds: int = 3, **changes) -> None:
