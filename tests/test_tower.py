@@ -20,9 +20,10 @@ from llmgr.errors import UserError
 from llmgr.folds import fold_of
 from llmgr.graph import Sessions, read_split
 from llmgr.linear import BANDS, LeftOut, LinearTerm
+from llmgr.neighbours import click_weights, likeness
 from llmgr.params import load
-from llmgr.text_vectors import encode_texts, whitening
-from llmgr.tower import TextTower, Tower, TowerJob, click_weights, likeness, token_table
+from llmgr.text_vectors import encode_texts, token_table, whitening
+from llmgr.tower import TextTower, Tower, TowerJob
 from llmgr.training import Progress, arithmetic, fit
 
 SETTINGS = SimpleNamespace(epochs=12, batch_size=6, accumulate=1, lr=3e-3, weight_decay=0.0, warmup_share=0.1, clip=1.0,
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 def text_tower(kind: str = "llama", texts: list[str] = TITLES) -> TextTower:
     ids = tokenizer(kind)(texts)["input_ids"]
-    model = TextTower(language_model(kind).requires_grad_(True), *token_table(ids))
+    model = TextTower(language_model(kind).requires_grad_(True), *token_table(ids, 64))
     model.whiten()
     return model
 
@@ -191,7 +192,7 @@ def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch
 
 @torch.no_grad()
 def test_texts_without_tokens_and_batches_of_one_stay_finite():
-    model = TextTower(language_model("bert"), *token_table([[], [3, 4], [], [5]]))
+    model = TextTower(language_model("bert"), *token_table([[], [3, 4], [], [5]], 2))
     model.whiten()
     assert model.vectors().isfinite().all() and model(torch.tensor([1])).isfinite().all()
     assert float(job(text_tower(), prefixes()).loss(torch.tensor([3])).total) == pytest.approx(0, abs=1e-6)

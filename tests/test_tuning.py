@@ -543,11 +543,9 @@ def test_a_pass_that_cannot_be_recorded_is_run_as_it_is(capfd):
 
 
 @torch.no_grad()
-def test_a_replay_reads_the_weights_of_its_day():
+def test_a_recorded_pass_casts_its_weights_every_time():
     """In bf16, where autocast would keep copies of the weights that a recording had cast."""
     model = llmgr(attention="causal", dtype=torch.bfloat16)
-    model.prepare(types.SimpleNamespace(gradient_checkpointing=False),
-                  types.SimpleNamespace(compile=False, strategy="ddp"), torch.device("cuda"), Again())
     states, flags = torch.randn(1, 4, 16), []
     monitored = model.states
     model.states = lambda *inputs: flags.append((torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu"))

@@ -17,13 +17,20 @@ from llmgr.errors import UserError
 from llmgr.gate import REPEAT, Gate, bands
 from llmgr.graph import Sessions, catalogue_size, padded, read_split
 from llmgr.linear import LeftOut, LinearTerm, Slit, fitted_slit, left_out
-from llmgr.neighbours import catalogue_words, item_similarity, last_clicks, neighbours, training_matrix
+from llmgr.neighbours import (
+    catalogue_words,
+    item_similarity,
+    last_clicks,
+    likeness,
+    neighbours,
+    training_matrix,
+)
 from llmgr.params import START, TOWER, texts_shuffled, trained
 from llmgr.pretraining import Score, scoring
 from llmgr.sessions import training_counts
 from llmgr.start import linear_term
 from llmgr.text_vectors import principal_components
-from llmgr.tower import Tower, likeness
+from llmgr.tower import Tower
 from llmgr.training import hardware, peak_memory_mb
 
 if TYPE_CHECKING:

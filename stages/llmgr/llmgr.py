@@ -18,7 +18,7 @@ from llmgr.encoders.layers import Dropout
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch
 from llmgr.prompts import GRAPH, NODE, PromptBatch
-from llmgr.replay import Replayed
+from llmgr.replay import Recorder, Replayed
 from llmgr.text_vectors import position_offset, principal_components, shuffled
 
 
@@ -225,7 +225,8 @@ class Llmgr(nn.Module):
             if name.startswith(("hybrid.", "output.", "linear_term.")) or "lora_" in name:
                 yield name, parameter
 
-    def prepare(self, settings: Any, launch: Any, place: torch.device, recorder: Any = None) -> None:
+    def prepare(self, settings: Any, launch: Any, place: torch.device, recorder: Recorder | None = None
+                ) -> None:
         """What the align or tune section and `launch` ask of the language model's layers, to be called once."""
         if settings.gradient_checkpointing:
             self.checkpoint_activations()

@@ -1,4 +1,4 @@
-"""Neighbourhood recommenders, untrained: item-kNN, session-kNN and word-kNN over sparse matrices."""
+"""Neighbourhood recommenders: item-kNN, session-kNN and word-kNN over sparse matrices, and what vectors score."""
 from __future__ import annotations
 
 import re
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import polars as pl
     from torch import Tensor
 
-    from llmgr.graph import GraphBatch
+    from llmgr.graph import GraphBatch, Sessions
 
 WORD = re.compile(r"[^\W_]+")
 
@@ -119,3 +119,17 @@ def neighbours(clicks: csr_array, sessions: csr_array, most: int) -> csr_array:
     order = np.lexsort((-similarity, row))
     kept = order[(np.arange(len(order)) - shared.indptr[row] < most) & (similarity[order] > 0)]
     return csr_array((similarity[kept], (row[kept], shared.indices[kept])), shape=shared.shape)
+
+
+def click_weights(graphs: GraphBatch, decay: float) -> Tensor:
+    """The weight of every click [B, S]: 1 for the last, `decay` less a step back, 0 at padding."""
+    steps = torch.arange(graphs.items_BS.shape[1], device=graphs.items_BS.device)
+    back_BS = (graphs.length_B[:, None] - 1 - steps).clamp(min=0)
+    return torch.full_like(back_BS, decay, dtype=torch.float).pow(back_BS) * graphs.mask_BS()
+
+
+def likeness(sessions: Sessions, samples: Tensor, vectors_VH: Tensor, decay: float) -> Tensor:
+    """Scores [B, V+1]: cosines of item vectors to those of the clicks, summed with their weights."""
+    graphs = sessions.graphs(samples)
+    weight_BS = click_weights(graphs, decay)
+    return (vectors_VH[graphs.items_BS] * weight_BS[..., None]).sum(1) @ vectors_VH.T

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from llmgr.attention import Apiece
 from llmgr.errors import UserError
 from llmgr.graph import GraphBatch, Sessions, alike
+from llmgr.text_vectors import token_table
 
 ALIGNMENT = "Each node stands for a product. Nodes: {nodes}. Description: {text}. The described node is:"
 
@@ -268,10 +269,7 @@ def pieces(template: str, tokenizer: Any, start: bool) -> list[str | list[int]]:
 def text_table(tokenizer: Any, texts: list[str], longest: int) -> tuple[Tensor, Tensor]:
     """Token ids of item texts [V+1, longest] and their counts [V+1]; row 0 is empty."""
     ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
-    table = torch.zeros(len(texts) + 1, longest, dtype=torch.long)
-    count = torch.tensor([0, *map(len, ids)])
-    table[torch.arange(longest) < count[:, None]] = torch.tensor([t for row in ids for t in row], dtype=torch.long)
-    return table, count
+    return token_table(ids, longest)
 
 
 class AlignmentPrompts:

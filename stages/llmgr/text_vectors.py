@@ -23,6 +23,19 @@ def position_offset(model: nn.Module) -> int:
     return 0
 
 
+def token_table(ids: list[list[int]], longest: int) -> tuple[Tensor, Tensor]:
+    """The first `longest` token ids of every text, padded [V+1, longest], and how many each has [V+1]; row 0 is empty.
+
+    Tokenizers leave a text whole where `longest` is less than their own opening and closing tokens.
+    """
+    ids = [row[:longest] for row in ids]
+    count_V = torch.tensor([0, *map(len, ids)])
+    token_VL = torch.zeros(len(ids) + 1, longest, dtype=torch.long)
+    token_VL[torch.arange(longest) < count_V[:, None]] = torch.tensor([t for row in ids for t in row],
+                                                                      dtype=torch.long)
+    return token_VL, count_V
+
+
 @torch.no_grad()
 def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens: int, batch_tokens: int = 8192
                  ) -> Tensor:

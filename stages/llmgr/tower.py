@@ -25,14 +25,15 @@ from llmgr.artifacts import (
 from llmgr.backbone import is_causal, load_language_model, load_tokenizer
 from llmgr.errors import UserError
 from llmgr.folds import fold_of
+from llmgr.neighbours import click_weights, likeness
 from llmgr.params import flat, texts_shuffled
 from llmgr.pretraining import rank_sessions, sessions_here
 from llmgr.ranking import metrics
-from llmgr.text_vectors import item_texts, position_offset, whitening
+from llmgr.text_vectors import item_texts, position_offset, token_table, whitening
 from llmgr.training import Loss, Progress, arithmetic, finish, fit
 
 if TYPE_CHECKING:
-    from llmgr.graph import GraphBatch, Sessions
+    from llmgr.graph import Sessions
 
 FOLDER = "models/tower"
 INPUTS = ("models/backbone", "data/core/items.parquet", "data/sessions/train.parquet", "data/sessions/valid.parquet")
@@ -40,13 +41,6 @@ TEMPERATURE = 0.1  # that training starts from
 QUICK = 50.0  # times the learning rate that the temperature's logarithm learns at
 CELLS = {"cpu": 8192, "cuda": 65536}  # tokens of a batch of texts, with padding
 RANKED = 512  # validation sessions scored at a time
-
-
-def click_weights(graphs: GraphBatch, decay: float) -> Tensor:
-    """The weight of every click [B, S]: 1 for the last, `decay` less a step back, 0 at padding."""
-    steps = torch.arange(graphs.items_BS.shape[1], device=graphs.items_BS.device)
-    back_BS = (graphs.length_B[:, None] - 1 - steps).clamp(min=0)
-    return torch.full_like(back_BS, decay, dtype=torch.float).pow(back_BS) * graphs.mask_BS()
 
 
 class TextTower(nn.Module):
@@ -158,13 +152,6 @@ class TowerJob:
         return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
 
 
-def likeness(sessions: Sessions, samples: Tensor, vectors_VH: Tensor, decay: float) -> Tensor:
-    """Scores [B, V+1]: cosines of item vectors to those of the clicks, summed with their weights."""
-    graphs = sessions.graphs(samples)
-    weight_BS = click_weights(graphs, decay)
-    return (vectors_VH[graphs.items_BS] * weight_BS[..., None]).sum(1) @ vectors_VH.T
-
-
 def train_tower(params: Any) -> None:
     """Tune a tower over all training users, and one without each fold of them, into models/tower/, with the records.
 
@@ -228,22 +215,14 @@ def built(params: Any, place: torch.device) -> TextTower:
         raise UserError(f"tower.max_text_tokens={params.tower.max_text_tokens} exceeds the backbone's {positions} "
                         "positions: lower it")
     texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
-    tokens = load_tokenizer("models/backbone")(texts, truncation=True, max_length=params.tower.max_text_tokens)
-    token_VL, count_V = token_table([ids[:params.tower.max_text_tokens] for ids in tokens["input_ids"]])
+    longest = params.tower.max_text_tokens
+    ids = load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"]
+    token_VL, count_V = token_table(ids, longest)
     if params.tower.gradient_checkpointing:
         language_model.gradient_checkpointing_enable({"use_reentrant": False})
     model = TextTower(language_model, token_VL, count_V).to(place)
     model.whiten()
     return model
-
-
-def token_table(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids of texts [V+1, longest], padded, and their counts [V+1]; row 0 is empty."""
-    count_V = torch.tensor([0, *map(len, ids)])
-    token_VL = torch.zeros(len(ids) + 1, max(1, int(count_V.max())), dtype=torch.long)
-    token_VL[torch.arange(token_VL.shape[1]) < count_V[:, None]] = torch.tensor([t for row in ids for t in row],
-                                                                                dtype=torch.long)
-    return token_VL, count_V
 
 
 class Tower:
