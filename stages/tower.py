@@ -1,4 +1,4 @@
-"""Tune the language model so that an item's text lies near the texts of what is clicked before it, all users and folds.
+"""Tune a text encoder so that an item's text lies near the texts of what is clicked before it, all users and folds.
 
 Reads:  models/backbone/, data/sessions/{train,valid}.parquet, data/core/items.parquet
 Writes: models/tower/ (whole.safetensors: item vectors [V+1, H] tuned over all users; K.safetensors: without fold K;

@@ -229,9 +229,13 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
         "words")
     assert report.describe("llmgr-start", other) == (
         "what LLMGR's logits start from: a linear model of clicks and words and gcsan, no language model tuned")
-    other.tower = dataclasses.replace(VIEW.tower, enabled=True)
-    assert report.describe("llmgr-start", other) == (
-        "what LLMGR's logits start from: a linear model of clicks and words and gcsan and tower")
+    other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="tokens")
+    start = "what LLMGR's logits start from: a linear model of clicks and words and gcsan and tower"
+    assert report.describe("llmgr-start", other) == start + ", no language model tuned"
+    assert report.describe("tower", other).endswith("no language model")
+    other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="language-model")
+    assert report.describe("llmgr-start", other) == start
+    assert "language model, tuned" in report.describe("tower", other)
     assert report.describe("llmgr", other).endswith("its scores and a linear model of clicks and words and the tower's "
                                                     "scores")
     hub = dataclasses.replace(VIEW.llm, name="sentence-transformers/all-MiniLM-L6-v2")

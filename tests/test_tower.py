@@ -23,7 +23,7 @@ from llmgr.linear import BANDS, LeftOut, LinearTerm
 from llmgr.neighbours import click_weights, likeness
 from llmgr.params import load
 from llmgr.text_vectors import encode_texts, token_table, whitening
-from llmgr.tower import TextTower, Tower, TowerJob
+from llmgr.tower import LanguageModelMeans, TextTower, TokenMeans, Tower, TowerJob
 from llmgr.training import Progress, arithmetic, fit
 
 SETTINGS = SimpleNamespace(epochs=12, batch_size=6, accumulate=1, lr=3e-3, weight_decay=0.0, warmup_share=0.1, clip=1.0,
@@ -32,8 +32,10 @@ CPU = torch.device("cpu")
 
 
 def text_tower(kind: str = "llama", texts: list[str] = TITLES) -> TextTower:
-    ids = tokenizer(kind)(texts)["input_ids"]
-    model = TextTower(language_model(kind).requires_grad_(True), *token_table(ids, 64))
+    table = token_table(tokenizer("llama" if kind == "tokens" else kind)(texts)["input_ids"], 64)
+    torch.manual_seed(0)
+    model = TextTower(TokenMeans(*table, 16) if kind == "tokens" else
+                      LanguageModelMeans(language_model(kind).requires_grad_(True), *table))
     model.whiten()
     return model
 
@@ -53,7 +55,7 @@ def test_it_starts_as_the_whitened_text_vectors_however_texts_are_batched(kind, 
     vectors = model.vectors()
     assert vectors.shape == (ITEMS + 1, raw.shape[1]) and vectors[0].abs().max() == 0
     some = torch.tensor([7, 2, 11])
-    torch.testing.assert_close(model.pooled(some), raw[some - 1], **slack)
+    torch.testing.assert_close(model.means(some), raw[some - 1], **slack)
     torch.testing.assert_close(vectors[1:], F.normalize((raw - mean) @ axes, dim=1), atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(model(some), vectors[some], **slack)
 
@@ -72,17 +74,20 @@ def test_a_click_weighs_less_the_further_back_it_is():
     assert click_weights(graphs, 0.5)[1].tolist() == [1.0, 0.0, 0.0], "padding weighs nothing"
 
 
+@pytest.mark.parametrize("kind", ["llama", "tokens"])
 @torch.no_grad()
-def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_has_not_clicked():
-    model, sessions = text_tower(), prefixes()
+def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_does_not_click(kind):
+    model, sessions = text_tower(kind), prefixes()
     vectors, micro = model.vectors(), torch.tensor([0, 2, 5, 9, 12, 16, 4])
+    assert len(set(sessions.row[micro].tolist())) < len(micro), "a session twice, so that it has later clicks"
     targets, total, masked = sorted(set(sessions.target[micro].tolist())), 0.0, 0
     for sample in micro:
         row, length = sessions.items[sessions.row[sample]].tolist(), int(sessions.length[sample])
         clicks, target = row[:length], int(sessions.target[sample])
+        later = sessions.target[micro[sessions.row[micro] == sessions.row[sample]]].tolist()
         query = sum(0.7 ** (length - 1 - n) * vectors[item] for n, item in enumerate(clicks))
         scores = {other: 10 * float(F.cosine_similarity(query, vectors[other], dim=0)) for other in targets
-                  if other == target or other not in clicks}
+                  if other == target or other not in clicks + later}
         masked += len(targets) - len(scores)
         total -= float(torch.tensor(scores[target]) - torch.tensor(list(scores.values())).logsumexp(0))
     found = job(model, sessions).loss(micro)
@@ -93,22 +98,41 @@ def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_has_n
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_are_the_chosen_samples_once_an_epoch(accumulate):
+def test_steps_are_the_chosen_samples_once_an_epoch_those_of_a_session_together(accumulate):
     made = job(text_tower(), prefixes(), accumulate=accumulate)
     made.rows = torch.tensor([1, 3, 4, 7, 8, 9, 12, 13, 14])
-    steps = made.steps(0, torch.Generator().manual_seed(0))
-    assert sorted(torch.cat([m for s in steps for m in s]).tolist()) == made.rows.tolist()
-    assert [[len(m) for m in s] for s in steps] == ([[6], [3]] if accumulate == 1 else [[6, 3]])
+    epochs = [made.steps(0, torch.Generator().manual_seed(seed)) for seed in range(5)]
+    orders = [torch.cat([m for s in steps for m in s]) for steps in epochs]
+    assert all(sorted(order.tolist()) == made.rows.tolist() for order in orders)
+    assert [[len(m) for m in s] for s in epochs[0]] == ([[6], [3]] if accumulate == 1 else [[6, 3]])
+    turns = [torch.unique_consecutive(made.train.row[order]).tolist() for order in orders]
+    assert all(len(set(turn)) == len(turn) for turn in turns) and len({tuple(turn) for turn in turns}) > 1
 
 
-def test_it_learns_which_texts_follow_each_other_and_ranks_by_it(tmp_path):
+@torch.no_grad()
+def test_without_a_language_model_a_text_is_the_mean_of_its_normed_token_vectors():
+    ids = [[4, 9, 4], [], [7], [9, 2, 30, 7]]
+    torch.manual_seed(3)
+    means = TokenMeans(*token_table(ids, 4), 8)
+    assert len(means.weight) == len({t for row in ids for t in row}), "tokens that no text has are not drawn"
+    table = dict(zip(sorted({t for row in ids for t in row}), means.weight))
+    for items in ([1, 2, 3, 4], [4, 1], [2], [3, 3, 1]):
+        found = means(torch.tensor(items))
+        for vector, item in zip(found, items):
+            normed = [(table[t] - table[t].mean()) / (table[t].var(correction=0) + 1e-5).sqrt() for t in ids[item - 1]]
+            mean = torch.stack(normed).mean(0) if normed else torch.zeros(8)
+            torch.testing.assert_close(vector, F.normalize(mean, dim=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tokens"])
+def test_it_learns_which_texts_follow_each_other_and_ranks_by_it(tmp_path, kind):
     """Item n is followed by n + 6, which shares no letter with it; no item is a target of two others."""
     lists = [[n] for n in range(1, 7)] * 3
     items = torch.tensor(lists, dtype=torch.int32)
     rows = torch.arange(len(lists))
     sessions = Sessions(items, rows, torch.ones(len(lists), dtype=torch.long), items[:, 0].long() + 6)
-    model = text_tower()
-    made = job(model, sessions, epochs=10)
+    model = text_tower(kind)
+    made = job(model, sessions, epochs=10 if kind == "llama" else 30)
     progress = fit(made, made.settings, seed=0, resume=tmp_path, name="tower")
     first, last = progress.epoch_rows[0], progress.epoch_rows[-1]
     assert last["train_loss"] < 0.1 and first["valid_mrr_at_20"] < 0.4
@@ -130,8 +154,9 @@ def ready(root: Path, folds: int = 3, **changes) -> None:
     write_json(folder / "backbone.json", {"sha256": {"model.safetensors": "own"}})
 
 
-def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, capfd):
-    ready(tmp_path)
+@pytest.mark.parametrize("encoder, own", [("language-model", "word_embeddings"), ("tokens", "means.weight")])
+def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, capfd, encoder, own):
+    ready(tmp_path, tower__encoder=encoder)
     assert stage("tower", root=tmp_path) == 0
     names = ["whole", "1", "2", "3"]
     vectors = {n: load_tensors(tmp_path / f"models/tower/{n}.safetensors")["vectors"] for n in names}
@@ -142,7 +167,7 @@ def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, 
     cost, whole = read_json(tmp_path / "reports/metrics/cost/tower.json"), load_tensors(
         tmp_path / "models/tower/tower.safetensors")
     assert cost["trainable_parameters"] == sum(v.numel() for v in whole.values()) == cost["total_parameters"]
-    assert "head.weight" in whole and any("word_embeddings" in name for name in whole)
+    assert "head.weight" in whole and any(own in name for name in whole)
     assert "tower without fold 3: epoch 1" in capfd.readouterr().err
     assert not list((tmp_path / ".resume").rglob("*.pt"))
 
@@ -175,7 +200,7 @@ def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypat
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"accumulate": 2}])
 def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch, change):
-    ready(tmp_path)
+    ready(tmp_path, tower__encoder="language-model", tower__lr=2e-4)
     monkeypatch.chdir(tmp_path)
     params, ends = load("params.yaml"), []
     train, valid = (read_split(split, 50)[0] for split in ("train", "valid"))
@@ -190,9 +215,11 @@ def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch
     assert ends[1] == pytest.approx(ends[0], rel=slack)
 
 
+@pytest.mark.parametrize("kind", ["bert", "tokens"])
 @torch.no_grad()
-def test_texts_without_tokens_and_batches_of_one_stay_finite():
-    model = TextTower(language_model("bert"), *token_table([[], [3, 4], [], [5]], 2))
+def test_texts_without_tokens_and_batches_of_one_stay_finite(kind):
+    table = token_table([[], [3, 4], [], [5]], 2)
+    model = TextTower(TokenMeans(*table, 8) if kind == "tokens" else LanguageModelMeans(language_model(kind), *table))
     model.whiten()
     assert model.vectors().isfinite().all() and model(torch.tensor([1])).isfinite().all()
     assert float(job(text_tower(), prefixes()).loss(torch.tensor([3])).total) == pytest.approx(0, abs=1e-6)
@@ -213,7 +240,8 @@ def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
     ({"tune__folds": 0}, "tower.enabled=true needs tune.folds")])
 def test_what_cannot_be_tuned_is_told_in_a_sentence(tmp_path, capfd, change, told):
     ready(tmp_path)
-    set_up(tmp_path, **{"tune__linear": True, "tower__enabled": True, "tune__folds": 3} | change)
+    set_up(tmp_path, **{"tune__linear": True, "tower__enabled": True, "tune__folds": 3,
+                        "tower__encoder": "language-model"} | change)
     assert stage("tower", root=tmp_path) == 2
     assert told in capfd.readouterr().err
 
@@ -297,13 +325,24 @@ def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_
 
 
 def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path, monkeypatch):
-    ready(tmp_path)
+    ready(tmp_path, tower__encoder="language-model")
     monkeypatch.chdir(tmp_path)
     params = load("params.yaml")
-    own, random, dealt = (tower.built(replace(params, model=replace(params.model, **change)), CPU)
+    own, random, dealt = (tower.built(replace(params, model=replace(params.model, **change)), CPU).means
                           for change in ({}, {"weights": "random"}, {"texts": "shuffled"}))
     name = "language_model.encoder.layer.0.attention.self.query.weight"
     weights = [dict(model.named_parameters())[name] for model in (own, random, dealt)]
     assert torch.equal(weights[0], weights[2]) and not torch.allclose(weights[0], weights[1])
     assert sorted(map(tuple, own.token.tolist())) == sorted(map(tuple, dealt.token.tolist()))
     assert not torch.equal(own.token, dealt.token)
+
+
+def test_a_tower_of_tokens_reads_the_texts_dealt_out_to_a_twin(tmp_path, monkeypatch):
+    ready(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    params = load("params.yaml")
+    own, dealt = (tower.built(replace(params, model=replace(params.model, texts=texts)), CPU).vectors()[1:]
+                  for texts in ("own", "shuffled"))
+    assert not torch.allclose(own, dealt, atol=1e-2)
+    torch.testing.assert_close((own @ own.T).sort(1).values.sum(0), (dealt @ dealt.T).sort(1).values.sum(0), atol=1e-2,
+                               rtol=1e-3)

@@ -232,7 +232,7 @@ def own_term(params: Any, device: torch.device, formed: Formed) -> LinearTerm:
 
 
 def started(params: Any, device: torch.device, formed: Formed) -> Over:
-    """Scores of what LLMGR's logits started from: no language model but for the tower."""
+    """Scores of what LLMGR's logits started from: no language model but for a tower of one."""
     term = own_term(params, device, formed)
     kept = load_tensors("models/tuned/start.safetensors")
     if kept.keys() != term.state_dict().keys():

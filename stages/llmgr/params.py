@@ -24,7 +24,7 @@ PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are h
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")  # what tables and pages show first
 FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
-TOWER = "tower"  # the language model tuned on item texts, by itself
+TOWER = "tower"  # the text encoder tuned on item texts, by itself
 START = "llmgr-start"  # what LLMGR's logits start from, alone, before stage 2
 WHOLE = {"fpmc": "has something of each user", "caser": "has something of each user",
          "hcgr": "has its items on a curved space"}  # bases that tune.folds cannot divide
@@ -596,11 +596,14 @@ class Tune(Training):
 
 @dataclass(frozen=True)
 class Tower(Training):
-    """The language model tuned on item texts, all its weights: a prefix's next item lies near its clicks."""
+    """A text encoder tuned on item texts, all its weights: a prefix's next item lies near its clicks."""
 
     enabled: bool
     """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
-    too. In one process; with a model of MiniLM's size minutes on a GPU, more than a day on a CPU's core."""
+    too. In one process."""
+    encoder: Literal["tokens", "language-model"]
+    """tokens: the mean of vectors of the text's tokens, drawn at random; minutes on a CPU. language-model: the mean of
+    the backbone's last hidden states; of MiniLM's size minutes on a GPU, a day on a CPU's core, lr 2e-4."""
     batch_size: int
     """Training prefixes a micro-batch; the targets of one are told from each other."""
     max_text_tokens: int

@@ -28,8 +28,10 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "text-knn": "items with the most similar texts to the language model, untrained",
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
-         "slit-text": "the same, shrunk to the likeness of the items' words",
-         TOWER: "items with the most similar texts to the language model, tuned on which texts follow which"}
+         "slit-text": "the same, shrunk to the likeness of the items' words"}
+TOWERS = {"tokens": "items with the most similar texts to means of token vectors, tuned on which texts follow which: no "
+                    "language model",
+          "language-model": "items with the most similar texts to the language model, tuned on which texts follow which"}
 CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
             "linear": "item texts, over the linear model of clicks and words: no language model tuned"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
@@ -160,9 +162,11 @@ def describe(model: str, params: Any) -> str:
         return ABOUT[model]
     if model in params.gate.fuse:
         return "gate over " + ", ".join(params.gate.fuse[model])
+    if model == TOWER:
+        return TOWERS[params.tower.encoder]
     if model == START:
         parts = [*([params.model.base] if params.tune.folds else []), *([TOWER] if params.tower.enabled else [])]
-        rest = "" if params.tower.enabled else ", no language model tuned"
+        rest = "" if _tuned_tower(params) else ", no language model tuned"
         return f"what LLMGR's logits start from: {' and '.join(['a linear model of clicks and words', *parts])}{rest}"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
@@ -172,6 +176,11 @@ def describe(model: str, params: Any) -> str:
     if hyphen and text in CONTROLS:
         return f"{base} with {CONTROLS[text]}"
     return "session encoder, item ids alone"
+
+
+def _tuned_tower(params: Any) -> bool:
+    """Whether a language model has been tuned for what LLMGR's logits start from."""
+    return params.tower.enabled and params.tower.encoder == "language-model"
 
 
 def training_seconds(found: Mapping[str, Any], params: Any) -> dict[str, float]:
@@ -215,8 +224,9 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     roles = {control: "the text + GNN control" + (" that it reads" if control == params.model.base else "")}
     if params.tune.linear:
         roles[_control(params, "linear")] = "the control over the same linear model"
-    roles[START] = "what LLMGR's logits start from, " + (
-        "the tower among it" if params.tower.enabled else "without a language model")
+    tower = "the tower among it" if params.tower.enabled else ""
+    rest = "" if _tuned_tower(params) else "without a language model"
+    roles[START] = ", ".join(filter(None, ("what LLMGR's logits start from", tower, rest)))
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")

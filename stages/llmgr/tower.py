@@ -1,4 +1,4 @@
-"""The text tower: the language model tuned so that an item's text lies near the texts of what is clicked before it.
+"""The text tower: a text encoder tuned so that an item's text lies near the texts of what is clicked before it.
 
 Its item vectors score sessions by themselves (`Tower`), and LLMGR's logits start from those scores. As with the base
 (llmgr.folds), a training session is scored by a tower that was tuned without its user.
@@ -43,11 +43,10 @@ CELLS = {"cpu": 8192, "cuda": 65536}  # tokens of a batch of texts, with padding
 RANKED = 512  # validation sessions scored at a time
 
 
-class TextTower(nn.Module):
-    """Unit vectors of item texts: a linear map of the mean of the language model's last hidden states.
+class LanguageModelMeans(nn.Module):
+    """Unit vectors of texts: the mean of the language model's last hidden states over a text's tokens (Sentence-BERT).
 
-    The map starts as the whitening of the untuned vectors, so that tuning starts from text-kNN. `token_VL` has the
-    texts' token ids and `count_V` how many each has; row 0 is padding.
+    `token_VL` has the texts' token ids and `count_V` how many each has; row 0 is padding.
     """
 
     def __init__(self, language_model: nn.Module, token_VL: Tensor, count_V: Tensor) -> None:
@@ -56,19 +55,10 @@ class TextTower(nn.Module):
         self.register_buffer("token", token_VL, persistent=False)
         self.count = count_V  # on the CPU, where batches are laid out
         self.causal, self.offset = is_causal(language_model.config), position_offset(language_model)
-        self.head = nn.Linear(language_model.config.hidden_size, language_model.config.hidden_size)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE) / QUICK))
+        self.width = language_model.config.hidden_size
 
-    def whiten(self) -> None:
-        """Let the map whiten the vectors of the texts as the language model now makes them."""
-        with torch.no_grad():
-            pooled_VH = torch.cat([self.pooled(items) for items in torch.arange(1, len(self.count)).split(4096)])
-            mean_H, axes_HH = whitening(pooled_VH)
-            self.head.weight.copy_(axes_HH.T)
-            self.head.bias.copy_(-mean_H @ axes_HH)
-
-    def pooled(self, items: Tensor) -> Tensor:
-        """Unit vectors of the language model [N, H] of the texts of items [N] (on the CPU)."""
+    def forward(self, items: Tensor) -> Tensor:
+        """Those [N, H] of the texts of items [N] (on the CPU)."""
         place, states, start = self.token.device, [], 0
         count_N, order = torch.sort(self.count[items], descending=True, stable=True)
         while start < len(items):
@@ -88,11 +78,61 @@ class TextTower(nn.Module):
                                     attention_mask=seen_N1LL).last_hidden_state.float()
         return F.normalize((h_NLH * real_NL[..., None]).sum(1) / count_N[:, None].clamp(min=1), dim=-1)
 
+
+class TokenMeans(nn.Module):
+    """Unit vectors of texts: the mean of vectors of their tokens, each normed (LayerNorm without weights), in no order.
+
+    What a text encoder learns without a language model: the tokens' vectors [T, `width`] are drawn at random, for those
+    tokens alone that some text has. The norm keeps a step's turn of a vector from shrinking as the vector grows less.
+    """
+
+    def __init__(self, token_VL: Tensor, count_V: Tensor, width: int) -> None:
+        super().__init__()
+        used_T, flat_N = torch.unique(token_VL[torch.arange(token_VL.shape[1]) < count_V[:, None]], return_inverse=True)
+        self.weight = nn.Parameter(torch.randn(max(1, len(used_T)), width) * 0.02)
+        self.register_buffer("token", flat_N, persistent=False)  # those of all texts, one after another
+        self.count, self.first, self.width = count_V, torch.cumsum(count_V, 0) - count_V, width
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Those [N, width] of the texts of items [N] (on the CPU)."""
+        place, count_N = self.token.device, self.count[items]
+        start_N = torch.cumsum(count_N, 0) - count_N
+        at = torch.arange(int(count_N.sum())) + (self.first[items] - start_N).repeat_interleave(count_N)
+        with torch.autocast(place.type, enabled=False):
+            normed_TH = F.layer_norm(self.weight, (self.width,))
+            return F.normalize(F.embedding_bag(self.token[at.to(place)], normed_TH, start_N.to(place), mode="mean"),
+                               dim=-1)
+
+
+class TextTower(nn.Module):
+    """Unit vectors of item texts: a linear map of the unit vectors [N, H] that `means` makes of the texts of items [N].
+
+    The map starts as the whitening of those before tuning, so that a language model's tuning starts from text-kNN.
+    """
+
+    def __init__(self, means: LanguageModelMeans | TokenMeans) -> None:
+        super().__init__()
+        self.means, self.count = means, means.count
+        self.head = nn.Linear(means.width, means.width)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE) / QUICK))
+
+    @property
+    def place(self) -> torch.device:
+        return self.head.weight.device
+
+    def whiten(self) -> None:
+        """Let the map whiten the vectors of the texts as they are made now."""
+        with torch.no_grad():
+            mean_VH = torch.cat([self.means(items) for items in torch.arange(1, len(self.count)).split(4096)])
+            mean_H, axes_HH = whitening(mean_VH)
+            self.head.weight.copy_(axes_HH.T)
+            self.head.bias.copy_(-mean_H @ axes_HH)
+
     def forward(self, items: Tensor) -> Tensor:
         """Unit vectors [N, H] of the texts of items [N] (on the CPU); the map is float32 under autocast, too."""
-        pooled_NH = self.pooled(items)
-        with torch.autocast(self.token.device.type, enabled=False):
-            return F.normalize(self.head(pooled_NH), dim=-1)
+        mean_NH = self.means(items)
+        with torch.autocast(self.place.type, enabled=False):
+            return F.normalize(self.head(mean_NH), dim=-1)
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
@@ -105,8 +145,9 @@ class TowerJob:
     """Tells the text of a prefix's next item from those of the other targets of its batch.
 
     Softmax over the batch's distinct targets (InfoNCE, van den Oord et al. 2018) of the cosine, over a temperature that
-    learns, between a target and the sum of the clicks' vectors, an earlier click weighing `decay` less a step. A target
-    that the session has clicked is no negative of it. `rows` are the training samples learned from.
+    learns, between a target and the sum of the clicks' vectors, an earlier click weighing `decay` less a step. What the
+    session has clicked, or clicks later in the batch, is no negative of it. `rows` are the training samples learned
+    from; those of a session come together, so that a text is read once for all of them.
     """
 
     selects = None
@@ -117,8 +158,9 @@ class TowerJob:
         self.train, self.valid = train.to("cpu"), valid
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
-        size = self.settings.batch_size
-        order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+        size, row_N = self.settings.batch_size, self.train.row[self.rows]
+        turn_S = torch.randperm(int(row_N.max()) + 1, generator=generator)
+        order = self.rows[torch.argsort(turn_S[row_N], stable=True)]
         return [list(step.split(size)) for step in order.split(size * self.settings.accumulate)]
 
     def targets(self, micro: Tensor) -> int:
@@ -126,26 +168,33 @@ class TowerJob:
 
     def loss(self, micro: Tensor) -> Loss:
         graphs, target_B = self.train.graphs(micro), self.train.target[micro]
-        place, width = self.model.token.device, graphs.items_BS.shape[1]
+        place, width, batch = self.model.place, graphs.items_BS.shape[1], torch.arange(len(micro))
         met_U, at = torch.unique(torch.cat((graphs.items_BS, target_B[:, None]), 1), return_inverse=True)
         items, padding = (met_U[1:], 1) if met_U[0] == 0 else (met_U, 0)
-        weight_BS = click_weights(graphs, self.settings.decay).to(place)
-        click_BS, own_B = (at[:, :width] - padding).clamp(min=0), at[:, width] - padding
+        mask_BS, own_B = graphs.mask_BS(), at[:, width] - padding
+        click_N = at[:, :width][mask_BS] - padding
+        weight_N = click_weights(graphs, self.settings.decay)[mask_BS]
+        start_B = torch.cumsum(graphs.length_B, 0) - graphs.length_B
+        clicked_BU = torch.zeros(len(micro), len(items), dtype=torch.bool)
+        clicked_BU[mask_BS.nonzero()[:, 0], click_N] = True
         pool_P, own_B = torch.unique(own_B, return_inverse=True)
-        column_U = torch.full((len(items),), len(pool_P)).scatter(0, pool_P, torch.arange(len(pool_P)))
-        clicked_BS = torch.where(graphs.mask_BS(), column_U[click_BS], len(pool_P))
-        clicked_BS = torch.where(clicked_BS == own_B[:, None], len(pool_P), clicked_BS).to(place)
+        _, session_B = torch.unique(self.train.row[micro], return_inverse=True)
+        targets_SP = torch.zeros(int(session_B.max()) + 1, len(pool_P), dtype=torch.bool)
+        targets_SP[session_B, own_B] = True
+        no_negative_BP = targets_SP[session_B] | clicked_BU[:, pool_P]
+        no_negative_BP[batch, own_B] = False
         with torch.autocast(place.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_UH = self.model(items)
-        query_BH = F.normalize((vectors_UH[click_BS.to(place)] * weight_BS[..., None]).sum(1), dim=-1)
+        query_BH = F.normalize(F.embedding_bag(click_N.to(place), vectors_UH, start_B.to(place), mode="sum",
+                                               per_sample_weights=weight_N.to(place)), dim=-1)
         logits_BP = query_BH @ vectors_UH[pool_P.to(place)].T * (-QUICK * self.model.log_temperature).exp()
-        logits_BP = F.pad(logits_BP, (0, 1)).scatter(1, clicked_BS, float("-inf"))[:, :-1]
-        total = F.cross_entropy(logits_BP, own_B.to(place), reduction="sum")
+        total = F.cross_entropy(logits_BP.masked_fill(no_negative_BP.to(place), float("-inf")), own_B.to(place),
+                                reduction="sum")
         return Loss(total, len(micro), int(self.model.count[items].sum()))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        with torch.autocast(self.model.token.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+        with torch.autocast(self.model.place.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_VH = self.model.vectors()
         found = metrics(rank_sessions(lambda samples: likeness(self.valid, samples, vectors_VH, self.settings.decay),
                                       self.valid, RANKED))
@@ -179,7 +228,7 @@ def train_tower(params: Any) -> None:
         model = built(params, train.row.device)
         job = TowerJob(model, train, valid, settings, dtype, rows)
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold), name=name))
-        with torch.autocast(model.token.device.type, dtype, enabled=dtype is not torch.float32):
+        with torch.autocast(model.place.type, dtype, enabled=dtype is not torch.float32):
             vectors.append(model.vectors().cpu())
         if fold == 0:
             whole = model.to("cpu")
@@ -208,19 +257,23 @@ def asked(params: Any) -> dict[str, Any]:
 def built(params: Any, place: torch.device) -> TextTower:
     """The tower before tuning, at `place`: all its weights are to learn."""
     torch.manual_seed(params.seed)
-    random = params.seed if params.model.weights == "random" else None
-    language_model = load_language_model("models/backbone", random=random).requires_grad_(True)
-    positions = language_model.config.max_position_embeddings - position_offset(language_model)
-    if params.tower.max_text_tokens > positions:
-        raise UserError(f"tower.max_text_tokens={params.tower.max_text_tokens} exceeds the backbone's {positions} "
-                        "positions: lower it")
+    settings, config = params.tower, read_json("models/backbone/config.json")
+    longest = settings.max_text_tokens
     texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
-    longest = params.tower.max_text_tokens
-    ids = load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"]
-    token_VL, count_V = token_table(ids, longest)
-    if params.tower.gradient_checkpointing:
-        language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = TextTower(language_model, token_VL, count_V).to(place)
+    token_VL, count_V = token_table(
+        load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"], longest)
+    if settings.encoder == "tokens":
+        means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, config["hidden_size"])
+    else:
+        random = params.seed if params.model.weights == "random" else None
+        language_model = load_language_model("models/backbone", random=random).requires_grad_(True)
+        positions = language_model.config.max_position_embeddings - position_offset(language_model)
+        if longest > positions:
+            raise UserError(f"tower.max_text_tokens={longest} exceeds the backbone's {positions} positions: lower it")
+        if settings.gradient_checkpointing:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        means = LanguageModelMeans(language_model, token_VL, count_V)
+    model = TextTower(means).to(place)
     model.whiten()
     return model
 
