@@ -4,7 +4,7 @@ Reads:  models/aligned/, models/embeddings/, models/folds/, models/tower/, model
         data/sessions/{train,valid}.parquet, data/core/items.parquet: what `dvc repro align folds tower split` leaves
 Writes: nothing; prints tokens and sessions a second, operations a second as a share of the machine's, and what the
         rest of the time goes to
-Params: seed, model, tune, tower.enabled, tower.decay, slit, data.max_session, launch
+Params: seed, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session, launch
 --shape CONFIG.json takes a language model of that shape with random weights instead of models/backbone's, from whose
 tokenizer the prompts are: what a step of the paper's LLaMA-2-7B costs, with its parameters (stages/presets/paper.txt)
 in params.yaml, needs none of its weights: python stages/bench.py --shape stages/presets/llama-2-7b.json
@@ -12,7 +12,7 @@ The plain loop is what one writes first: a prompt a prefix, in random order, pad
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "tower.enabled", "tower.decay", "slit", "data.max_session", "launch")
+READS = ("seed", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit", "data.max_session", "launch")
 WARM, STEPS = 3, 12
 PLAIN_STEPS = 6
 

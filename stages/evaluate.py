@@ -4,13 +4,14 @@ Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, mode
         models/gates/, data/sessions/, data/core/items.parquet
 Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
         reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
-Params: split.selection, seed, evaluate, gate, model, tune, tower.enabled, tower.decay, slit, data.max_session,
-        encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
+Params: split.selection, seed, evaluate, gate, model, tune, tower.enabled, tower.encoder, tower.decay, slit,
+        data.max_session, encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
 from llmgr.stage import run
 
-READS = ("split.selection", "seed", "evaluate", "gate", "model", "tune", "tower.enabled", "tower.decay", "slit",
-         "data.max_session", "encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
+READS = ("split.selection", "seed", "evaluate", "gate", "model", "tune", "tower.enabled", "tower.encoder",
+         "tower.decay", "slit", "data.max_session", "encoder.names", "encoder.controls", "encoder.control_texts",
+         "encoder.linear_controls")
 
 
 def main(params) -> None:

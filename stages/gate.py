@@ -5,13 +5,13 @@ Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, mode
 Writes: models/gates/NAME.json for every NAME of gate.fuse (weights and biases by band of training interactions),
         reports/metrics/gate.json (validation metrics, each half of the sessions scored by a gate fitted on the other),
         reports/metrics/cost/gate.json
-Params: seed, gate, evaluate, model, tune, tower.enabled, tower.decay, slit, data.max_session, encoder.names,
-        encoder.controls, encoder.control_texts, encoder.linear_controls
+Params: seed, gate, evaluate, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session,
+        encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
 from llmgr.stage import run
 
-READS = ("seed", "gate", "evaluate", "model", "tune", "tower.enabled", "tower.decay", "slit", "data.max_session",
-         "encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
+READS = ("seed", "gate", "evaluate", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit",
+         "data.max_session", "encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:

@@ -5,11 +5,11 @@ Reads:  models/aligned/, models/embeddings/, models/folds/, models/tower/, model
 Writes: models/tuned/ (bridge, output layer, adapters, graph encoder, no frozen weight; start.safetensors: what the
         logits started from, where tune.linear lets them), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
-Params: seed, model, tune, tower.enabled, tower.decay, slit, data.max_session, launch
+Params: seed, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session, launch
 """
 from llmgr.stage import run
 
-READS = ("seed", "model", "tune", "tower.enabled", "tower.decay", "slit", "data.max_session", "launch")
+READS = ("seed", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit", "data.max_session", "launch")
 INPUTS = ("models/aligned", "models/embeddings", "models/folds", "models/tower", "models/backbone",
           "data/sessions/train.parquet", "data/sessions/valid.parquet", "data/core/items.parquet")
 

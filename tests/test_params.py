@@ -106,7 +106,11 @@ def test_every_committed_key_arrives_with_its_value():
     ({"tune__linear": True, "tune__folds": -1}, ("tune.folds=-1", "at least 0")),
     ({"tune__linear": False, "tune__folds": 2}, ("tune.folds=2", "set tune.linear=true")),
     ({"tune__linear": True, "tower__enabled": True}, ("tower.enabled=true needs tune.folds", "at least 2")),
-    ({"tower__batch_size": 1}, ("tower.batch_size=1", "at least 2")),
+    ({"tune__linear": True, "tune__folds": 2, "tower__enabled": True, "tower__batch_size": 50}, (
+        "tower.batch_size=50", "more than data.max_session=50")),
+    ({"tower__encoder": "minilm"}, ("tower.encoder=minilm", "tokens, language-model")),
+    ({"tower__enabled": True, "tower__encoder": "tokens", "tower__gradient_checkpointing": True}, (
+        "spares nothing", "tower.encoder=tokens")),
     ({"gate__fuse": {"mine": ["llmgr", "tower"]}}, ("gate.fuse.mine fuses the tower", "tower.enabled=true")),
     ({"tune__linear": True, "tune__folds": 2, "model__base": "gcsan-linear"}, (
         "cannot stand for model.base=gcsan-linear, which has a linear start", "tune.folds=0")),

@@ -78,6 +78,7 @@ def test_a_click_weighs_less_the_further_back_it_is():
 @torch.no_grad()
 def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_does_not_click(kind):
     model, sessions = text_tower(kind), prefixes()
+    model.head.weight.normal_(generator=torch.Generator().manual_seed(2))  # whitened, so few texts are all alike
     vectors, micro = model.vectors(), torch.tensor([0, 2, 5, 9, 12, 16, 4])
     assert len(set(sessions.row[micro].tolist())) < len(micro), "a session twice, so that it has later clicks"
     targets, total, masked = sorted(set(sessions.target[micro].tolist())), 0.0, 0
@@ -137,7 +138,26 @@ def test_it_learns_which_texts_follow_each_other_and_ranks_by_it(tmp_path, kind)
     first, last = progress.epoch_rows[0], progress.epoch_rows[-1]
     assert last["train_loss"] < 0.1 and first["valid_mrr_at_20"] < 0.4
     assert last["valid_mrr_at_20"] == pytest.approx(0.5), "second to the click itself alone"
-    assert model.log_temperature.item() != pytest.approx(text_tower().log_temperature.item())
+    before = text_tower(kind)
+    assert model.log_temperature.item() != pytest.approx(before.log_temperature.item())
+    assert all((new - old).abs().max() > 1e-4 for new, old in zip(model.means.parameters(), before.means.parameters())
+               if old.numel() > 1)
+
+
+def test_a_token_learns_from_the_texts_that_hold_it_and_as_exactly_in_bf16():
+    model, sessions = text_tower("tokens"), prefixes()
+    made, micro = job(model, sessions), torch.tensor([0, 9, 12])
+    with torch.no_grad():
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(2))
+    made.loss(micro).total.backward()
+    read = {int(item) for s in micro for item in sessions.items[sessions.row[s], :sessions.length[s]]}
+    met = {t for item in read | set(sessions.target[micro].tolist())
+           for t in tokenizer("llama")(TITLES[item - 1])["input_ids"]}
+    every = sorted({t for title in TITLES for t in tokenizer("llama")(title)["input_ids"]})
+    learned = model.means.weight.grad.abs().sum(1) > 0
+    assert {t for t, one in zip(every, learned) if one} == met and len(met) < len(every)
+    made.dtype = torch.bfloat16
+    assert torch.equal(made.loss(micro).total, job(model, sessions).loss(micro).total)
 
 
 def ready(root: Path, folds: int = 3, **changes) -> None:
@@ -151,7 +171,7 @@ def ready(root: Path, folds: int = 3, **changes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     language_model("bert").save_pretrained(folder)
     tokenizer("bert").save_pretrained(folder)
-    write_json(folder / "backbone.json", {"sha256": {"model.safetensors": "own"}})
+    write_json(folder / "backbone.json", {"sha256": {"model.safetensors": "own"}, "width": 16})
 
 
 @pytest.mark.parametrize("encoder, own", [("language-model", "word_embeddings"), ("tokens", "means.weight")])
@@ -168,7 +188,9 @@ def test_the_stage_tunes_one_over_all_users_and_one_without_each_fold(tmp_path, 
         tmp_path / "models/tower/tower.safetensors")
     assert cost["trainable_parameters"] == sum(v.numel() for v in whole.values()) == cost["total_parameters"]
     assert "head.weight" in whole and any(own in name for name in whole)
-    assert "tower without fold 3: epoch 1" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "tower: epoch 1" in said and "tower without fold 3: epoch 1" in said
+    assert said.count("valid_hr_at_20") == 1, "those without a fold are validated once, at their end"
     assert not list((tmp_path / ".resume").rglob("*.pt"))
 
 
@@ -200,7 +222,7 @@ def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypat
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"accumulate": 2}])
 def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch, change):
-    ready(tmp_path, tower__encoder="language-model", tower__lr=2e-4)
+    ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params, ends = load("params.yaml"), []
     train, valid = (read_split(split, 50)[0] for split in ("train", "valid"))
@@ -240,13 +262,13 @@ def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
     ({"tune__folds": 0}, "tower.enabled=true needs tune.folds")])
 def test_what_cannot_be_tuned_is_told_in_a_sentence(tmp_path, capfd, change, told):
     ready(tmp_path)
-    set_up(tmp_path, **{"tune__linear": True, "tower__enabled": True, "tune__folds": 3,
-                        "tower__encoder": "language-model"} | change)
+    set_up(tmp_path, **{"tune__linear": True, "tower__enabled": True, "tune__folds": 3} | change)
     assert stage("tower", root=tmp_path) == 2
     assert told in capfd.readouterr().err
 
 
-PARAMS = SimpleNamespace(seed=5, tune=SimpleNamespace(folds=2), tower=SimpleNamespace(enabled=True, decay=0.7071068),
+TOWER = SimpleNamespace(enabled=True, encoder="language-model", decay=0.7071068)
+PARAMS = SimpleNamespace(seed=5, tune=SimpleNamespace(folds=2), tower=TOWER,
                          model=SimpleNamespace(texts="own", weights="pretrained"))
 DECAY = PARAMS.tower.decay
 
@@ -283,7 +305,8 @@ def test_a_session_that_was_tuned_on_is_scored_without_its_user_and_any_other_by
 
 @pytest.mark.parametrize("change, told", [
     ({"seed": 6}, "seed=5, not 6"), ({"tune": SimpleNamespace(folds=3)}, "folds=2, not 3"),
-    ({"tower": SimpleNamespace(enabled=True, decay=0.5)}, "decay=0.707107, not 0.5"),
+    ({"tower": SimpleNamespace(**vars(TOWER) | {"decay": 0.5})}, "decay=0.707107, not 0.5"),
+    ({"tower": SimpleNamespace(**vars(TOWER) | {"encoder": "tokens"})}, "encoder=language-model, not tokens"),
     ({"model": SimpleNamespace(texts="shuffled", weights="pretrained")}, "texts=own, not shuffled"),
     ({"model": SimpleNamespace(texts="own", weights="random")}, "weights=pretrained, not random"),
     ({}, "another backbone")])
@@ -325,7 +348,7 @@ def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_
 
 
 def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path, monkeypatch):
-    ready(tmp_path, tower__encoder="language-model")
+    ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params = load("params.yaml")
     own, random, dealt = (tower.built(replace(params, model=replace(params.model, **change)), CPU).means
@@ -337,12 +360,13 @@ def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path
     assert not torch.equal(own.token, dealt.token)
 
 
-def test_a_tower_of_tokens_reads_the_texts_dealt_out_to_a_twin(tmp_path, monkeypatch):
-    ready(tmp_path)
+def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_the_texts_dealt_out_to_a_twin(tmp_path, monkeypatch):
+    ready(tmp_path, tower__encoder="tokens")
     monkeypatch.chdir(tmp_path)
-    params = load("params.yaml")
-    own, dealt = (tower.built(replace(params, model=replace(params.model, texts=texts)), CPU).vectors()[1:]
-                  for texts in ("own", "shuffled"))
-    assert not torch.allclose(own, dealt, atol=1e-2)
-    torch.testing.assert_close((own @ own.T).sort(1).values.sum(0), (dealt @ dealt.T).sort(1).values.sum(0), atol=1e-2,
-                               rtol=1e-3)
+    write_json(tmp_path / "models/backbone/backbone.json", {"width": 12})
+    params, every = load("params.yaml"), torch.arange(1, CATALOGUE + 1)
+    own, again, other, dealt = (tower.built(replace(params, **change), CPU).means(every).detach() for change in (
+        {}, {}, {"seed": params.seed + 1}, {"model": replace(params.model, texts="shuffled")}))
+    assert own.shape == (CATALOGUE, 12) and torch.equal(own, again) and not torch.allclose(own, other, atol=1e-2)
+    assert not torch.equal(own, dealt)
+    assert sorted(map(tuple, own.tolist())) == sorted(map(tuple, dealt.tolist()))

@@ -121,6 +121,14 @@ def test_shuffled_texts_change_the_base_in_its_texts_alone(base: str, shuffled: 
     assert other == {"model.texts": "shuffled"} | ({"model.base": shuffled} if shuffled != base else {})
 
 
+def test_where_there_is_no_tower_one_of_tokens_is_no_twin():
+    minilm = changed(BASE, twins.changes(twins.PRESETS.parent / "minilm.txt"))
+    assert not {"token-tower", "without-tower"} & set(twins.possible(minilm))
+    asked = twins.possible(changed(minilm, {"tower.enabled": True}))
+    assert {"token-tower", "without-tower"} < set(asked)
+    assert asked["token-tower"].decisive["tower.encoder"] == "tokens"
+
+
 def test_every_preset_changes_parameters_that_exist():
     minilm = changed(BASE, twins.changes(twins.PRESETS.parent / "minilm.txt"))
     for path in sorted(twins.PRESETS.glob("*.txt")):

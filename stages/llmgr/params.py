@@ -602,10 +602,11 @@ class Tower(Training):
     """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
     too. In one process."""
     encoder: Literal["tokens", "language-model"]
-    """tokens: the mean of vectors of the text's tokens, drawn at random; minutes on a CPU. language-model: the mean of
-    the backbone's last hidden states; of MiniLM's size minutes on a GPU, a day on a CPU's core, lr 2e-4."""
+    """language-model: the mean of the backbone's last hidden states; of MiniLM's size minutes on a GPU, a day on a
+    CPU's core. tokens: the mean of vectors of the text's tokens, drawn at random whatever `model.weights`: the control
+    without a language model, minutes on a CPU, with other rates (stages/presets/twins/token-tower.txt)."""
     batch_size: int
-    """Training prefixes a micro-batch; the targets of one are told from each other."""
+    """Training prefixes a micro-batch, those of a session together; the targets of one are told from each other."""
     max_text_tokens: int
     """Tokens of each text, `llm.item_text`."""
     decay: float
@@ -617,8 +618,9 @@ class Tower(Training):
         super().check()
         positive(self, "tower", "max_text_tokens")
         share(self, "tower", "decay")
-        if self.batch_size < 2:
-            raise UserError("tower.batch_size=1 leaves no other target to be told from: set at least 2")
+        if self.enabled and self.encoder == "tokens" and self.gradient_checkpointing:
+            raise UserError("tower.gradient_checkpointing=true spares nothing with tower.encoder=tokens: set it to "
+                            "false, or lower tower.batch_size")
 
 
 @dataclass(frozen=True)
@@ -779,6 +781,9 @@ class Params:
         if self.tower.enabled and self.tune.linear and not self.tune.folds:
             raise UserError("tower.enabled=true needs tune.folds: scores of the sessions that a tower was tuned on "
                             "would mislead what LLMGR starts from; set tune.folds to at least 2, or tune.linear=false")
+        if self.tower.enabled and self.tower.batch_size <= self.data.max_session:
+            raise UserError(f"tower.batch_size={self.tower.batch_size} may hold one session alone, whose targets are "
+                            f"not told from each other: set more than data.max_session={self.data.max_session}")
         models = [*FLOORS, *([TOWER] if self.tower.enabled else []), *trained(self.encoder),
                   *([START] if self.tune.linear else []), "llmgr"]
         for name, parts in self.gate.fuse.items():

@@ -29,9 +29,10 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
          "slit-text": "the same, shrunk to the likeness of the items' words"}
-TOWERS = {"tokens": "items with the most similar texts to means of token vectors, tuned on which texts follow which: no "
-                    "language model",
-          "language-model": "items with the most similar texts to the language model, tuned on which texts follow which"}
+TOWERS = {"tokens": "items with the most similar texts to a mean of token vectors, tuned on which texts follow which; "
+                    "no language model",
+          "language-model": "items with the most similar texts to the language model, tuned on which texts follow "
+                            "which"}
 CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
             "linear": "item texts, over the linear model of clicks and words: no language model tuned"}
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}

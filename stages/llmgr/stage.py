@@ -62,8 +62,8 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
             _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
                   "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
                   "encoder.training.batch_size (align.* likewise for stage 1, llm.scratch.batch_size for a scratch "
-                  "model, tower.batch_size for the tower, or set tower.gradient_checkpointing=true; "
-                  "evaluate.batch_size in gate and evaluate, gate.sessions in gate); tune.linear=false, "
+                  "model, tower.batch_size for the tower, or tower.gradient_checkpointing=true where a language model "
+                  "is one; evaluate.batch_size in gate and evaluate, gate.sessions in gate); tune.linear=false, "
                   "tune.folds=0 and encoder.linear_controls=[] spare two matrices of all pairs of items")
         if WORKERS in os.environ:
             _fail(traceback.format_exc(), status=1)

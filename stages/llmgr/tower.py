@@ -83,7 +83,7 @@ class TokenMeans(nn.Module):
     """Unit vectors of texts: the mean of vectors of their tokens, each normed (LayerNorm without weights), in no order.
 
     What a text encoder learns without a language model: the tokens' vectors [T, `width`] are drawn at random, for those
-    tokens alone that some text has. The norm keeps a step's turn of a vector from shrinking as the vector grows less.
+    tokens alone that some text has. By the norm all tokens of a text count alike.
     """
 
     def __init__(self, token_VL: Tensor, count_V: Tensor, width: int) -> None:
@@ -147,12 +147,13 @@ class TowerJob:
     Softmax over the batch's distinct targets (InfoNCE, van den Oord et al. 2018) of the cosine, over a temperature that
     learns, between a target and the sum of the clicks' vectors, an earlier click weighing `decay` less a step. What the
     session has clicked, or clicks later in the batch, is no negative of it. `rows` are the training samples learned
-    from; those of a session come together, so that a text is read once for all of them.
+    from; those of a session come together, so that a text is read once for all of them. Windows of a user with more
+    than `data.max_session` clicks are sessions of their own here. Without `valid` nothing is validated.
     """
 
     selects = None
 
-    def __init__(self, model: TextTower, train: Sessions, valid: Sessions, settings: Any, dtype: torch.dtype,
+    def __init__(self, model: TextTower, train: Sessions, valid: Sessions | None, settings: Any, dtype: torch.dtype,
                  rows: Tensor) -> None:
         self.model, self.settings, self.dtype, self.rows = model, settings, dtype, rows
         self.train, self.valid = train.to("cpu"), valid
@@ -192,20 +193,30 @@ class TowerJob:
                                 reduction="sum")
         return Loss(total, len(micro), int(self.model.count[items].sum()))
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
+        if self.valid is None:
+            return {}
+        found = validated(self.vectors(), self.valid, self.settings.decay)
+        return {f"valid_{name}": value for name, value in found.items()}
+
+    def vectors(self) -> Tensor:
+        """Item vectors [V+1, H] as they are tuned now."""
         with torch.autocast(self.model.place.type, self.dtype, enabled=self.dtype is not torch.float32):
-            vectors_VH = self.model.vectors()
-        found = metrics(rank_sessions(lambda samples: likeness(self.valid, samples, vectors_VH, self.settings.decay),
-                                      self.valid, RANKED))
-        return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
+            return self.model.vectors()
+
+
+@torch.no_grad()
+def validated(vectors_VH: Tensor, sessions: Sessions, decay: float) -> dict[str, float]:
+    """How the vectors rank the targets of sessions, seen items kept."""
+    found = metrics(rank_sessions(lambda samples: likeness(sessions, samples, vectors_VH, decay), sessions, RANKED))
+    return {name: found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
 
 
 def train_tower(params: Any) -> None:
     """Tune a tower over all training users, and one without each fold of them, into models/tower/, with the records.
 
-    The folder says so and no more where `tower.enabled` is false. UserError as `fit`, and where texts are to be longer
-    than the backbone's positions or there are more folds than users.
+    The folder says so and no more where `tower.enabled` is false. UserError as `fit`, where there are more folds than
+    users, and where a language model is to read texts longer than its positions.
     """
     settings, folds = params.tower, params.tune.folds
     config = asked(params)
@@ -221,15 +232,17 @@ def train_tower(params: Any) -> None:
     if folds > users:
         raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
     fold_N = fold_of(users, folds, params.seed)[train.user[train.row].cpu()] if folds else None
-    dtype, vectors, ends = arithmetic(settings.precision), [], []
+    dtype = arithmetic(settings.precision) if settings.encoder == "language-model" else torch.float32
+    vectors, ends, found = [], [], {}
     for fold in range(folds + 1):
         name = f"tower without fold {fold}" if fold else "tower"
         rows = torch.arange(len(train)) if fold == 0 else (fold_N != fold - 1).nonzero()[:, 0]
         model = built(params, train.row.device)
-        job = TowerJob(model, train, valid, settings, dtype, rows)
+        job = TowerJob(model, train, None if fold else valid, settings, dtype, rows)
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold), name=name))
-        with torch.autocast(model.place.type, dtype, enabled=dtype is not torch.float32):
-            vectors.append(model.vectors().cpu())
+        vectors_VH = job.vectors()
+        found[f"fold {fold}" if fold else "whole"] = validated(vectors_VH, valid, settings.decay)
+        vectors.append(vectors_VH.cpu())
         if fold == 0:
             whole = model.to("cpu")
         del job, model  # which a GPU need not hold beside the next
@@ -238,9 +251,7 @@ def train_tower(params: Any) -> None:
             save_tensors(folder / (f"{fold}.safetensors" if fold else "whole.safetensors"), {"vectors": vectors_VH})
         save_tensors(folder / "tower.safetensors", {k: p for k, p in whole.named_parameters() if p.requires_grad})
         write_json(folder / "config.json", config | {"users": users})
-    write_json("reports/metrics/tower.json", {
-        f"fold {fold}" if fold else "whole": {k.removeprefix("valid_"): v for k, v in end.epoch_rows[-1].items()}
-        for fold, end in enumerate(ends)})
+    write_json("reports/metrics/tower.json", found)
     together = Progress(**{key: sum(getattr(end, key) for end in ends)
                            for key in ("seconds", "training_seconds", "samples", "tokens")},
                         step_rows=ends[0].step_rows, epoch_rows=ends[0].epoch_rows)
@@ -249,21 +260,22 @@ def train_tower(params: Any) -> None:
 
 def asked(params: Any) -> dict[str, Any]:
     """What a tower's folder must have been made with, as its config.json keeps it."""
-    return rounded({"enabled": params.tower.enabled, "folds": params.tune.folds, "seed": params.seed,
-                    "decay": params.tower.decay, "texts": params.model.texts, "weights": params.model.weights,
+    return rounded({"enabled": params.tower.enabled, "encoder": params.tower.encoder, "folds": params.tune.folds,
+                    "seed": params.seed, "decay": params.tower.decay, "texts": params.model.texts,
+                    "weights": params.model.weights,
                     "backbone": read_json("models/backbone/backbone.json")["sha256"]})
 
 
 def built(params: Any, place: torch.device) -> TextTower:
     """The tower before tuning, at `place`: all its weights are to learn."""
     torch.manual_seed(params.seed)
-    settings, config = params.tower, read_json("models/backbone/config.json")
-    longest = settings.max_text_tokens
+    settings, longest = params.tower, params.tower.max_text_tokens
     texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
     token_VL, count_V = token_table(
         load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"], longest)
     if settings.encoder == "tokens":
-        means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, config["hidden_size"])
+        width = read_json("models/backbone/backbone.json")["width"]
+        means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, width)
     else:
         random = params.seed if params.model.weights == "random" else None
         language_model = load_language_model("models/backbone", random=random).requires_grad_(True)

@@ -44,9 +44,11 @@ def options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that decide LLMGR's figures, by dotted key."""
-    return {key: value for key, value in flat(build(Params, dict(content), "")).items()
-            if key in COUNTED or (key.split(".")[0] not in LATER and not is_means(key))}
+    """The parameters that decide LLMGR's figures, by dotted key; of a tower that is not enabled no others."""
+    every = flat(build(Params, dict(content), ""))
+    idle = {key for key in every if key.startswith("tower.") and key != "tower.enabled" and not every["tower.enabled"]}
+    return {key: value for key, value in every.items()
+            if key in COUNTED or (key.split(".")[0] not in LATER and not is_means(key) and key not in idle)}
 
 
 class Twin(NamedTuple):
