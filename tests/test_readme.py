@@ -102,6 +102,19 @@ def test_the_tables_with_the_tower_hold_the_recorded_figures(head: str, folder: 
             *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
 
 
+def test_llmgr_over_each_tower_is_as_recorded() -> None:
+    text = RESULTS[RESULTS.index("- **Is it the language model?**"):]
+    table = rows(text)
+    assert len(table) == 6
+    for name, *cells in table:
+        dataset, tower = name.split(", ")
+        folder = {"no tower": {"Beauty": "beauty-seed1", "Office": "office-folds"}[dataset],
+                  "token tower": f"{dataset.lower()}-token-tower", "MiniLM's tower": f"{dataset.lower()}-tower"}[tower]
+        figures = recorded(folder)["buckets"]["llmgr"]["test_unseen"]
+        assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
+            *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
+
+
 @pytest.mark.parametrize("folder, head", [
     ("beauty-tower", "- **LLMGR alone is the best"), ("office-tower", "- **Office**, over")])
 def test_what_is_said_of_the_tower_is_as_recorded(folder: str, head: str) -> None:
