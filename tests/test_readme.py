@@ -60,6 +60,7 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     elsewhere = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
               **dict.fromkeys(("MiniLM tuned", "what LLMGR starts from with the tower", "LLMGR with the tower"),
                               ("beauty-tower", "office-tower")),
+              "with a token tower": ("beauty-token-tower", "office-token-tower"),
               **dict.fromkeys(("LLMGR out of fold", "the same in a gate", "what LLMGR starts from"),
                               ("beauty-folds", "office-folds"))}
 
