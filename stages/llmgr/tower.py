@@ -234,28 +234,34 @@ def train_tower(params: Any) -> None:
     fold_N = fold_of(users, folds, params.seed)[train.user[train.row].cpu()] if folds else None
     dtype = arithmetic(settings.precision) if settings.encoder == "language-model" else torch.float32
     vectors, ends, found = [], [], {}
+    model = built(params, train.row.device)
+    untuned, whole = apart(model.state_dict()), {}
     for fold in range(folds + 1):
         name = f"tower without fold {fold}" if fold else "tower"
         rows = torch.arange(len(train)) if fold == 0 else (fold_N != fold - 1).nonzero()[:, 0]
-        model = built(params, train.row.device)
+        model.load_state_dict(untuned)
         job = TowerJob(model, train, None if fold else valid, settings, dtype, rows)
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold), name=name))
         vectors_VH = job.vectors()
         found[f"fold {fold}" if fold else "whole"] = validated(vectors_VH, valid, settings.decay)
         vectors.append(vectors_VH.cpu())
         if fold == 0:
-            whole = model.to("cpu")
-        del job, model  # which a GPU need not hold beside the next
+            whole = apart({key: p for key, p in model.named_parameters() if p.requires_grad})
     with replacing_folder(FOLDER) as folder:
         for fold, vectors_VH in enumerate(vectors):
             save_tensors(folder / (f"{fold}.safetensors" if fold else "whole.safetensors"), {"vectors": vectors_VH})
-        save_tensors(folder / "tower.safetensors", {k: p for k, p in whole.named_parameters() if p.requires_grad})
+        save_tensors(folder / "tower.safetensors", whole)
         write_json(folder / "config.json", config | {"users": users})
     write_json("reports/metrics/tower.json", found)
     together = Progress(**{key: sum(getattr(end, key) for end in ends)
                            for key in ("seconds", "training_seconds", "samples", "tokens")},
                         step_rows=ends[0].step_rows, epoch_rows=ends[0].epoch_rows)
-    finish(together, whole, name="tower", resume=resume, reports=Path("reports"))
+    finish(together, model, name="tower", resume=resume, reports=Path("reports"))
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of them on the CPU, that training does not change."""
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
 
 
 def asked(params: Any) -> dict[str, Any]:
