@@ -53,6 +53,30 @@ def test_the_best_of_a_column_is_bold() -> None:
             assert [cell.startswith("**") for cell in column] == [cell.strip("*") == best for cell in column]
 
 
+def means(folder: str, model: str) -> str:
+    """HR@20 / NDCG@20, seen items excluded, of a record's seeds, or of its one."""
+    record = recorded(folder)
+    runs = record["seeds"]["figures"] if record["seeds"] else {"": record["buckets"]}
+    assert len(runs) in (1, 3)
+    return " / ".join(f"{np.mean([run[model]['test_unseen']['all'][metric] for run in runs.values()]):.4f}"
+                      for metric in ("hr_at_20", "ndcg_at_20"))
+
+
+def test_what_came_out_is_as_recorded() -> None:
+    kinds = {"GC-SAN": ("folds", "gcsan"), "control": ("folds", "gcsan-text"), "our reading": ("paper", "llmgr"),
+             "a ridge": ("folds", "slit-text"), "the control whose": ("folds", "gcsan-linear"),
+             "LLMGR, the preset": ("folds", "llmgr"), "what ranks best": ("folds", "gated-gcsan-text-floors"),
+             "LLMGR with a text tower of token": ("token-tower", "llmgr"),
+             "LLMGR with a text tower of MiniLM": ("tower", "llmgr")}
+    table = rows(README[README.index("**What came out**"):])
+    assert len(table) == len(kinds)
+    for name, *cells in table:
+        run, model = next(kinds[start] for start in kinds if name.startswith(start))
+        folders = [folder and f"{folder}-{run}" for folder in ("" if run == "paper" else "beauty", "office")]
+        assert cells == [folder and means(folder, model) for folder in folders], name
+        assert ("one seed" in name) == (not recorded(folders[1])["seeds"]), name
+
+
 def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     models = {"GC-SAN": "gcsan", "control": "gcsan-text", "control with": "gcsan-linear", "LLMGR with": "llmgr",
               "the linear start alone": "slit-text",
@@ -63,15 +87,7 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
               "with a token tower": ("beauty-token-tower", "office-token-tower"),
               **dict.fromkeys(("LLMGR out of fold", "the same in a gate", "what LLMGR starts from"),
                               ("beauty-folds", "office-folds"))}
-
-    def figures(folder: str, model: str) -> str:
-        record = recorded(folder)
-        runs = record["seeds"]["figures"] if record["seeds"] else {"": record["buckets"]}
-        assert len(runs) in (1, 3)
-        return " / ".join(f"{np.mean([run[model]['test_unseen']['all'][metric] for run in runs.values()]):.4f}"
-                          for metric in ("hr_at_20", "ndcg_at_20"))
-
-    table = rows(README[README.index("**What came out**"):])
+    table = rows(RESULTS[RESULTS.index("## In short"):])
     assert len(table) == len(models) + len(elsewhere)
     for name, *cells in table:
         if folders := next((elsewhere[start] for start in elsewhere if name.startswith(start)), None):
@@ -80,7 +96,22 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
         else:
             folders = "beauty", "office"
             model = next(models[start] for start in sorted(models, key=len, reverse=True) if name.startswith(start))
-        assert cells == [folder and figures(folder, model) for folder in folders], name
+        assert cells == [folder and means(folder, model) for folder in folders], name
+
+
+def test_what_a_run_costs_is_as_recorded() -> None:
+    names = {"item texts": "backbone", "GC-SAN": "gcsan", "control": "gcsan-text", "`gcsan-linear`": "gcsan-linear",
+             "the control without": "folds", "five towers of token": "tower", "stage 1": "align", "stage 2": "tune",
+             "gates": "gate", "scoring": "evaluate"}
+    costs = [recorded(f"{dataset}-token-tower")["cost"] for dataset in ("beauty", "office")]
+    table = rows(README[README.index("### What a run costs"):])
+    found = {names[start]: cells for name, *cells in table for start in sorted(names, key=len)[::-1]
+             if name.startswith(start)}
+    assert set(found) == set(names.values())
+    for stage, (*minutes, _) in found.items():
+        assert minutes == [f"{cost[stage]['seconds'] / 60:.1f}" for cost in costs], stage
+    peak = next(cells for name, *cells in table if name.startswith("memory"))
+    assert peak[:2] == [f"{max(stage['peak_memory_mb'] for stage in cost.values()) / 1000:.1f}" for cost in costs]
 
 
 def test_the_table_of_one_seed_out_of_fold_holds_the_recorded_figures() -> None:
