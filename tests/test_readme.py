@@ -65,7 +65,7 @@ def means(folder: str, model: str) -> str:
 def test_what_came_out_is_as_recorded() -> None:
     kinds = {"GC-SAN": ("folds", "gcsan"), "control": ("folds", "gcsan-text"), "our reading": ("paper", "llmgr"),
              "a ridge": ("folds", "slit-text"), "the control whose": ("folds", "gcsan-linear"),
-             "LLMGR, the preset": ("folds", "llmgr"), "what ranks best": ("folds", "gated-gcsan-text-floors"),
+             "LLMGR, the preset": ("folds", "llmgr"), "gate of": ("folds", "gated-gcsan-text-floors"),
              "LLMGR with a text tower of token": ("token-tower", "llmgr"),
              "LLMGR with a text tower of MiniLM": ("tower", "llmgr")}
     table = rows(README[README.index("**What came out**"):])
@@ -84,7 +84,7 @@ def test_the_table_of_means_holds_the_recorded_seeds() -> None:
     elsewhere = {"our reading": ("", "office-paper"), "LLMGR over": ("beauty-without-linear", "office-without-linear"),
               **dict.fromkeys(("MiniLM tuned", "what LLMGR starts from with the tower", "LLMGR with the tower"),
                               ("beauty-tower", "office-tower")),
-              "with a token tower": ("beauty-token-tower", "office-token-tower"),
+              **dict.fromkeys(("with a token tower", "that in a gate"), ("beauty-token-tower", "office-token-tower")),
               **dict.fromkeys(("LLMGR out of fold", "the same in a gate", "what LLMGR starts from"),
                               ("beauty-folds", "office-folds"))}
     table = rows(RESULTS[RESULTS.index("## In short"):])
@@ -145,6 +145,28 @@ def test_llmgr_over_each_tower_is_as_recorded() -> None:
         figures = recorded(folder)["buckets"]["llmgr"]["test_unseen"]
         assert cells == [f"{figures[bucket][metric]:.4f}" for bucket, metric in (
             *(("all", m) for m in ("hr_at_20", "ndcg_at_20", "mrr_at_20")), ("cold", "hr_at_20"), ("warm", "hr_at_20"))]
+
+
+@pytest.mark.parametrize("head, folder", [
+    ("Beauty, [all", "beauty-token-tower"), ("Office, [all", "office-token-tower")])
+def test_three_seeds_of_the_token_tower_are_as_recorded(head: str, folder: str) -> None:
+    text = RESULTS[RESULTS.index("### Three seeds of the token tower"):]
+    record = recorded(folder)["seeds"]
+    runs = record["figures"]
+    assert set(runs) == {"1", "2", "2026"} and record["ours"] == "llmgr"
+    for name, *cells in rows(text[text.index(head):]):
+        assert cells == [f"{np.mean([run[name]['test_unseen'][bucket][metric] for run in runs.values()]):.4f}"
+                         for bucket, metric in (("all", "hr_at_20"), ("all", "ndcg_at_20"), ("all", "mrr_at_20"),
+                                                ("cold", "hr_at_20"), ("warm", "hr_at_20"))], name
+    said = " ".join(text[text.index(f"- **{head.partition(',')[0]}**"):].split())[:1100]
+    for model, words in (("gcsan", "over GC-SAN"), ("gcsan-text", "over the control"),
+                         ("gcsan-linear", "over gcsan-linear"),
+                         ("gated-gcsan-text-floors", "over the control's gate with all floors")):
+        gaps = [record["differences"][model]["test_unseen"][metric] for metric in ("hr_at_20", "ndcg_at_20")]
+        after = said[said.index(words):][:100]
+        assert all(f"{gap['relative']:+.1%}" in after for gap in gaps), model
+        sure = not (model.startswith("gated") and folder.startswith("office"))
+        assert all((gap["p_holm"] < 0.0081) == sure for gap in gaps), model
 
 
 @pytest.mark.parametrize("folder, head", [
