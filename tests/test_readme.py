@@ -66,6 +66,7 @@ def test_what_came_out_is_as_recorded() -> None:
     kinds = {"GC-SAN": ("folds", "gcsan"), "control": ("folds", "gcsan-text"), "our reading": ("paper", "llmgr"),
              "a ridge": ("folds", "slit-text"), "the control whose": ("folds", "gcsan-linear"),
              "LLMGR, the preset": ("folds", "llmgr"), "gate of": ("folds", "gated-gcsan-text-floors"),
+             "the same gate with": ("token-tower", "gated-gcsan-text-tower"),
              "LLMGR with a text tower of token": ("token-tower", "llmgr"),
              "LLMGR with a text tower of MiniLM": ("tower", "llmgr")}
     table = rows(README[README.index("**What came out**"):])
