@@ -6,7 +6,7 @@ Writes: models/aligned/ (bridge, output layer and LoRA adapters; no frozen weigh
 With align.enabled=false the untrained bridge is written (the paper's RQ3).
 Params: seed, model, align, llm.item_text, launch
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "model", "align", "llm.item_text", "launch")
 INPUTS = ("models/embeddings", "models/backbone", "data/core/items.parquet")
@@ -17,15 +17,19 @@ def main(params) -> None:
 
     import torch
 
-    from llmgr.artifacts import replacing_folder, resume_folder, write_json
-    from llmgr.backbone import load_tokenizer
-    from llmgr.launch import device, rank
-    from llmgr.llmgr import build_llmgr, save_llmgr
-    from llmgr.params import flat
-    from llmgr.prompts import AlignmentPrompts
-    from llmgr.text_vectors import item_texts
-    from llmgr.training import Progress, arithmetic, finish, fit
-    from llmgr.tuning import AlignJob
+    from llmgr.language_model.loading import load_tokenizer
+    from llmgr.model.align import AlignJob
+    from llmgr.model.checkpoint import build_llmgr, save_llmgr
+    from llmgr.model.prompts import AlignmentPrompts
+    from llmgr.params.loading import flat
+    from llmgr.runtime.artifacts import replacing_folder, write_json
+    from llmgr.runtime.resume import resume_folder
+    from llmgr.text.items import item_texts
+    from llmgr.training.distributed import rank
+    from llmgr.training.engine import finish, fit
+    from llmgr.training.job import Progress
+    from llmgr.training.launcher import device
+    from llmgr.training.precision import arithmetic
 
     settings = params.align
     resume = resume_folder("align", flat(params), INPUTS)

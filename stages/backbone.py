@@ -6,7 +6,7 @@ Writes: models/backbone/ (config, weights as safetensors, tokenizer, backbone.js
         (without rows unless the model was trained here)
 Params: seed, llm, data.max_session
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "llm", "data.max_session")
 
@@ -17,11 +17,17 @@ def main(params) -> None:
 
     import torch
 
-    from llmgr.artifacts import replacing_folder, resume_folder, save_tensors, write_json
-    from llmgr.backbone import describe, load_language_model, load_tokenizer, resolve, train_scratch
-    from llmgr.params import flat
-    from llmgr.text_vectors import encode_texts, item_texts
-    from llmgr.training import Progress, device_of, finish
+    from llmgr.language_model.loading import load_language_model, load_tokenizer
+    from llmgr.language_model.resolve import describe, resolve
+    from llmgr.language_model.scratch import train_scratch
+    from llmgr.params.loading import flat
+    from llmgr.runtime.artifacts import replacing_folder, save_tensors, write_json
+    from llmgr.runtime.resume import resume_folder
+    from llmgr.text.items import item_texts
+    from llmgr.text.vectors import encode_texts
+    from llmgr.training.engine import finish
+    from llmgr.training.job import Progress
+    from llmgr.training.precision import device_of
 
     texts = item_texts("data/core/items.parquet", params.llm.item_text)
     resume = resume_folder("backbone", flat(params), ["data/core/items.parquet"])

@@ -10,7 +10,7 @@ tokenizer the prompts are: what a step of the paper's LLaMA-2-7B costs, with its
 in params.yaml, needs none of its weights: python stages/bench.py --shape stages/presets/llama-2-7b.json
 The plain loop is what one writes first: a prompt a prefix, in random order, padded to its batch's longest.
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit", "data.max_session", "launch")
 WARM, STEPS = 3, 12
@@ -23,15 +23,17 @@ def main(params, shape: str | None) -> None:
 
     import torch
 
-    from llmgr.benchmark import operations, product_rate, shares, steps, trained
-    from llmgr.errors import UserError
-    from llmgr.graph import read_split
-    from llmgr.launch import device as place_of
-    from llmgr.llmgr import build_llmgr, load_llmgr
-    from llmgr.stage import say
-    from llmgr.start import linear_term
-    from llmgr.training import arithmetic, hardware, peak_memory_mb
-    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
+    from llmgr.experiments.step_speed import operations, product_rate, shares, steps, trained
+    from llmgr.model.behaviour import BehaviourJob, alike_items
+    from llmgr.model.checkpoint import build_llmgr, load_llmgr
+    from llmgr.model.scorer import behaviour_prompts
+    from llmgr.prior.weighted_sum import linear_term
+    from llmgr.runtime.console import say
+    from llmgr.runtime.errors import UserError
+    from llmgr.sessions.reading import read_split
+    from llmgr.training.cost import hardware, peak_memory_mb
+    from llmgr.training.launcher import device as place_of
+    from llmgr.training.precision import arithmetic
 
     device = place_of(params.launch)
     dtype = arithmetic(params.tune.precision)

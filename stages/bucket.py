@@ -12,8 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmgr import stage
-from llmgr.errors import UserError
+from llmgr.pipeline import stage
+from llmgr.runtime import console
+from llmgr.runtime.errors import UserError
 
 READS = ("seed", "bucket")
 
@@ -21,10 +22,10 @@ READS = ("seed", "bucket")
 def main(params: Any) -> None:
     import numpy as np
 
-    from llmgr import buckets
-    from llmgr.artifacts import read_table, require, write_json, write_table
-    from llmgr.ranking import least_p
-    from llmgr.sessions import training_counts
+    from llmgr.data.interactions import training_counts
+    from llmgr.reporting import buckets
+    from llmgr.reporting.significance import least_p
+    from llmgr.runtime.artifacts import read_table, require, write_json, write_table
 
     test = read_table("data/sessions/test.parquet", ["target"])
     train = read_table("data/sessions/train.parquet")
@@ -47,9 +48,9 @@ def main(params: Any) -> None:
     write_json(folder / "differences.json", gaps)
     write_table("reports/plots/buckets.csv", buckets.plot_rows(found, bounds))
     if gaps and (least := least_p(params.bucket.resamples) * len(gaps)) >= buckets.LEVEL:
-        stage.say(f"warning: bucket.resamples={params.bucket.resamples} cannot show a difference: with {len(gaps)} "
+        console.say(f"warning: bucket.resamples={params.bucket.resamples} cannot show a difference: with {len(gaps)} "
                   f"comparisons no corrected p falls below {least:.2g}; raise it")
-    stage.say(f"{len(ranks)} models, {test.height:,} test sessions, {len(masks)} buckets")
+    console.say(f"{len(ranks)} models, {test.height:,} test sessions, {len(masks)} buckets")
 
 
 if __name__ == "__main__":

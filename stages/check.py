@@ -7,13 +7,13 @@ Reads:  params.yaml
 Writes: data/checked (always the same)
 Params: model.base, encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("model.base", "encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:
-    from llmgr.artifacts import write_text
+    from llmgr.runtime.artifacts import write_text
 
     write_text("data/checked", "params.yaml was read\n")
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmgr import stage
+from llmgr.pipeline import stage
+from llmgr.runtime import console
 
 READS = ("data.dataset", "data.mirror", "data.sha256", "data.retries", "data.timeout", "data.sample_users",
          "data.sample_items", "data.sample_seed")
@@ -22,7 +23,8 @@ def main(params) -> None:
     import shutil
     from contextlib import ExitStack
 
-    from llmgr import amazon, artifacts, fetch, sample
+    from llmgr.data import amazon, fetch, sample
+    from llmgr.runtime import artifacts
 
     data = params.data
     dataset = amazon.dataset(data.dataset)
@@ -30,8 +32,8 @@ def main(params) -> None:
     simulated = {}
     names = [url.rsplit("/", 1)[1] for url in dataset.addresses().values()]
     if other := sorted(set(data.sha256) - set(names)):
-        stage.say(f"warning: data.sha256 has {', '.join(other)}, which data.dataset={data.dataset} does not fetch; it "
-                  f"fetches {' and '.join(names)}")
+        console.say(f"warning: data.sha256 has {', '.join(other)}, which data.dataset={data.dataset} does not fetch; "
+                    f"it fetches {' and '.join(names)}")
     if dataset.name == "sample":
         simulated = sample.generate(data.sample_users, data.sample_items, data.sample_seed)
     with ExitStack() as held:
@@ -47,7 +49,7 @@ def main(params) -> None:
                     shutil.copyfile(file, temporary)
             size, digest = (raw / name).stat().st_size, artifacts.digest(raw / name)
             files[role] = {"name": name, "origin": origin, "size": size, "sha256": digest}
-            stage.say(f"{name}: {size / 1e6:.1f} MB from {origin}")
+            console.say(f"{name}: {size / 1e6:.1f} MB from {origin}")
         artifacts.write_json(raw / "source.json", {
             "dataset": dataset.name, "release": dataset.release, "category": dataset.category,
             "published": dataset.published, "files": files,

@@ -7,7 +7,7 @@ Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_un
 Params: split.selection, seed, evaluate, gate, model, tune, tower.enabled, tower.encoder, tower.decay, slit,
         data.max_session, encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("split.selection", "seed", "evaluate", "gate", "model", "tune", "tower.enabled", "tower.encoder",
          "tower.decay", "slit", "data.max_session", "encoder.names", "encoder.controls", "encoder.control_texts",
@@ -19,14 +19,15 @@ def main(params) -> None:
 
     import polars as pl
 
-    from llmgr.artifacts import replacing_folder, write_json, write_table
-    from llmgr.errors import UserError
-    from llmgr.evaluation import loaded, scoring_cost, seen_items
-    from llmgr.graph import read_split
-    from llmgr.pretraining import rank_models
-    from llmgr.ranking import metrics
-    from llmgr.stage import say
-    from llmgr.training import Bar, device_of
+    from llmgr.evaluation.models import loaded
+    from llmgr.ranking.loop import rank_models
+    from llmgr.ranking.metrics import metrics
+    from llmgr.runtime.artifacts import replacing_folder, write_json, write_table
+    from llmgr.runtime.console import Bar, say
+    from llmgr.runtime.errors import UserError
+    from llmgr.sessions.reading import read_split, seen_items
+    from llmgr.training.cost import scoring_cost
+    from llmgr.training.precision import device_of
 
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: name gate as the "

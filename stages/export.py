@@ -4,7 +4,7 @@ Reads:  models/encoders/BASE/ where BASE is model.base
 Writes: models/embeddings/ (items.safetensors: vectors [V+1, d], row 0 pads; encoder.safetensors; config.json)
 Params: model.base
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("model.base",)
 
@@ -12,9 +12,9 @@ READS = ("model.base",)
 def main(params) -> None:
     import shutil
 
-    from llmgr.artifacts import load_tensors, replacing_folder, require
-    from llmgr.errors import UserError
-    from llmgr.params import rate_key
+    from llmgr.params.schema import rate_key
+    from llmgr.runtime.artifacts import load_tensors, replacing_folder, require
+    from llmgr.runtime.errors import UserError
 
     source = require(f"models/encoders/{params.model.base}")
     vectors = load_tensors(source / "items.safetensors")["vectors"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmgr import stage
+from llmgr.pipeline import stage
+from llmgr.runtime import console
 
 READS = ("filter",)
 
@@ -21,31 +22,33 @@ def main(params) -> None:
     """Read, drop duplicates, take the core to its fixed point, attach texts, describe the result."""
     import polars as pl
 
-    from llmgr import amazon, sessions, text
-    from llmgr.artifacts import read_json, require, write_json, write_table
-    from llmgr.errors import UserError
+    from llmgr.data import amazon, cleaning, interactions
+    from llmgr.runtime.artifacts import read_json, require, write_json, write_table
+    from llmgr.runtime.errors import UserError
 
     options = params.filter
     source = read_json("data/raw/source.json")
     reviews_file, meta_file = (require(Path("data/raw", source["files"][role]["name"])) for role in ("reviews", "meta"))
     raw, read = amazon.read_reviews(reviews_file, source["release"], options.max_bad_share)
-    unique = sessions.without_duplicates(raw, options.duplicates)
-    core, rounds = sessions.k_core(unique, options.core)
+    unique = interactions.without_duplicates(raw, options.duplicates)
+    core, rounds = interactions.k_core(unique, options.core)
     metadata, meta_read = amazon.read_metadata(meta_file, source["release"], set(core["item"]), options.max_bad_share)
-    items = text.item_texts(core["item"].unique().sort().to_list(), metadata, options.template_items, options.max_chars)
+    items = cleaning.item_texts(core["item"].unique().sort().to_list(), metadata, options.template_items,
+                                options.max_chars)
     textless = [row["item"] for row in items if not row["text"]]
     if options.textless == "drop" and textless:
         # The core of a subset lies inside the core of the whole, so that dropping afterwards is the same as before.
-        core, more = sessions.k_core(core.filter(~pl.col("item").is_in(textless)), options.core)
+        core, more = interactions.k_core(core.filter(~pl.col("item").is_in(textless)), options.core)
         rounds += more
     if core.is_empty():
         raise UserError(f"no user and item of {source['dataset']} has {options.core} interactions with the others: "
                         f"lower filter.core={options.core}")
     counts = core.group_by("item").agg(count=pl.len().cast(pl.Int32))
     table = (
-        pl.DataFrame(items, schema=dict.fromkeys(text.FIELDS, pl.String)).join(counts, on="item").sort("item")
-        .with_columns(pl.col("text").replace("", text.UNKNOWN), item_id=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
-        .select("item_id", *text.FIELDS, "count")
+        pl.DataFrame(items, schema=dict.fromkeys(cleaning.FIELDS, pl.String)).join(counts, on="item").sort("item")
+        .with_columns(pl.col("text").replace("", cleaning.UNKNOWN),
+                      item_id=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
+        .select("item_id", *cleaning.FIELDS, "count")
     )
     write_table("data/core/interactions.parquet", core)
     write_table("data/core/items.parquet", table)
@@ -65,12 +68,12 @@ def main(params) -> None:
         "metadata": meta_read,
         "items_without_metadata": sum(row["item"] not in metadata for row in items),
         "items_without_text": len(textless),
-        "share_with": {name: table[name].fill_null("").ne("").mean() for name in text.FIELDS[1:5]},
+        "share_with": {name: table[name].fill_null("").ne("").mean() for name in cleaning.FIELDS[1:5]},
         "mean_text_chars": table["text"].str.len_chars().mean(),
         "mean_session_length": core.height / after["users"],
         "sparsity": 1 - core.height / (after["users"] * after["items"]),
     })
-    stage.say(f"{after['users']} users, {after['items']} items, {after['interactions']} interactions "
+    console.say(f"{after['users']} users, {after['items']} items, {after['interactions']} interactions "
               f"after {rounds} rounds")
 
 

@@ -6,14 +6,14 @@ Writes: models/folds/ (K.safetensors: encoder and item vectors of the base train
         else where tune.folds is 0), reports/metrics/folds.json, reports/metrics/cost/folds.json
 Params: seed, data.max_session, tune.folds, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "data.max_session", "tune.folds", "encoder.dim", "encoder.text_dim", "encoder.text_lr",
          "encoder.training")
 
 
 def main(params) -> None:
-    from llmgr.folds import train_folds
+    from llmgr.prior.cross_fitting import train_folds
 
     train_folds(params)
 

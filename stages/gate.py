@@ -8,7 +8,7 @@ Writes: models/gates/NAME.json for every NAME of gate.fuse (weights and biases b
 Params: seed, gate, evaluate, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session,
         encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "gate", "evaluate", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit",
          "data.max_session", "encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
@@ -17,12 +17,14 @@ READS = ("seed", "gate", "evaluate", "model", "tune", "tower.enabled", "tower.en
 def main(params) -> None:
     import time
 
-    from llmgr.artifacts import replacing_folder, write_json
-    from llmgr.evaluation import parts, scoring_cost, seen_items, training_interactions
-    from llmgr.gate import bands, cross_fitted, draw, fit_gate, score_tables
-    from llmgr.graph import read_split
-    from llmgr.stage import say
-    from llmgr.training import device_of
+    from llmgr.evaluation.baselines import training_interactions
+    from llmgr.evaluation.gate import bands, cross_fitted, draw, fit_gate, score_tables
+    from llmgr.evaluation.models import parts
+    from llmgr.runtime.artifacts import replacing_folder, write_json
+    from llmgr.runtime.console import say
+    from llmgr.sessions.reading import read_split, seen_items
+    from llmgr.training.cost import scoring_cost
+    from llmgr.training.precision import device_of
 
     device, settings = device_of(), params.gate
     start = time.monotonic()

@@ -6,15 +6,16 @@ Writes: models/encoders/NAME/ (as pretrain, and the weights of the linear term),
 Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training, encoder.ENCODER
         (its own section), slit
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.text_lr", "encoder.training",
          "encoder.{encoder}", "slit")
 
 
 def main(params, encoder: str) -> None:
-    from llmgr.linear import LinearTerm, left_out
-    from llmgr.pretraining import pretrain
+    from llmgr.encoders.pretraining import pretrain
+    from llmgr.prior.left_out import left_out
+    from llmgr.prior.weighted_sum import LinearTerm
 
     pretrain(params, f"{encoder}-linear", lambda train: LinearTerm(left_out(params.slit, train)))
 

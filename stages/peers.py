@@ -23,8 +23,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from llmgr import stage
-from llmgr.errors import UserError
+from llmgr.pipeline import stage
+from llmgr.runtime import console
+from llmgr.runtime.errors import UserError
 
 READS = ("seed", "data", "encoder", "evaluate.batch_size", "split.selection")
 OPTIONS = {"do": "write | 'fit MODEL EPOCHS MINUTES [lean=true] [key=value ...]' | 'speed ENCODER' | table"}
@@ -40,23 +41,23 @@ def main(params: Any, do: str) -> None:
 
 
 def write(params: Any, folder: Path, dataset: str) -> None:
-    from llmgr.artifacts import read_table, write_text
-    from llmgr.peers import interactions
+    from llmgr.experiments.recbole import interactions
+    from llmgr.runtime.artifacts import read_table, write_text
 
     splits = [read_table(f"data/sessions/{split}.parquet") for split in ("train", "valid", "test")]
     rows = interactions(*splits)
     write_text(folder / dataset / f"{dataset}.inter", rows.write_csv(separator="\t"))
-    stage.say(f"{len(rows)} interactions in {folder / dataset / dataset}.inter")
+    console.say(f"{len(rows)} interactions in {folder / dataset / dataset}.inter")
 
 
 def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minutes: str, *settings: str) -> None:
     import yaml
 
-    from llmgr import peers
-    from llmgr.artifacts import write_json
+    from llmgr.experiments import recbole
+    from llmgr.runtime.artifacts import write_json
 
-    if model not in peers.NAMES.values():
-        near = difflib.get_close_matches(model, peers.NAMES.values(), 1, 0.0)[0]
+    if model not in recbole.NAMES.values():
+        near = difflib.get_close_matches(model, recbole.NAMES.values(), 1, 0.0)[0]
         raise UserError(f"{model} is none of RecBole's models that stand here: the nearest is {near}")
     if not (epochs.isdecimal() and int(epochs) and minutes.replace(".", "", 1).isdecimal() and float(minutes)):
         raise UserError(f"--do 'fit {model} {epochs} {minutes}': give a number of epochs and one of CPU minutes, both "
@@ -74,37 +75,37 @@ def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minute
         raise UserError(f"{folder / dataset} has no sessions for RecBole: run `python stages/peers.py --do write`")
     training = params.encoder.training
     lean = changed.pop("lean", False)
-    found = peers.fit(folder, dataset, model, int(epochs), float(minutes), changed, dim=params.encoder.dim,
+    found = recbole.fit(folder, dataset, model, int(epochs), float(minutes), changed, dim=params.encoder.dim,
                       max_session=params.data.max_session, batch_size=training.batch_size, patience=training.patience,
                       seed=params.seed, lean=lean)
     name = "-".join([model, *settings]).replace("/", "_")
     write_json(folder / dataset / "fits" / f"{name}.json", found)
-    stage.say(f"{name}: {found}")
+    console.say(f"{name}: {found}")
 
 
 def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
-    from llmgr import peers
-    from llmgr.artifacts import write_json
-    from llmgr.encoders import family
-    from llmgr.graph import catalogue_size, read_split
+    from llmgr.encoders.registry import family
+    from llmgr.experiments import recbole
+    from llmgr.runtime.artifacts import write_json
+    from llmgr.sessions.reading import catalogue_size, read_split
 
     base, _ = family(encoder)
     train, _ = read_split("train", params.data.max_session)
-    found = peers.speed(params, base, train, catalogue_size("data/core/items.parquet"))
+    found = recbole.speed(params, base, train, catalogue_size("data/core/items.parquet"))
     write_json(folder / dataset / "speed" / f"{base}.json", found)
-    stage.say(f"{base}: {found}")
+    console.say(f"{base}: {found}")
 
 
 def table(params: Any, folder: Path, dataset: str) -> None:
     import torch
 
-    from llmgr import peers
-    from llmgr.artifacts import read_json, write_text
-    from llmgr.encoders import REGISTRY
-    from llmgr.evaluation import encoder
-    from llmgr.graph import catalogue_size, read_split
-    from llmgr.pretraining import rank_sessions
-    from llmgr.ranking import metrics
+    from llmgr.encoders.registry import REGISTRY
+    from llmgr.evaluation.models import encoder
+    from llmgr.experiments import recbole
+    from llmgr.ranking.loop import rank_sessions
+    from llmgr.ranking.metrics import metrics
+    from llmgr.runtime.artifacts import read_json, write_text
+    from llmgr.sessions.reading import catalogue_size, read_split
 
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: set it to false")
@@ -119,14 +120,14 @@ def table(params: Any, folder: Path, dataset: str) -> None:
         ranks = rank_sessions(encoder(name, items, torch.device("cpu"))(test), test, params.evaluate.batch_size)
         settings = read_json(Path("models/encoders", name, "config.json"))["settings"]
         settings = {key: settings[key] for key in ("lr", "gnn_layers", "length") if key in settings}
-        found.append(peers.Ours(name, read_json(trained)["valid"], metrics(ranks), peers.standard_errors(ranks),
+        found.append(recbole.Ours(name, read_json(trained)["valid"], metrics(ranks), recbole.standard_errors(ranks),
                                 settings, read_json(trained)["epochs"], read_json(timed)))
     if not found:
         raise UserError("no encoder was both trained and timed: run `python stages/pretrain.py --encoder NAME` and "
                         "`python stages/peers.py --do 'speed NAME'`")
     path = f"reports/results/{dataset}/recbole.md"
-    write_text(path, peers.markdown(found, fits, len(train), len(test)))
-    stage.say(f"{len(found)} encoders beside {len(fits)} fits of RecBole's in {path}")
+    write_text(path, recbole.markdown(found, fits, len(train), len(test)))
+    console.say(f"{len(found)} encoders beside {len(fits)} fits of RecBole's in {path}")
 
 
 if __name__ == "__main__":

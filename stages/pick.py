@@ -15,7 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmgr import stage
+from llmgr.pipeline import stage
+from llmgr.runtime import console
 
 READS = ("track",)
 OPTIONS = {"model": "the encoder, control or llmgr whose experiments are compared", "dataset": "their data.dataset"}
@@ -27,10 +28,12 @@ def main(params: Any, model: str, dataset: str) -> None:
 
     import yaml
 
-    from llmgr import search, tracking
-    from llmgr.artifacts import write_text
-    from llmgr.encoders import family
-    from llmgr.params import Params, build, flat
+    from llmgr.encoders.registry import family
+    from llmgr.experiments import search
+    from llmgr.params.loading import build, flat
+    from llmgr.params.schema import Params
+    from llmgr.reporting import tracking
+    from llmgr.runtime.artifacts import write_text
 
     if model != search.TUNED:
         family(model)
@@ -44,7 +47,7 @@ def main(params: Any, model: str, dataset: str) -> None:
     for key, value in flat(build(Params, yaml.safe_load(text), "")).items():
         if key not in chosen and not key.startswith("data.") and best.get(key, value) != value and search.role(
                 key, model, [best["model.base"]]) != "ignored":
-            stage.say(f"warning: the trials had {key}={best[key]}, which was not searched; params.yaml keeps {value}")
+            console.say(f"warning: the trials had {key}={best[key]}, which was not searched; params.yaml keeps {value}")
     changed = search.rewritten(text, chosen)
     build(Params, yaml.safe_load(changed), "")
     buffer = io.StringIO()
@@ -52,7 +55,7 @@ def main(params: Any, model: str, dataset: str) -> None:
     record = f"reports/results/{dataset.replace(':', '-')}/search-{model}.csv"
     write_text(record, buffer.getvalue())
     write_text("params.yaml", changed)
-    stage.say(f"params.yaml has the best of {len(rows)}: " + ", ".join(
+    console.say(f"params.yaml has the best of {len(rows)}: " + ", ".join(
         f"{key}={value}" for key, value in zip(head, rows[0][:len(chosen)])) + f"; the search is in {record}")
     tracking.publish_trials(model, result.trials, params.track.experiment, params.track.uri)
 

@@ -7,14 +7,14 @@ Writes: models/encoders/NAME/ (weights, item vectors, config), reports/metrics/e
 Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training, encoder.ENCODER
         (its own section)
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder.text_lr", "encoder.training",
          "encoder.{encoder}")
 
 
 def main(params, encoder: str) -> None:
-    from llmgr.pretraining import pretrain
+    from llmgr.encoders.pretraining import pretrain
 
     pretrain(params, encoder)
 

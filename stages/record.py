@@ -11,25 +11,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmgr import stage
-from llmgr.errors import UserError
+from llmgr.pipeline import stage
+from llmgr.runtime import console
+from llmgr.runtime.errors import UserError
 
 READS = ("data.dataset", "bucket", "gate", "model.base", "tune", "tower")
 
 
 def main(params: Any) -> None:
-    from llmgr import report
-    from llmgr.artifacts import write_bytes, write_json, write_text
+    from llmgr.reporting import evidence, report
+    from llmgr.runtime.artifacts import write_bytes, write_json, write_text
 
     if not Path("reports/metrics/evaluate.json").exists():
         raise UserError("reports/metrics/evaluate.json is missing: run `dvc repro` so that there are results to record")
-    found = report.evidence(Path("reports"))
+    found = evidence.evidence(Path("reports"))
     folder = Path("reports/results") / params.data.dataset.replace(":", "-")
     kept = {name: value for name, value in found.items() if name not in ("steps", "epochs")}
     write_bytes(folder / "params.yaml", Path("params.yaml").read_bytes())
     write_json(folder / "metrics.json", kept)
     write_text(folder / "results.md", report.markdown(found, params))
-    stage.say(f"recorded in {folder}")
+    console.say(f"recorded in {folder}")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmgr import stage
+from llmgr.pipeline import stage
+from llmgr.runtime import console
 
 READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder", "llm", "model", "align", "tune",
          "tower", "slit", "gate", "evaluate", "bucket")
 
 
 def main(params: Any) -> None:
-    from llmgr import report
-    from llmgr.artifacts import replacing_folder, write_text
+    from llmgr.reporting import evidence, report
+    from llmgr.runtime.artifacts import replacing_folder, write_text
 
-    found = report.evidence(Path("reports"))
+    found = evidence.evidence(Path("reports"))
     drawn = report.draw(found, params)
     with replacing_folder("reports/figures") as folder:
         for name, svg in drawn.items():
             write_text(folder / f"{name}.svg", svg)
     write_text("reports/index.html", report.render(found, params, drawn))
-    stage.say("reports/index.html is ready")
+    console.say("reports/index.html is ready")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Writes: reports/seeds.json (every model's figures by seed; the paired difference
         each session's mean over the seeds)
 Params: seed, bucket, and all that decide a model's figures, to tell whether experiments differ in the seed alone
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "bucket")
 
@@ -18,12 +18,13 @@ def main(params) -> None:
 
     import yaml
 
-    from llmgr import buckets, search, seeds, twins
-    from llmgr.artifacts import write_json
-    from llmgr.errors import UserError
-    from llmgr.stage import say
+    from llmgr.experiments import ablations, search
+    from llmgr.reporting import buckets, seeds
+    from llmgr.runtime.artifacts import write_json
+    from llmgr.runtime.console import say
+    from llmgr.runtime.errors import UserError
 
-    known = twins.at_seeds(search.shown(), yaml.safe_load(Path("params.yaml").read_text()), search.lock_of)
+    known = ablations.at_seeds(search.shown(), yaml.safe_load(Path("params.yaml").read_text()), search.lock_of)
     found, ours = {seed: figures for seed, (_, figures) in known.items()}, params.bucket.ours
     models, gaps = seeds.models(found), {}
     try:
@@ -39,7 +40,7 @@ def main(params) -> None:
             f"; {ours} minus it {gaps[model]['test']['hr_at_20']['difference']:+.4f}, p "
             f"{gaps[model]['test']['hr_at_20']['p']:.2g}" if model in gaps else ""))
     if str(params.seed) not in found:
-        say(f"warning: {twins.UNCOMMITTED}")
+        say(f"warning: {ablations.UNCOMMITTED}")
     say(f"reports/seeds.json has seeds {', '.join(found) or 'none'}" + (
         "" if len(found) > 1 else ': make seeds SEEDS="1 2"'))
 

@@ -11,7 +11,8 @@ interactions stays in training whole.
 """
 from __future__ import annotations
 
-from llmgr import stage
+from llmgr.pipeline import stage
+from llmgr.runtime import console
 
 READS = ("data.max_session", "split", "tune.linear", "encoder.linear_controls")
 
@@ -20,18 +21,18 @@ def main(params) -> None:
     """Order every user's interactions, cut the three parts, describe them."""
     import polars as pl
 
-    from llmgr import sessions
-    from llmgr.artifacts import read_table, write_json, write_table
-    from llmgr.params import check_pairs
+    from llmgr.data import interactions
+    from llmgr.params.checks import check_pairs
+    from llmgr.runtime.artifacts import read_table, write_json, write_table
 
     items = read_table("data/core/items.parquet", ["item", "item_id"])
     if params.tune.linear or params.encoder.linear_controls:
         check_pairs(len(items))
-    interactions = read_table("data/core/interactions.parquet")
-    rows = sessions.ordered(interactions, params.split.ties, params.split.seed).join(
+    core = read_table("data/core/interactions.parquet")
+    rows = interactions.ordered(core, params.split.ties, params.split.seed).join(
         items, on="item", how="left", maintain_order="left"
     )
-    parts = sessions.leave_one_out(rows, params.data.max_session, params.split.selection)
+    parts = interactions.leave_one_out(rows, params.data.max_session, params.split.selection)
     for name, part in parts.items():
         write_table(f"data/sessions/{name}.parquet", part)
 
@@ -43,15 +44,15 @@ def main(params) -> None:
         "train_prefixes": parts["train"].height,
         "valid_sessions": parts["valid"].height,
         "test_sessions": parts["test"].height,
-        "users_in_training_only": int((lengths < sessions.LEAST).sum()),
+        "users_in_training_only": int((lengths < interactions.LEAST).sum()),
         "users_with_one_interaction": int((lengths == 1).sum()),
         "session_length": {"mean": lengths.mean(), "max": lengths.max()},
         "sessions_cut_to_window": int((parts["test"]["earlier"].list.len() > 0).sum()),
         "targets_unseen_in_training": unseen,
-        "tied_timestamps_share": interactions.select(sessions.tied().mean()).item(),
+        "tied_timestamps_share": core.select(interactions.tied().mean()).item(),
         "ties": params.split.ties,
     })
-    stage.say(f"{parts['train'].height} training prefixes, {parts['test'].height} test sessions")
+    console.say(f"{parts['train'].height} training prefixes, {parts['test'].height} test sessions")
 
 
 if __name__ == "__main__":

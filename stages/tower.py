@@ -6,13 +6,13 @@ Writes: models/tower/ (whole.safetensors: item vectors [V+1, H] tuned over all u
         reports/metrics/tower.json, reports/metrics/cost/tower.json, reports/curves/tower_{steps,epochs}.csv
 Params: seed, data.max_session, llm.item_text, model.weights, model.texts, tower, tune.folds
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "data.max_session", "llm.item_text", "model.weights", "model.texts", "tower", "tune.folds")
 
 
 def main(params) -> None:
-    from llmgr.tower import train_tower
+    from llmgr.prior.tower_training import train_tower
 
     train_tower(params)
 

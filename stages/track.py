@@ -10,22 +10,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmgr import stage
+from llmgr.pipeline import stage
+from llmgr.runtime import console
 
 READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", "tune", "tower", "slit", "launch",
          "gate", "evaluate", "bucket", "track")
 
 
 def main(params: Any) -> None:
-    from llmgr import tracking
-    from llmgr.artifacts import require, write_json
-    from llmgr.params import flat
+    from llmgr.params.loading import flat
+    from llmgr.reporting import tracking
+    from llmgr.runtime.artifacts import require, write_json
 
     require("reports/index.html")
     logged = {name: value for name, value in flat(params).items() if not name.startswith("track.")}
     run = tracking.publish(logged, params.track.experiment, params.track.uri, Path("reports"))
     write_json("reports/mlflow_run.json", run)
-    stage.say(f"MLflow run {run['name']} ({run['run_id']}) in experiment {run['experiment']}, {run['store']} store")
+    console.say(f"MLflow run {run['name']} ({run['run_id']}) in experiment {run['experiment']}, {run['store']} store")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Writes: models/tuned/ (bridge, output layer, adapters, graph encoder, no frozen 
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
 Params: seed, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session, launch
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ("seed", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit", "data.max_session", "launch")
 INPUTS = ("models/aligned", "models/embeddings", "models/folds", "models/tower", "models/backbone",
@@ -21,14 +21,18 @@ def main(params) -> None:
 
     import torch
 
-    from llmgr.artifacts import replacing_folder, resume_folder, save_tensors, write_json
-    from llmgr.graph import read_split
-    from llmgr.launch import device, rank
-    from llmgr.llmgr import build_llmgr, load_llmgr, save_llmgr
-    from llmgr.params import flat
-    from llmgr.start import linear_term
-    from llmgr.training import arithmetic, finish, fit
-    from llmgr.tuning import BehaviourJob, alike_items, behaviour_prompts
+    from llmgr.model.behaviour import BehaviourJob, alike_items
+    from llmgr.model.checkpoint import build_llmgr, load_llmgr, save_llmgr
+    from llmgr.model.scorer import behaviour_prompts
+    from llmgr.params.loading import flat
+    from llmgr.prior.weighted_sum import linear_term
+    from llmgr.runtime.artifacts import replacing_folder, save_tensors, write_json
+    from llmgr.runtime.resume import resume_folder
+    from llmgr.sessions.reading import read_split
+    from llmgr.training.distributed import rank
+    from llmgr.training.engine import finish, fit
+    from llmgr.training.launcher import device
+    from llmgr.training.precision import arithmetic
 
     settings = params.tune
     resume = resume_folder("tune", flat(params), INPUTS)

@@ -7,7 +7,7 @@ Reads:  the experiments of the current commit, through `dvc exp show`; params.ya
 Writes: reports/twins.json (what each twin changed, LLMGR's figures in it)
 Params: all that decide LLMGR's figures, to tell whose twin an experiment is
 """
-from llmgr.stage import run
+from llmgr.pipeline.stage import run
 
 READS = ()
 
@@ -18,24 +18,24 @@ def main(params, options=None) -> None:
 
     import yaml
 
-    from llmgr import search, twins
-    from llmgr.artifacts import write_json
-    from llmgr.stage import say
+    from llmgr.experiments import ablations, search
+    from llmgr.runtime.artifacts import write_json
+    from llmgr.runtime.console import say
 
     content = yaml.safe_load(Path("params.yaml").read_text())
     if options:
-        for key, value in twins.options(Path(options), content).items():
+        for key, value in ablations.options(Path(options), content).items():
             print("-S", f"{key}={json.dumps(value, separators=(',', ':')) if type(value) is not str else value}")
         return
-    asked = twins.possible(content)
-    found = twins.collected(search.shown(), content, asked, search.lock_of)
+    asked = ablations.possible(content)
+    found = ablations.collected(search.shown(), content, asked, search.lock_of)
     write_json("reports/twins.json", found)
     for name, twin in found.items():
         figures = twin["figures"]["test"]["all"]
         say(f"{name}: HR@20 {figures['hr_at_20']:.4f}  NDCG@20 {figures['ndcg_at_20']:.4f}")
     missing = [name for name in asked if name not in found and name != search.TUNED]
     if search.TUNED not in found:
-        say(f"warning: {twins.UNCOMMITTED}")
+        say(f"warning: {ablations.UNCOMMITTED}")
     say(f"reports/twins.json has {len(found)} of {len(found) + len(missing)}"
         + (f"; not run with these parameters: {', '.join(missing)} (make twins)" if missing else ""))
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from tiny import language_model, model_settings
 
-from llmgr.adapters import join_products
-from llmgr.backbone import add_adapters
+from llmgr.language_model.lora import add_adapters, join_products
 
 
 def adapted(dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:

@@ -9,10 +9,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from llmgr import amazon
-from llmgr.errors import UserError
+from llmgr.data import amazon
+from llmgr.runtime.errors import UserError
 
-STAGES = Path(amazon.__file__).parents[1]
+STAGES = Path(amazon.__file__).parents[2]
 
 
 def written(path: Path, *lines: object) -> Path:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from machine import DEFAULTS
 
-from llmgr import artifacts
-from llmgr.errors import UserError
+from llmgr.runtime import artifacts, resume
+from llmgr.runtime.errors import UserError
 
 STAGES = Path(__file__).resolve().parent.parent / "stages"
 
@@ -39,7 +39,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     artifacts.write_text(tmp_path / "a.txt", "old")
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
         import time
-        from llmgr.artifacts import replacing
+        from llmgr.runtime.artifacts import replacing
         with replacing("a.txt") as temporary:
             temporary.write_text("half")
             print("ready", flush=True)
@@ -83,7 +83,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 
 FULL = """
     'Writes more than the limit allows.'
-    from llmgr.stage import run
+    from llmgr.pipeline.stage import run
 
     def main(params, kind):
         import resource
@@ -91,15 +91,16 @@ FULL = """
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         if kind == "table":
             import polars as pl
-            from llmgr.artifacts import write_table
+            from llmgr.runtime.artifacts import write_table
             frame = pl.DataFrame({"x": [i * i % 7919 / 3 for i in range(20_000)]})
             limit()
             write_table("out", frame)
         else:
             from pathlib import Path
             import torch
-            from llmgr.launch import Replicas
-            from llmgr.training import Progress, _save
+            from llmgr.training.distributed import Replicas
+            from llmgr.training.checkpoint import save_checkpoint
+            from llmgr.training.job import Progress
             model = torch.nn.Linear(200, 200)
             limit()
             weights = dict(model.named_parameters())
@@ -168,38 +169,38 @@ def test_the_resume_folder_follows_what_decides_the_outcome(tmp_path, monkeypatc
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "in").write_text("1")
-    first = artifacts.resume_folder("tune", {"lr": 1.0}, ["in"])
+    first = resume.resume_folder("tune", {"lr": 1.0}, ["in"])
     assert first.is_dir() and first.parent == Path(".resume/tune")
-    assert artifacts.resume_folder("tune", {"lr": 1.0}, ["in"]) == first
-    others = {first, artifacts.resume_folder("tune", {"lr": 2.0}, ["in"])}
-    others.add(artifacts.resume_folder("align", {"lr": 1.0}, ["in"]))
+    assert resume.resume_folder("tune", {"lr": 1.0}, ["in"]) == first
+    others = {first, resume.resume_folder("tune", {"lr": 2.0}, ["in"])}
+    others.add(resume.resume_folder("align", {"lr": 1.0}, ["in"]))
     (tmp_path / "in").write_text("2")
-    others.add(artifacts.resume_folder("tune", {"lr": 1.0}, ["in"]))
+    others.add(resume.resume_folder("tune", {"lr": 1.0}, ["in"]))
     assert len(others) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what decides rounding alone stands in the checkpoint
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert artifacts.resume_folder("tune", {"lr": 1.0, "launch.processes": 2}, ["in"]) in others
+    assert resume.resume_folder("tune", {"lr": 1.0, "launch.processes": 2}, ["in"]) in others
     root = tmp_path / "root"
     monkeypatch.setenv("DVC_ROOT", str(root))
-    assert artifacts.resume_folder("tune", {"lr": 1.0}, ["in"]).is_relative_to(root / ".resume" / "tune")
+    assert resume.resume_folder("tune", {"lr": 1.0}, ["in"]).is_relative_to(root / ".resume" / "tune")
 
 
 def test_abandoned_states_are_dropped_beyond_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    folders = [artifacts.waiting("tune", f"{number}") for number in range(artifacts.UNFINISHED_KEPT)]
+    folders = [resume.waiting("tune", f"{number}") for number in range(resume.UNFINISHED_KEPT)]
     for age, folder in enumerate(folders):
         (folder / "state.pt").write_text("state")
         for path in (folder, folder / "state.pt"):
             os.utime(path, (1e9 - age, 1e9 - age))
     os.utime(folders[-1] / "state.pt")  # begun first, and still at work
     (tmp_path / ".resume/tune/a.lock").touch()
-    other = artifacts.waiting("align", "0")
-    newest = artifacts.waiting("tune", "new")
+    other = resume.waiting("align", "0")
+    newest = resume.waiting("tune", "new")
     assert set(folders) - {p for p in folders if p.exists()} == {folders[-2]}, "the one that nobody touched for longest"
     assert newest.is_dir() and other.is_dir() and (tmp_path / ".resume/tune/a.lock").exists()
-    assert artifacts.waiting("tune", "0") == folders[0] and (folders[0] / "state.pt").read_text() == "state"
-    assert len([p for p in folders if p.exists()]) == artifacts.UNFINISHED_KEPT - 1
+    assert resume.waiting("tune", "0") == folders[0] and (folders[0] / "state.pt").read_text() == "state"
+    assert len([p for p in folders if p.exists()]) == resume.UNFINISHED_KEPT - 1
 
 
 def test_the_resume_folder_follows_the_code(tmp_path):
@@ -239,4 +240,4 @@ def test_a_missing_file_is_named_with_the_mend(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.parquet is missing"):
         artifacts.read_table(tmp_path / "nowhere.parquet")
     with pytest.raises(UserError, match="nowhere is missing"):
-        artifacts.resume_folder("x", {}, [tmp_path / "nowhere"])
+        resume.resume_folder("x", {}, [tmp_path / "nowhere"])

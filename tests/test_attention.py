@@ -6,7 +6,7 @@ import torch
 from tiny import language_model
 from torch.nn import functional as F
 
-from llmgr.attention import NAME, attend_plainly, attends_apart, attention
+from llmgr.language_model.attention import NAME, attend_plainly, attends_apart, attention
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -15,17 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import checkpoint, language_model, tokenizer
 
-from llmgr import backbone
-from llmgr.backbone import (
-    add_adapters,
-    describe,
-    is_causal,
-    load_language_model,
-    load_tokenizer,
-    resolve,
-    train_scratch,
-)
-from llmgr.errors import UserError
+from llmgr.language_model import scratch
+from llmgr.language_model.loading import is_causal, load_language_model, load_tokenizer
+from llmgr.language_model.lora import add_adapters
+from llmgr.language_model.resolve import describe, resolve
+from llmgr.language_model.scratch import train_scratch
+from llmgr.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -254,7 +249,7 @@ def test_the_attention_of_architectures():
     assert is_causal(BertConfig(is_decoder=True))
 
 
-def scratch(tmp_path, name: str, seed: int = 0):
+def small_llama(tmp_path, name: str, seed: int = 0):
     settings = types.SimpleNamespace(layers=1, width=16, heads=2, vocabulary=300, epochs=2, lr=0.01, weight_decay=0.01,
                                      warmup_share=0.1, clip=1.0, batch_size=16, checkpoint_seconds=60.0)
     texts = [f"{a} {b} for {c}" for a in ("red", "blue", "soft", "small") for b in ("soap", "brush", "cream")
@@ -266,10 +261,10 @@ def scratch(tmp_path, name: str, seed: int = 0):
 
 
 def test_a_scratch_model_learns_loads_and_is_the_same_twice(tmp_path):
-    progress, model, folder = scratch(tmp_path, "a")
+    progress, model, folder = small_llama(tmp_path, "a")
     assert progress.epoch_rows[-1]["valid_loss"] < progress.epoch_rows[0]["valid_loss"] - 0.5
-    _, _, again = scratch(tmp_path, "b")
-    _, _, other = scratch(tmp_path, "c", seed=1)
+    _, _, again = small_llama(tmp_path, "b")
+    _, _, other = small_llama(tmp_path, "c", seed=1)
     files = {p.name for p in folder.iterdir()}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     for name in files:
@@ -285,12 +280,12 @@ def test_a_scratch_model_learns_loads_and_is_the_same_twice(tmp_path):
     found = describe(folder)
     assert (found["architecture"], found["attention"]) == ("LlamaForCausalLM", "causal")
     assert (found["width"], found["layers"]) == (16, 1)
-    assert found["positions"] == backbone.SCRATCH_TOKENS, "as long as the texts it is trained on, at least"
+    assert found["positions"] == scratch.SCRATCH_TOKENS, "as long as the texts it is trained on, at least"
     assert list(found["sha256"]) == ["model.safetensors"]
 
 
 def test_a_scratch_model_is_saved_as_transformers_saves_it(tmp_path):
-    _, model, folder = scratch(tmp_path, "ours")
+    _, model, folder = small_llama(tmp_path, "ours")
     model.save_pretrained(tmp_path / "theirs")
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import DIM, ITEMS, TEXT, llmgr, prefixes, tokenizer
 
-from llmgr import benchmark
-from llmgr.prompts import BehaviourPrompts
-from llmgr.tuning import BehaviourJob
+from llmgr.experiments import step_speed
+from llmgr.model.behaviour import BehaviourJob
+from llmgr.model.prompts import BehaviourPrompts
 
 SETTINGS = types.SimpleNamespace(batch_size=2, accumulate=1, targets="positions", samples=0, valid_sessions=0,
                                  mask_seen=False, adjustment=0.0, item_noise=0.0, recency=1.0)
@@ -25,17 +25,17 @@ def test_operations_are_those_of_frozen_matrices_adapters_and_the_output():
     frozen = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32)
     adapters = 2 * 4 * ((16 + 16) * 2 + (16 + 8) * 2)
     table = (ITEMS + 1) * (DIM + TEXT)
-    assert benchmark.operations(model, 10, 0) == 10 * (4 * frozen + 6 * adapters)
-    assert benchmark.operations(model, 0, 3) == 3 * 4 * table
+    assert step_speed.operations(model, 10, 0) == 10 * (4 * frozen + 6 * adapters)
+    assert step_speed.operations(model, 0, 3) == 3 * 4 * table
 
 
 def test_steps_count_all_batches_but_the_first_and_shares_add_up():
     made = job()
     batches = [micros[0] for micros in made.steps(0, torch.Generator().manual_seed(0))]
-    found = benchmark.steps(made, batches, benchmark.trained(made.model), 1)
+    found = step_speed.steps(made, batches, step_speed.trained(made.model), 1)
     assert found["prompts"] == sum(map(len, batches[1:])) and found["targets"] == sum(map(made.targets, batches[1:]))
     assert found["tokens"] > found["targets"] and found["seconds"] > 0
-    shares = benchmark.shares(made, batches)
+    shares = step_speed.shares(made, batches)
     assert shares[0][0] == "matrix products" and 0 < shares[0][1] < 1
     assert sum(share for _, share in shares) == pytest.approx(1)
 
@@ -52,10 +52,10 @@ def test_a_batch_takes_its_fastest_time_and_the_first_is_left_out(monkeypatch):
     counter.calls = 0
     batches = [micros[0] for micros in made.steps(0, torch.Generator().manual_seed(0))]
     batches = [batches[0]] * 3
-    optimizer = benchmark.trained(made.model)
-    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(perf_counter=counter))
-    assert benchmark.steps(made, batches, optimizer, 1)["seconds"] == 2.0 + 5.0
+    optimizer = step_speed.trained(made.model)
+    monkeypatch.setattr(step_speed, "time", types.SimpleNamespace(perf_counter=counter))
+    assert step_speed.steps(made, batches, optimizer, 1)["seconds"] == 2.0 + 5.0
 
 
 def test_a_machine_has_a_rate():
-    assert benchmark.product_rate(torch.device("cpu"), torch.float32, 0.05) > 1e8
+    assert step_speed.product_rate(torch.device("cpu"), torch.float32, 0.05) > 1e8

@@ -14,9 +14,10 @@ import pytest
 from machine import DEFAULTS
 
 import bucket as stage
-from llmgr import buckets, ranking
-from llmgr.errors import UserError
-from llmgr.sessions import training_counts
+from llmgr.data.interactions import training_counts
+from llmgr.ranking import metrics
+from llmgr.reporting import buckets, significance
+from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 BUCKET = SimpleNamespace(ours="llmgr", resamples=200, cold=[5, 10], warm=50, practice=[10, 50], trained=[1, 5, 10, 50])
@@ -91,7 +92,7 @@ def test_pooling_pairs_every_sessions_mean_over_the_seeds() -> None:
             hits = {m: np.mean([ranks[s][m][convention] <= 20 for s in ranks]) for m in ("llmgr", model)}
             assert by[convention]["hr_at_20"]["difference"] == pytest.approx(hits["llmgr"] - hits[model])
     family = [gaps[model]["test"]["mrr_at_20"] for model in gaps]
-    assert [gap["p_holm"] for gap in family] == ranking.holm([gap["p"] for gap in family])
+    assert [gap["p_holm"] for gap in family] == significance.holm([gap["p"] for gap in family])
     assert buckets.pooled({"1": ranks["1"], "3": ranks["3"]}, "caser", 100, 1) == {}
 
     one = buckets.pooled({"1": ranks["1"]}, "llmgr", 500, 1)
@@ -113,7 +114,7 @@ def test_models_stand_floors_first_controls_by_their_encoder_llmgr_last() -> Non
     names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "slit-text",
              "word-knn", "session-knn", "item-knn", "slit", "gcsana", "gated-llmgr"]
     assert buckets.order(names, "gated-llmgr") == [
-        *buckets.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm", "llmgr", "gated-llmgr"]
+        *names.FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm", "llmgr", "gated-llmgr"]
 
 
 def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(found) == list(bounds) == ["pop", "text-knn", "gcsan", "llmgr"]
     assert list(gaps) == ["pop", "text-knn", "gcsan"]
     for convention, column in (("test", "rank"), ("test_unseen", "rank_unseen")):
-        expected = ranking.metrics(ranks[column].to_numpy()[warm])
+        expected = metrics.metrics(ranks[column].to_numpy()[warm])
         for metric, value in expected.items():
             assert found["gcsan"][convention]["warm"][metric] == pytest.approx(value, rel=1e-5, abs=1e-9)
             low, high = bounds["gcsan"][convention]["warm"][metric]
@@ -168,9 +169,9 @@ def test_p_is_corrected_over_the_models_within_a_metric_and_convention() -> None
     _, _, gaps = buckets.measure(ranks, {"all": np.ones(300, bool), "warm": base > 9}, "llmgr", 500, 1)
     for convention in ("test", "test_unseen"):
         for bucket in ("all", "warm"):
-            for metric in ranking.names():
+            for metric in metrics.names():
                 family = [gaps[m][convention][bucket][metric] for m in "abc"]
-                assert [g["p_holm"] for g in family] == ranking.holm([g["p"] for g in family])
+                assert [g["p_holm"] for g in family] == significance.holm([g["p"] for g in family])
     first = {m: gaps[m]["test"]["all"]["hr_at_20"] for m in "abc"}
     assert first["c"]["p"] == first["c"]["p_holm"] == 1 and first["a"]["p"] < first["a"]["p_holm"] < 1
 

@@ -1,8 +1,6 @@
 """The DAG declares what the scripts read: parameters, code and files, so that no stage can go stale."""
 from __future__ import annotations
 
-import ast
-import functools
 import importlib
 import os
 import subprocess
@@ -13,65 +11,31 @@ import pytest
 import yaml
 from machine import within
 
-from llmgr.encoders import REGISTRY
+from llmgr.encoders.registry import REGISTRY
+from llmgr.runtime.reach import reached
 
 ROOT = Path(__file__).resolve().parent.parent
-# They decide how a stage fails, not what it computes:
-FRAME = {"__init__.py", "errors.py", "artifacts.py", "stage.py", "params.py"}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
 
 
-@functools.cache
-def imports(path: Path) -> set[str]:
-    """Modules of llmgr that a file imports anywhere in it, type-checking blocks aside."""
-    tree = ast.parse(path.read_text())
-    skipped = {id(n) for block in ast.walk(tree) if isinstance(block, ast.If)
-               and getattr(block.test, "id", "") == "TYPE_CHECKING" for n in ast.walk(block)}
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmgr") and id(node) not in skipped:
-            module = node.module.removeprefix("llmgr").lstrip(".")
-            for name in ([f"{module}.{a.name}".strip(".") for a in node.names] + [module]):
-                if (ROOT / "stages/llmgr" / f"{name.replace('.', '/')}.py").exists():
-                    found.add(name.replace(".", "/") + ".py")
-                if name and (ROOT / "stages/llmgr" / name.replace(".", "/") / "__init__.py").exists():
-                    found.add(name.replace(".", "/") + "/__init__.py")
-    return found
 IN_GIT = ("reports/twins.json", "reports/seeds.json")
 
 
-def closure(script: Path, encoder: str | None = None) -> set[str]:
-    """Everything of llmgr that a script can reach, as paths below stages/llmgr; a package stands for all its files.
-
-    llmgr.encoders imports the file of the encoder it is asked for: `encoder`, or any.
-    """
-    seen: set[str] = set()
-    todo = set(imports(script))  # a copy: imports are cached
-    while todo:
-        name = todo.pop()
-        if name in seen or name in FRAME:
-            continue
-        seen.add(name)
-        todo |= imports(ROOT / "stages/llmgr" / name) - seen
-        if name == "encoders/__init__.py":
-            todo |= {f"encoders/{one}.py" for one in ([encoder] if encoder else REGISTRY)} - seen
-    package = {f"encoders/{file.name}" for file in (ROOT / "stages/llmgr/encoders").glob("*.py")}
-    return seen - package | {"encoders"} if package <= seen and not encoder else seen
-
-
 def declared(name: str) -> tuple[list[str], list[str]]:
-    deps = [d for d in STAGES[name].get("deps", []) if d.startswith("stages/llmgr/")]
-    return [d.removeprefix("stages/llmgr/") for d in deps], STAGES[name].get("params", [])
+    return STAGES[name].get("deps", []), STAGES[name].get("params", [])
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_code_dependencies_are_those_the_script_reaches(name: str) -> None:
-    deps, _ = declared(name)
-    code = {d for d in deps if not d.endswith(".j2")}
     for encoder in REGISTRY if "matrix" in STAGES[name] else [None]:
-        assert {d.replace("${item.encoder}", str(encoder)) for d in code} == closure(SCRIPTS[name], encoder)
-    assert str(SCRIPTS[name].relative_to(ROOT)) in STAGES[name]["deps"]
+        others = {f"stages/llmgr/encoders/{one}.py" for one in REGISTRY if encoder and one != encoder}
+        files = {path.relative_to(ROOT).as_posix() for path in reached(SCRIPTS[name])} - others
+        code = [d.replace("${item.encoder}", str(encoder)) for d in declared(name)[0] if d.startswith("stages/llmgr/")]
+        assert {f for f in files if not any(f == d or f.startswith(f"{d}/") for d in code)} == set()
+        assert [d for d in code if not any(f == d or f.startswith(f"{d}/") for f in files)] == []
+        assert all((ROOT / d).exists() for d in code)
+    assert str(SCRIPTS[name].relative_to(ROOT)) in declared(name)[0]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -84,8 +48,8 @@ def test_parameters_are_those_the_script_reads(name: str, monkeypatch: pytest.Mo
 def test_an_encoder_comes_without_the_files_of_the_others() -> None:
     code = """if True:
         import sys
-        from llmgr.encoders import REGISTRY, build_encoder
-        from llmgr.params import load
+        from llmgr.encoders.registry import REGISTRY, build_encoder
+        from llmgr.params.loading import load
         for name in REGISTRY:
             for other in REGISTRY:
                 sys.modules.pop(f"llmgr.encoders.{other}", None)
@@ -95,7 +59,8 @@ def test_an_encoder_comes_without_the_files_of_the_others() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT / "stages")})
     found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert {name: set(files.split()) for name, files in found.items()} == {name: {"layers", name} for name in REGISTRY}
+    assert {name: set(files.split()) for name, files in found.items()} == {
+        name: {"layers", "registry", name} for name in REGISTRY}
 
 
 def test_every_file_of_the_pipeline_is_written_by_exactly_one_stage() -> None:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from machine import DEFAULTS, within
 
-from llmgr import artifacts
+from llmgr.runtime import artifacts
 
-ROOT = Path(artifacts.__file__).parents[2]
+ROOT = Path(artifacts.__file__).parents[3]
 MIRROR = ROOT.parent / "shared/amazon"
 STAGES = ("download", "filter", "split")
 OUTPUTS = ("data/core/interactions.parquet", "data/core/items.parquet", "data/sessions/train.parquet",

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from machine import DEFAULTS
 
-from llmgr import artifacts, fetch
-from llmgr.errors import UserError
+from llmgr.data import fetch
+from llmgr.runtime import artifacts
+from llmgr.runtime.errors import UserError
 
-ROOT = Path(artifacts.__file__).parents[2]
+ROOT = Path(artifacts.__file__).parents[3]
 DATA = gzip.compress(random.Random(1).randbytes(300_000), 1)
 NAME = "reviews_Beauty_5.json.gz"
 

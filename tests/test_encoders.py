@@ -8,13 +8,15 @@ import torch
 from tiny import encoder_section
 from torch.nn import functional as F
 
-from llmgr import pretraining
-from llmgr.encoders import REGISTRY, Recommender, build_recommender, family, load_encoder, save_recommender
+from llmgr.encoders import pretraining
 from llmgr.encoders.layers import Dropout
-from llmgr.errors import UserError
-from llmgr.graph import Sessions, alike
-from llmgr.pretraining import EncoderJob, rank_sessions
-from llmgr.training import fit
+from llmgr.encoders.pretraining import EncoderJob
+from llmgr.encoders.registry import REGISTRY, Recommender, build_recommender, family, load_encoder, save_recommender
+from llmgr.ranking.loop import rank_sessions
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.batching import alike
+from llmgr.sessions.tensors import Sessions
+from llmgr.training.engine import fit
 
 ITEMS, DIM, USERS, LONGEST = 12, 8, 4, 10
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]

@@ -11,13 +11,15 @@ import pytest
 import torch
 from machine import DEFAULTS
 
-from llmgr import evaluation
-from llmgr.artifacts import save_tensors, write_json
-from llmgr.encoders import build_recommender, save_recommender
-from llmgr.errors import UserError
-from llmgr.gate import Gate, bands
-from llmgr.graph import read_sessions
-from llmgr.params import FLOORS, load
+from llmgr.encoders.registry import build_recommender, save_recommender
+from llmgr.evaluation import baselines, models
+from llmgr.evaluation.gate import Gate, bands
+from llmgr.params.loading import load
+from llmgr.params.names import FLOORS
+from llmgr.runtime.artifacts import save_tensors, write_json
+from llmgr.runtime.errors import UserError
+from llmgr.sessions import reading
+from llmgr.sessions.reading import read_sessions
 
 ITEMS = 15
 CPU = torch.device("cpu")
@@ -52,7 +54,7 @@ def test_popularity_counts_every_training_click_once(tmp_path, monkeypatch, wind
     written(tmp_path, window)
     expected = collections.Counter(i for x in histories() if len(x) > 3 for i in x[:-2])  # one click trains nothing
     sessions, _ = read_sessions("data/sessions/test.parquet", window)
-    scores = evaluation.popularity(CPU)(sessions)(torch.tensor([4, 0]))
+    scores = baselines.popularity(CPU)(sessions)(torch.tensor([4, 0]))
     assert scores.shape == (2, ITEMS + 1)
     assert scores[0].tolist() == scores[1].tolist() == [float(expected[i]) for i in range(ITEMS + 1)]
 
@@ -69,7 +71,7 @@ def test_text_knn_is_a_decayed_sum_of_cosines_of_whitened_vectors(tmp_path, monk
     white = axes[:, :dim] / np.linalg.norm(axes[:, :dim], axis=1, keepdims=True)
     sessions, frame = read_sessions("data/sessions/test.parquet", 4)
     samples = torch.tensor([7, 2, 11, 0])
-    scores = evaluation.text_knn(dim, decay, CPU)(sessions)(samples)
+    scores = baselines.text_knn(dim, decay, CPU)(sessions)(samples)
     for row, sample in enumerate(samples.tolist()):
         items = frame["items"][sample].to_list()
         for candidate in range(1, ITEMS + 1):
@@ -82,7 +84,7 @@ def test_seen_items_are_all_a_user_had_before_the_target(tmp_path):
     written(tmp_path, 3)
     frame = pl.read_parquet(tmp_path / "data/sessions/test.parquet")
     assert frame["earlier"].list.len().max() > 0
-    for row, items in zip(evaluation.seen_items(frame).tolist(), histories()):
+    for row, items in zip(reading.seen_items(frame).tolist(), histories()):
         assert [i for i in row if i] == items[:-1]
 
 
@@ -102,7 +104,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                    encoder=types.SimpleNamespace(
                                        names=["gcsan"], controls=["gcsan"], control_texts=["text"],
                                        linear_controls=[]))
-    found = evaluation.scorers(params, CPU)
+    found = models.scorers(params, CPU)
     assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(len(sessions))
@@ -114,7 +116,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
 @pytest.mark.parametrize(("kept", "asked", "expected"), [
     ("bf16", "fp32", torch.bfloat16), ("fp32", "bf16", torch.float32), (None, "bf16", torch.bfloat16)])
 def test_llmgr_is_scored_in_the_arithmetic_that_it_was_tuned_in(tmp_path, monkeypatch, kept, asked, expected):
-    from llmgr import llmgr
+    from llmgr.model import checkpoint
 
     class Built(Exception):
         pass
@@ -123,17 +125,17 @@ def test_llmgr_is_scored_in_the_arithmetic_that_it_was_tuned_in(tmp_path, monkey
         raise Built(dtype)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(llmgr, "build_llmgr", build)
+    monkeypatch.setattr(checkpoint, "build_llmgr", build)
     write_json("models/tuned/config.json", {"precision": kept} if kept else {})
     params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision=asked))
     with pytest.raises(Built) as built:
-        evaluation.llmgr(params, CPU, None)
+        models.llmgr(params, CPU, None)
     assert built.value.args == (expected,)
 
 
 def test_a_batch_is_remembered_and_another_of_its_size_is_not():
     calls = []
-    score = evaluation.once(lambda samples: (calls.append(len(samples)), samples * 2.0)[1])
+    score = baselines.once(lambda samples: (calls.append(len(samples)), samples * 2.0)[1])
     one, two = torch.tensor([0, 1]), torch.tensor([2, 3])
     assert score(one) is score(one) and calls == [2]
     assert [score(batch).tolist() for batch in (two, one)] == [[4, 6], [0, 2]] and calls == [2, 2, 2]
@@ -141,15 +143,15 @@ def test_a_batch_is_remembered_and_another_of_its_size_is_not():
 
 @pytest.mark.parametrize("base", ["fpmc", "caser"])
 def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monkeypatch, base):
-    from llmgr import llmgr, tuning
+    from llmgr.model import checkpoint, scorer
 
     monkeypatch.chdir(tmp_path)
     written(tmp_path, 5)
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     users = int(sessions.user.max())
-    monkeypatch.setattr(llmgr, "load_llmgr", lambda *_: None)
-    monkeypatch.setattr(tuning, "behaviour_prompts", lambda *_: None)
-    monkeypatch.setattr(tuning, "shortened", lambda sessions, *_: (sessions, 0))
+    monkeypatch.setattr(checkpoint, "load_llmgr", lambda *_: None)
+    monkeypatch.setattr(scorer, "behaviour_prompts", lambda *_: None)
+    monkeypatch.setattr(scorer, "shortened", lambda sessions, *_: (sessions, 0))
     write_json("models/tuned/config.json", {})
     params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision="fp32", linear=False))
     for known in (users - 1, users):
@@ -157,9 +159,9 @@ def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monk
         save_recommender(f"models/encoders/{base}", base, model)
         tuned = torch.nn.Module()
         tuned.encoder, tuned.language_model, tuned.positions = model.encoder, torch.nn.Module(), 99
-        monkeypatch.setattr(llmgr, "build_llmgr", lambda *_, tuned=tuned: tuned)
-        for folder, over in ((f"models/encoders/{base}", evaluation.encoder(base, ITEMS, CPU)),
-                             ("models/embeddings", evaluation.llmgr(params, CPU, None))):
+        monkeypatch.setattr(checkpoint, "build_llmgr", lambda *_, tuned=tuned: tuned)
+        for folder, over in ((f"models/encoders/{base}", models.encoder(base, ITEMS, CPU)),
+                             ("models/embeddings", models.llmgr(params, CPU, None))):
             if known == users:
                 over(sessions)
                 continue
@@ -180,26 +182,26 @@ def test_gates_stand_beside_their_scorers_which_score_a_batch_once(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     written(tmp_path, 5)
     calls = []
-    makers = evaluation.scorers(gate_params(), CPU)
-    counted = evaluation.popularity(CPU)
+    makers = models.scorers(gate_params(), CPU)
+    counted = baselines.popularity(CPU)
 
     def over(sessions):
         score = counted(sessions)
         return lambda samples: (calls.append(len(samples)), score(samples))[1]
 
     chosen = {"pop": lambda: over, "item-knn": makers["item-knn"]}
-    monkeypatch.setattr(evaluation, "scorers", lambda *_: chosen)
+    monkeypatch.setattr(models, "scorers", lambda *_: chosen)
     params = gate_params(mine=["pop", "item-knn"], other=["item-knn", "pop", "repeat"])
     for name, parts in params.gate.fuse.items():
         weight = torch.arange(1.0, 1 + 3 * len(parts)).view(len(parts), 3)
         Gate(parts, [1, 3], weight, torch.zeros(3)).save(tmp_path / f"models/gates/{name}.json")
-    models = evaluation.loaded(params, CPU)
-    assert list(models) == ["pop", "item-knn", "mine", "other"]
+    scorers = models.loaded(params, CPU)
+    assert list(scorers) == ["pop", "item-knn", "mine", "other"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(4)
-    scores = {name: over(sessions)(samples) for name, over in models.items()}
+    scores = {name: over(sessions)(samples) for name, over in scorers.items()}
     assert calls == [4]
-    band = bands(evaluation.training_interactions(), [1, 3])
+    band = bands(baselines.training_interactions(), [1, 3])
     repeat = torch.zeros(4, ITEMS + 1).scatter_(1, sessions.graphs(samples).items_BS, 1.0)
     weight = torch.arange(1.0, 10.0).view(3, 3)[:, band]
     expected = weight[0] * scores["item-knn"] + weight[1] * scores["pop"] + weight[2] * repeat

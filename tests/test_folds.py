@@ -11,14 +11,17 @@ from machine import DEFAULTS, stage
 from test_pretrain import ITEMS, USERS, set_up, write_data
 from torch.nn import functional as F
 
-from llmgr import folds
-from llmgr.artifacts import digest, load_tensors, read_json, save_tensors, write_json
-from llmgr.encoders import REGISTRY, build_encoder, load_encoder
-from llmgr.errors import UserError
-from llmgr.folds import OutOfFold, fold_of
-from llmgr.graph import read_split
-from llmgr.linear import BANDS, LeftOut, LinearTerm
-from llmgr.params import WHOLE, load
+from llmgr.encoders.registry import REGISTRY, build_encoder, load_encoder
+from llmgr.params.loading import load
+from llmgr.params.names import WHOLE
+from llmgr.prior import cross_fitting
+from llmgr.prior.cross_fitting import OutOfFold, fold_of
+from llmgr.prior.left_out import LeftOut
+from llmgr.prior.weighted_sum import BANDS, LinearTerm
+from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors, write_json
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.reading import read_split
+from llmgr.training import engine
 
 FOLDS = 3
 PARAMS = SimpleNamespace(seed=2026, tune=SimpleNamespace(folds=FOLDS))
@@ -61,7 +64,7 @@ def test_a_session_that_was_trained_on_is_scored_without_its_user_and_any_other_
         place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stage("folds", root=place) == 0
     monkeypatch.chdir(place)
-    monkeypatch.setattr(folds, "READ", 7)
+    monkeypatch.setattr(cross_fitting, "READ", 7)
     scores, fold = OutOfFold(PARAMS, ITEMS, torch.device("cpu")), fold_of(USERS, FOLDS, 2026)
     encoder, vectors = load_encoder("models/embeddings", ITEMS)
     config = read_json("models/embeddings/config.json")
@@ -144,7 +147,7 @@ def test_what_was_trained_before_an_interruption_is_not_trained_again(place: Pat
                                                                       capfd: pytest.CaptureFixture) -> None:
     assert stage("folds", root=place) == 0
     undisturbed = digest(place / "models/folds")
-    reached, fit = [], folds.fit
+    reached, fit = [], engine.fit
 
     def cut(*arguments: object, **options: object) -> object:
         reached.append(options["name"])
@@ -152,11 +155,11 @@ def test_what_was_trained_before_an_interruption_is_not_trained_again(place: Pat
             raise UserError("the power is gone")
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(folds, "fit", cut)
+    monkeypatch.setattr(engine, "fit", cut)
     assert stage("folds", root=place) == 2
     assert reached == ["gcsan without fold 1", "gcsan without fold 2"]
     assert digest(place / "models/folds") == undisturbed, "a folder stays whole until another is"
-    monkeypatch.setattr(folds, "fit", fit)
+    monkeypatch.setattr(engine, "fit", fit)
     capfd.readouterr()
     assert stage("folds", root=place) == 0
     said = capfd.readouterr().err

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmgr import gate as gates
-from llmgr.errors import UserError
-from llmgr.gate import RIDGE, Gate, bands, cross_fitted, draw, fit_gate, score_tables
-from llmgr.graph import Sessions
-from llmgr.ranking import metrics, ranks
+from llmgr.evaluation import gate
+from llmgr.evaluation.gate import RIDGE, Gate, bands, cross_fitted, draw, fit_gate, score_tables
+from llmgr.ranking.metrics import metrics, ranks
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.tensors import Sessions
 
 ITEMS, SESSIONS, EDGES = 40, 300, [1, 5]
 
@@ -60,24 +60,24 @@ def test_sums_formed_in_parts_are_the_same_and_the_tables_stay_as_they_were(monk
     before = [table.clone() for table in scores]
     onehot = F.one_hot(band, 3).float()
     data = (torch.rand(3, 3).double(), scores, torch.tensor([1.0, 2.0]), target, seen, band, onehot)
-    whole = gates._derivatives(*data)
-    monkeypatch.setattr(gates, "CACHED", 7 * (ITEMS + 1))
-    for part, total in zip(gates._derivatives(*data), whole):
+    whole = gate._derivatives(*data)
+    monkeypatch.setattr(gate, "CACHED", 7 * (ITEMS + 1))
+    for part, total in zip(gate._derivatives(*data), whole):
         torch.testing.assert_close(torch.as_tensor(part), torch.as_tensor(total), atol=1e-6, rtol=1e-5)
     assert all(map(torch.equal, before, scores))
 
 
 def test_rounding_of_the_loss_does_not_hold_newton_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no step can lower the loss by more than it is known to, halving steps would look again for nothing."""
-    exact, looks = gates._derivatives, []
+    exact, looks = gate._derivatives, []
 
     def rounded(*args: object) -> tuple[float, torch.Tensor, torch.Tensor]:
         loss, gradient, hessian = exact(*args)
         looks.append(loss)
         return loss + 2e-7 * len(looks), gradient, hessian
 
-    monkeypatch.setattr(gates, "_derivatives", rounded)
-    monkeypatch.setattr(gates, "DONE", 1e-9)
+    monkeypatch.setattr(gate, "_derivatives", rounded)
+    monkeypatch.setattr(gate, "DONE", 1e-9)
     fit_gate(["a", "b"], *made(), EDGES)
     assert len(looks) <= 10
 

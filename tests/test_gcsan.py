@@ -10,11 +10,11 @@ import torch
 from tiny import gated_by_hand
 from torch.nn import functional as F
 
-from llmgr.encoders import Recommender
 from llmgr.encoders.gcsan import Gcsan
 from llmgr.encoders.layers import AttentionBlock, item_cross_entropy
-from llmgr.graph import Sessions
-from llmgr.pretraining import rank_sessions
+from llmgr.encoders.registry import Recommender
+from llmgr.ranking.loop import rank_sessions
+from llmgr.sessions.tensors import Sessions
 
 ITEMS, DIM = 12, 8
 

@@ -9,8 +9,10 @@ import torch
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
-from llmgr.errors import UserError
-from llmgr.graph import Sessions, alike, bucketed, catalogue_size, padded, read_sessions
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.batching import alike, bucketed
+from llmgr.sessions.reading import catalogue_size, padded, read_sessions
+from llmgr.sessions.tensors import Sessions
 
 WINDOW = 6
 SCHEMA = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}

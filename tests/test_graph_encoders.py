@@ -14,7 +14,7 @@ from llmgr.encoders.fpmc import Fpmc
 from llmgr.encoders.layers import item_cross_entropy
 from llmgr.encoders.niser import Niser
 from llmgr.encoders.srgnn import Srgnn
-from llmgr.graph import Sessions
+from llmgr.sessions.tensors import Sessions
 
 ITEMS, DIM, USERS = 12, 8, 3
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8]]

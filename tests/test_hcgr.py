@@ -12,13 +12,13 @@ from test_encoders import chain
 from tiny import encoder_section, readout_by_hand
 from torch.nn import functional as F
 
-from llmgr import training
-from llmgr.encoders import Recommender, build_recommender
 from llmgr.encoders.hcgr import RADIUS, Hcgr
-from llmgr.errors import UserError
-from llmgr.graph import Sessions
-from llmgr.pretraining import EncoderJob
-from llmgr.training import fit
+from llmgr.encoders.pretraining import EncoderJob
+from llmgr.encoders.registry import Recommender, build_recommender
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.tensors import Sessions
+from llmgr.training.engine import fit
+from llmgr.training.optimizer import _groups, adamw
 
 ITEMS, DIM = 12, 8
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8]]
@@ -194,7 +194,7 @@ def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path):
 def test_the_first_step_follows_the_riemannian_gradient():
     _, model = made()
     point = model.items.table.weight
-    (optimizer,) = [training._optimizer({"table": point}, types.SimpleNamespace(lr=0.01, weight_decay=0.0))]
+    (optimizer,) = [adamw({"table": point}, types.SimpleNamespace(lr=0.01, weight_decay=0.0))]
     assert isinstance(optimizer, geoopt.optim.RiemannianAdam)
     before = point.detach().clone()
     (point[3] * torch.arange(DIM + 1)).sum().backward()
@@ -211,7 +211,7 @@ def test_the_first_step_follows_the_riemannian_gradient():
 def test_points_do_not_decay():
     _, model = made()
     trained = dict(model.named_parameters())
-    decays = {id(p): g["weight_decay"] for g in training._groups(trained, 0.5, 0.7) for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in _groups(trained, 0.5, 0.7) for p in g["params"]}
     assert decays[id(model.items.table.weight)] == 0 and decays[id(model.encoder.readout.out.weight)] == 0.5
     with pytest.raises(UserError, match=r"encoder.training.weight_decay must be 0 for hcgr"):
-        training._optimizer(trained, types.SimpleNamespace(lr=0.1, weight_decay=0.5))
+        adamw(trained, types.SimpleNamespace(lr=0.1, weight_decay=0.5))

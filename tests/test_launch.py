@@ -17,10 +17,11 @@ import torch
 import yaml
 from machine import DEFAULTS
 
-from llmgr import launch, params
-from llmgr.errors import UserError
-from llmgr.stage import PARENT, WORKERS
-from llmgr.training import fit
+from llmgr.params import loading
+from llmgr.runtime.console import PARENT, WORKERS
+from llmgr.runtime.errors import UserError
+from llmgr.training import distributed, launcher
+from llmgr.training.engine import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 STRATEGIES = ["ddp", "zero2", "zero3"]
@@ -93,7 +94,7 @@ def resumed(strategy: str) -> list[dict[str, Any]]:
 def probe(folder: Path, body: str, processes: int = 2, **settings: Any) -> list[str]:
     """The command of a stage that runs `body` in so many processes."""
     content = yaml.safe_load(DEFAULTS.read_text())
-    content = params.changed(content, {"launch.processes": processes, "launch.device": "cpu"} | settings)
+    content = loading.changed(content, {"launch.processes": processes, "launch.device": "cpu"} | settings)
     folder.mkdir(exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
     (folder / "probe.py").write_text('"""Probe."""\nfrom llmgr.stage import run\n\n\ndef main(params):\n'
@@ -133,21 +134,22 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         import shutil, sys
         from pathlib import Path
         import torch
-        from llmgr import launch
+        from llmgr.training import distributed
+    from llmgr.training import launcher
         from test_launch import CASES, STRATEGIES, resumed, trained
 
-        launch.WHOLE = 0  # ZeRO-3 divides the smallest weight, too
+        distributed.WHOLE = 0  # ZeRO-3 divides the smallest weight, too
         found = {}
         for strategy in STRATEGIES:
             for case in CASES:
                 found[case, strategy] = trained(case, Path(f"{case}-{strategy}"), strategy)
             found["resumed", strategy] = resumed(strategy)
             other = Path(f"other-{strategy}")
-            if launch.rank() == 0:
+            if distributed.rank() == 0:
                 shutil.copytree("half-ddp-0.0", other)
             found["other", strategy] = trained("positions", other, strategy)
             found["imported", strategy] = "deepspeed" in sys.modules
-        torch.save(found, f"found.{launch.rank()}")
+        torch.save(found, f"found.{distributed.rank()}")
         """)
     assert done.returncode == 0, done.stderr
     found, other = (torch.load(folder / f"found.{n}") for n in range(2))
@@ -202,15 +204,15 @@ def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone,
 
 def test_a_checkpoints_count_of_steps_goes_where_the_weights_are(monkeypatch) -> None:
     parts = [torch.zeros(3, device="meta"), torch.zeros(2, device="meta")]
-    zero = object.__new__(launch.Zero)
+    zero = object.__new__(distributed.Zero)
     zero.optimizer, zero.order, zero.stage = SimpleNamespace(state={}), parts, 3
     monkeypatch.setattr(zero, "_parts", lambda: parts)
     monkeypatch.setattr(zero, "_set", lambda *_: None)
-    steps = {n: {"step": torch.tensor(4.0), **{key: torch.zeros(1) for key in launch.MOMENTS}} for n in range(2)}
+    steps = {n: {"step": torch.tensor(4.0), **{key: torch.zeros(1) for key in distributed.MOMENTS}} for n in range(2)}
     zero.load({"state": steps})
     for part in parts:
         assert {key: value.device for key, value in zero.optimizer.state[part].items()} == dict.fromkeys(
-            ("step", *launch.MOMENTS), part.device)
+            ("step", *distributed.MOMENTS), part.device)
     assert steps[0]["step"].device.type == "cpu"
 
 
@@ -224,14 +226,15 @@ TOY = """
     import os, signal, time
     from pathlib import Path
     import torch
-    from llmgr import launch
-    from llmgr.training import fit
+    from llmgr.training import distributed
+    from llmgr.training import launcher
+    from llmgr.training.engine import fit
     from test_training import Toy, bytes_of, settings
 
     job, own = Toy(), int(os.environ.get("RANK", 0))
     job.broken = {8: WHAT} if own == 1 else {}
     fit(job, settings(checkpoint_seconds=0), seed=7, resume=Path("resume"), name="tune", strategy="ddp")
-    Path(f"bytes.{launch.rank()}").write_bytes(bytes_of(job))
+    Path(f"bytes.{distributed.rank()}").write_bytes(bytes_of(job))
 """
 
 
@@ -279,7 +282,7 @@ def test_a_defect_of_one_worker_keeps_its_traceback(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Weights of the small training in two processes, which torchrun starts, whatever launch.processes says."""
+    """Weights of the small training in two processes, which torchrun starts, whatever launcher.processes says."""
     folder = tmp_path_factory.mktemp("torchrun")
     probe(folder, toy("lambda total: total"), processes=7)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -325,26 +328,26 @@ def test_workers_whose_parent_left_before_they_joined_leave_too(tmp_path: Path) 
 
 @pytest.mark.parametrize(("settings", "gpus", "words"), [
     ({"device": "cuda", "processes": 1}, 0, "launch.device=cuda, but there is no GPU"),
-    ({"device": "cuda", "processes": 3}, 2, "3 processes want a GPU each and there are 2: lower launch.processes"),
-    ({"device": "auto", "processes": 2}, 1, "2 processes want a GPU each and there is 1: lower launch.processes"),
+    ({"device": "cuda", "processes": 3}, 2, "3 processes want a GPU each and there are 2: lower launcher.processes"),
+    ({"device": "auto", "processes": 2}, 1, "2 processes want a GPU each and there is 1: lower launcher.processes"),
 ])
 def test_devices_that_are_not_there_are_refused(monkeypatch, settings, gpus, words) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(UserError, match=words), launch.processes(SimpleNamespace(**settings)):
+    with pytest.raises(UserError, match=words), launcher.processes(SimpleNamespace(**settings)):
         pass
 
 
 def test_a_cpu_that_was_asked_for_hides_the_gpus(monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert launch.device(SimpleNamespace(device="cpu", processes=1)).type == "cpu"
+    assert launcher.device(SimpleNamespace(device="cpu", processes=1)).type == "cpu"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize(("strategy", "warned"), [("ddp", False), ("zero2", True), ("zero3", True)])
 def test_a_strategy_that_divides_nothing_is_warned_of(monkeypatch, capsys, strategy: str, warned: bool) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with launch.processes(SimpleNamespace(device="auto", processes=1, strategy=strategy)) as works:
+    with launcher.processes(SimpleNamespace(device="auto", processes=1, strategy=strategy)) as works:
         assert works
     assert (f"launch.strategy={strategy} divides nothing in one process" in capsys.readouterr().err) == warned
 
@@ -358,10 +361,10 @@ def test_a_missing_gpu_is_a_sentence_of_the_stage(tmp_path: Path) -> None:
 
 def test_rows_are_divided_and_come_back_in_order(monkeypatch) -> None:
     rows = torch.arange(10, 15)
-    monkeypatch.setattr(launch, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "size", lambda: 3)
     shares = []
     for number in range(3):
-        monkeypatch.setattr(launch, "rank", lambda number=number: number)
-        shares.append(launch.share(rows))
-        assert launch.share(rows[:1])[1] == (number == 0), "a row too few counts for nothing"
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        shares.append(distributed.share(rows))
+        assert distributed.share(rows[:1])[1] == (number == 0), "a row too few counts for nothing"
     assert sorted(torch.cat([own for own, counts in shares if counts]).tolist()) == rows.tolist()

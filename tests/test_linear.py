@@ -13,14 +13,17 @@ from test_neighbours import ITEMS, histories, project, weights
 from tiny import encoder_section
 from torch.nn import functional as F
 
-from llmgr import evaluation, linear, pretraining
-from llmgr import params as parameters
-from llmgr.encoders import build_recommender, save_recommender
-from llmgr.errors import UserError
-from llmgr.graph import Sessions, read_sessions
-from llmgr.neighbours import catalogue_words, word_matrix
-from llmgr.pretraining import EncoderJob
-from llmgr.text_vectors import item_texts
+from llmgr.encoders import pretraining
+from llmgr.encoders.pretraining import EncoderJob
+from llmgr.encoders.registry import build_recommender, save_recommender
+from llmgr.evaluation import baselines, models
+from llmgr.params import checks
+from llmgr.prior import left_out, slit, weighted_sum
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.reading import read_sessions
+from llmgr.sessions.tensors import Sessions
+from llmgr.text.items import item_texts
+from llmgr.text.words import catalogue_words, word_matrix
 
 CPU = torch.device("cpu")
 
@@ -46,7 +49,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
                                       share: float) -> None:
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(linear, "CLOSE", 1e-6)
+    monkeypatch.setattr(slit, "CLOSE", 1e-6)
     catalogue()
     train = pl.read_parquet("data/sessions/train.parquet")
     clicks = dense(train["items"].to_list(), decay)
@@ -63,33 +66,33 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     params = SimpleNamespace(data=SimpleNamespace(max_session=50), slit=SimpleNamespace(
         ridge=ridge, decay=decay))
     sessions, frame = read_sessions("data/sessions/test.parquet", 50)
-    score = evaluation.slit(evaluation.linear_model(params, CPU), share)(sessions)
+    score = baselines.slit(baselines.linear_model(params, CPU), share)(sessions)
     expected = torch.from_numpy(dense(frame["items"].to_list(), decay) @ B).float()
     assert expected.abs().max() > 0.05
     torch.testing.assert_close(score(torch.arange(len(sessions))), expected, atol=2e-5, rtol=1e-4)
     some = torch.tensor([17, 3, 25])
     torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
-    formed = linear.LeftOut(read_sessions("data/sessions/train.parquet", 50)[0], ridge, decay, None, 0.0, ITEMS)
-    monkeypatch.setattr(linear.Slit, "solved", None)  # the inverse that others need is used as it is
-    score = evaluation.slit(evaluation.linear_model(params, CPU, formed), share)(sessions)
+    formed = left_out.LeftOut(read_sessions("data/sessions/train.parquet", 50)[0], ridge, decay, None, 0.0, ITEMS)
+    monkeypatch.setattr(slit.Slit, "solved", None)  # the inverse that others need is used as it is
+    score = baselines.slit(baselines.linear_model(params, CPU, formed), share)(sessions)
     torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
 
 
 def test_the_tolerance_of_the_solver_is_kept() -> None:
     draw = np.random.default_rng(1)
     clicks = csr_array((draw.random((300, 40)) < 0.2) * draw.random((300, 40)) * draw.gamma(0.3, 5, 40))
-    model = linear.Slit(clicks, draw.integers(1, 40, 300), 0.5)
+    model = slit.Slit(clicks, draw.integers(1, 40, 300), 0.5)
     asked = csr_array(np.vstack([clicks.toarray()[:20], np.zeros(40)]))
     residual = (clicks.T @ clicks + 0.5 * np.eye(40)) @ model.solved(asked).double().numpy() - asked.toarray().T
-    bound = linear.CLOSE * np.linalg.norm(asked.toarray(), axis=1)
+    bound = slit.CLOSE * np.linalg.norm(asked.toarray(), axis=1)
     assert (np.linalg.norm(residual, axis=0) <= 1.1 * bound + 1e-6).all()
     assert not model.solved(asked)[:, -1].any()  # no clicks, no scores
 
 
 def test_a_ridge_too_small_to_solve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(1)
-    model = linear.Slit(csr_array(draw.random((300, 40))), draw.integers(1, 40, 300), 1e-3)
-    monkeypatch.setattr(linear, "MOST", 2)
+    model = slit.Slit(csr_array(draw.random((300, 40))), draw.integers(1, 40, 300), 1e-3)
+    monkeypatch.setattr(slit, "MOST", 2)
     with pytest.raises(UserError, match=r"2 iterations: set slit\.ridge above 0\.001"):
         model.solved(csr_array(draw.random((5, 40))))
 
@@ -104,7 +107,7 @@ def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.chdir(root)
         catalogue()
         sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
-        found.append(evaluation.slit(evaluation.linear_model(params, CPU), 0.1)(sessions)(torch.arange(len(sessions))))
+        found.append(baselines.slit(baselines.linear_model(params, CPU), 0.1)(sessions)(torch.arange(len(sessions))))
     assert found[0].any()
     torch.testing.assert_close(*found)
 
@@ -121,8 +124,8 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
     likeness = (words @ words.T).toarray()
     clicks = dense(frame["items"].to_list(), 0.7)
     target, user = np.eye(ITEMS + 1)[frame["target"].to_numpy()], frame["user"].to_numpy()
-    monkeypatch.setattr(linear, "BLOCK", 20)
-    model = linear.LeftOut(train, ridge, 0.7, words, share, ITEMS)
+    monkeypatch.setattr(left_out, "BLOCK", 20)
+    model = left_out.LeftOut(train, ridge, 0.7, words, share, ITEMS)
     for split in ("train", "test"):
         sessions, asked = read_sessions(f"data/sessions/{split}.parquet", 50)
         samples = torch.arange(len(sessions)).flip(0)
@@ -152,9 +155,9 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
     monkeypatch.chdir(tmp_path)
     catalogue()
     train, frame = read_sessions("data/sessions/train.parquet", 50)
-    model = linear.LeftOut(train, 3.0, 0.7, catalogue_words(), 0.1, ITEMS)
+    model = left_out.LeftOut(train, 3.0, 0.7, catalogue_words(), 0.1, ITEMS)
     count = torch.bincount(train.target, minlength=ITEMS + 1).float()
-    term = linear.LinearTerm(model)
+    term = weighted_sum.LinearTerm(model)
     term.scale *= larger
     samples = torch.arange(len(train))
 
@@ -176,7 +179,7 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
             assert loss() > best - 1e-6
             parameter.data -= sign * step
     term.start(train, 5, 0.5)
-    drawn = torch.multinomial(train.recency(0.5), linear.STARTED, replacement=True,
+    drawn = torch.multinomial(train.recency(0.5), weighted_sum.STARTED, replacement=True,
                               generator=torch.Generator().manual_seed(5))
     term.zero_grad()
     F.cross_entropy(term(train, drawn)[:, 1:], train.target[drawn] - 1).backward()
@@ -186,7 +189,7 @@ def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path:
     found, held, scale = term(train, samples).detach(), own.toarray(), term.scale
     for row in (0, 7, len(train) - 1):
         for item in range(1, ITEMS + 1):
-            band = sum(int(count[item]) - held[row, item] >= edge for edge in linear.BANDS)
+            band = sum(int(count[item]) - held[row, item] >= edge for edge in weighted_sum.BANDS)
             expected = term.weight[band] * scores[row, item] * scale + term.bias[band]
             expected = expected + term.clicked * (item in frame["items"][row])
             assert found[row, item].item() == pytest.approx(expected.item(), abs=1e-3)
@@ -197,10 +200,10 @@ def test_what_cannot_be_formed_is_refused_in_a_sentence(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     train, _ = read_sessions("data/sessions/train.parquet", 50)
     with pytest.raises(UserError, match=r"set slit\.ridge above -1"):
-        linear.LeftOut(train, -1.0, 0.7, None, 0.0, ITEMS)
-    monkeypatch.setattr(parameters, "PAIRED", ITEMS - 1)
+        left_out.LeftOut(train, -1.0, 0.7, None, 0.0, ITEMS)
+    monkeypatch.setattr(checks, "PAIRED", ITEMS - 1)
     with pytest.raises(UserError, match=rf"all pairs of {ITEMS} items, at most {ITEMS - 1} .* tune\.linear=false"):
-        linear.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)
+        left_out.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)
 
 
 @pytest.mark.parametrize("base", ["gcsan", "hcgr", "fpmc"])
@@ -215,7 +218,7 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
     torch.manual_seed(0)
     model = build_recommender(name, ITEMS, section, F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0)),
                               users=int(train.user.max()), max_session=50)
-    model.linear_term = linear.LinearTerm(linear.left_out(slit, train))
+    model.linear_term = weighted_sum.LinearTerm(left_out.left_out(slit, train))
     model.linear_term.start(train, 1)
     job = EncoderJob(model, train, test, section.training, torch.float32)
     monkeypatch.setattr(pretraining, "CHUNK", 7)
@@ -239,7 +242,7 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
             slit=slit, tune=SimpleNamespace(linear=False),
             tower=SimpleNamespace(enabled=False), data=SimpleNamespace(max_session=50),
             encoder=SimpleNamespace(names=[], controls=[], control_texts=[], linear_controls=[base]))
-        found = evaluation.scorers(params, CPU)[name]()(test)(torch.arange(len(test)))
+        found = models.scorers(params, CPU)[name]()(test)(torch.arange(len(test)))
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         rank = (wanted[:, 1:] >= wanted.gather(1, test.target[:, None])).sum(1)
     assert job.validate()["valid_mrr_at_20"] == pytest.approx(((rank <= 20) / rank).mean().item(), rel=1e-4)

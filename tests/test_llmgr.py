@@ -10,11 +10,15 @@ from safetensors import safe_open
 from tiny import DIM, ITEMS, LISTS, TITLES, language_model, llmgr, model_settings, prefixes, tokenizer
 from transformers import LlamaConfig, LlamaModel
 
-from llmgr.adapters import join_products
 from llmgr.encoders.layers import Dropout
-from llmgr.errors import UserError
-from llmgr.llmgr import HybridEncoding, Llmgr, load_llmgr, logits, save_llmgr
-from llmgr.prompts import GRAPH, NODE, TEXT, AlignmentPrompts, BehaviourPrompts, PromptBatch
+from llmgr.language_model.lora import join_products
+from llmgr.model.checkpoint import load_llmgr, save_llmgr
+from llmgr.model.hybrid import HybridEncoding
+from llmgr.model.llmgr import Llmgr
+from llmgr.model.outputs import logits
+from llmgr.model.packing import GRAPH, NODE, TEXT, PromptBatch
+from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
+from llmgr.runtime.errors import UserError
 
 
 def prompted(kind: str = "llama", titles: bool = True) -> tuple[PromptBatch, torch.Tensor]:

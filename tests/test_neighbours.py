@@ -13,8 +13,11 @@ import torch
 from scipy.sparse import csr_array
 from test_evaluation import ITEMS, SCHEMA, histories, written
 
-from llmgr import evaluation, neighbours
-from llmgr.graph import Sessions, read_sessions
+from llmgr.evaluation import baselines, neighbours
+from llmgr.sessions.clicks import last_clicks
+from llmgr.sessions.reading import read_sessions
+from llmgr.sessions.tensors import Sessions
+from llmgr.text import words
 
 CPU = torch.device("cpu")
 
@@ -77,8 +80,8 @@ def test_scores_equal_a_loop_over_the_training_sessions(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     sessions, frame = read_sessions(f"data/sessions/{split}.parquet", 50)
     assert any(len(set(x)) < len(x) for x in frame["items"].to_list())  # clicks that come back
-    make, reference = ((evaluation.item_knn, item_reference) if kind == "item" else
-                       (evaluation.session_knn, session_reference))
+    make, reference = ((baselines.item_knn, item_reference) if kind == "item" else
+                       (baselines.session_knn, session_reference))
     score = make(size, decay, CPU)(sessions)
     whole = score(torch.arange(len(sessions)))
     assert whole.shape == (len(sessions), ITEMS + 1) and not whole[:, 0].any() and whole.any()
@@ -96,7 +99,7 @@ def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.chdir(tmp_path / name)
         sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
         found[name] = [make(5, 0.7, CPU)(sessions)(torch.arange(len(sessions)))
-                       for make in (evaluation.item_knn, evaluation.session_knn)]
+                       for make in (baselines.item_knn, baselines.session_knn)]
     for a, b in zip(*found.values()):
         torch.testing.assert_close(a, b)
 
@@ -137,7 +140,7 @@ def test_word_knn_is_a_decayed_sum_of_the_cosines_of_rare_words(tmp_path: Path, 
         return sum(weight.get(w, 0) ** 2 for w in a & b)
 
     sessions, frame = read_sessions("data/sessions/test.parquet", 50)
-    scores = evaluation.word_knn(0.7, CPU)(sessions)(torch.arange(len(sessions)))
+    scores = baselines.word_knn(0.7, CPU)(sessions)(torch.arange(len(sessions)))
     assert scores.shape == (len(sessions), ITEMS + 1) and not scores[:, 0].any()
     for row, clicks in zip(scores.tolist(), frame["items"].to_list()):
         for candidate in range(1, ITEMS + 1):
@@ -151,10 +154,10 @@ def test_the_likeness_of_all_pairs_of_items_is_never_formed(monkeypatch: pytest.
     items, two = 2000, torch.arange(2)
     clicks = torch.tensor([[3, 5], [7, 0]], dtype=torch.int32)
     sessions = Sessions(clicks, two, torch.tensor([2, 1]), torch.tensor([1, 1]))
-    matrix = neighbours.word_matrix([f"word{i % 3} other{i % 7}" for i in range(items)])
-    monkeypatch.setattr(evaluation, "catalogue_words", lambda: matrix)
+    matrix = words.word_matrix([f"word{i % 3} other{i % 7}" for i in range(items)])
+    monkeypatch.setattr(words, "catalogue_words", lambda: matrix)
     tracemalloc.start()
-    scores = evaluation.word_knn(0.7, CPU)(sessions)(two)
+    scores = baselines.word_knn(0.7, CPU)(sessions)(two)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert scores.shape == (2, items + 1) and scores.count_nonzero() > items
@@ -162,7 +165,7 @@ def test_the_likeness_of_all_pairs_of_items_is_never_formed(monkeypatch: pytest.
 
 
 def test_items_without_a_shared_word_are_like_none() -> None:
-    matrix = neighbours.word_matrix(["red lipstick", "", "red balm", "unique"])
+    matrix = words.word_matrix(["red lipstick", "", "red balm", "unique"])
     assert matrix.shape[0] == 5 and (matrix @ matrix.T).toarray().tolist() == pytest.approx(
         np.array([[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0] * 5, [0, 1, 0, 1, 0], [0] * 5]))
 
@@ -171,14 +174,14 @@ def test_the_most_alike_are_the_largest_products_of_other_items() -> None:
     generator = np.random.default_rng(3)
     dense = np.where(generator.random((700, 30)) < 0.2, generator.random((700, 30)), 0)
     dense[0] = 0
-    nearest, weight = neighbours.most_alike(neighbours.csr_array(dense), 4, 0.5)
+    nearest, weight = words.most_alike(neighbours.csr_array(dense), 4, 0.5)
     product = dense @ dense.T
     for item in (1, 2, 511, 512, 699):
         others = sorted((j for j in range(1, 700) if j != item), key=lambda j: -product[item, j])[:4]
         assert nearest[item].tolist() == others
         share = np.exp(product[item, others] / 0.5)
         assert weight[item].tolist() == pytest.approx(share / share.sum(), rel=1e-5)
-    few, _ = neighbours.most_alike(neighbours.csr_array(dense[:4]), 10, 0.5)
+    few, _ = words.most_alike(neighbours.csr_array(dense[:4]), 10, 0.5)
     assert [sorted(row) for row in few.tolist()[1:]] == [[2, 3], [1, 3], [1, 2]]
 
 
@@ -187,7 +190,7 @@ def test_a_repeated_click_counts_by_its_last() -> None:
 
     sessions = prefixes()
     chosen = torch.tensor(random.Random(0).sample(range(len(sessions)), 10))
-    found = neighbours.last_clicks(sessions.graphs(chosen), 0.5, 12).toarray()
+    found = last_clicks(sessions.graphs(chosen), 0.5, 12).toarray()
     for row, sample in zip(found, chosen.tolist()):
         clicks = LISTS[int(sessions.row[sample])][:int(sessions.length[sample])]
         assert {i: w for i, w in enumerate(row.tolist()) if w} == weights(clicks, 0.5)

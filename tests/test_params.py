@@ -10,9 +10,10 @@ import pytest
 import yaml
 from machine import DEFAULTS
 
-from llmgr import params
-from llmgr.encoders import REGISTRY
-from llmgr.errors import UserError
+from llmgr.encoders import pretraining
+from llmgr.encoders.registry import REGISTRY
+from llmgr.params import loading, schema
+from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENT = yaml.safe_load(DEFAULTS.read_text())
@@ -21,28 +22,28 @@ PRESETS = sorted((ROOT / "stages/presets").glob("*.txt"))
 
 def changed(**settings: object) -> dict:
     """The committed parameters with `tune__lr=...` set, as `-S tune.lr=...` sets it."""
-    return params.changed(CONTENT, {key.replace("__", "."): value for key, value in settings.items()})
+    return loading.changed(CONTENT, {key.replace("__", "."): value for key, value in settings.items()})
 
 
 def refused(**settings: object) -> str:
     with pytest.raises(UserError) as caught:
-        params.build(params.Params, changed(**settings), "")
+        loading.build(schema.Params, changed(**settings), "")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def loaded(**settings: object) -> params.Params:
-    return params.build(params.Params, changed(**settings), "")
+def loaded(**settings: object) -> schema.Params:
+    return loading.build(schema.Params, changed(**settings), "")
 
 
 def test_the_projects_own_parameters_are_valid_and_the_tests_have_the_same():
-    own, tests = (params.flat(params.load(path)) for path in (ROOT / "params.yaml", DEFAULTS))
+    own, tests = (loading.flat(loading.load(path)) for path in (ROOT / "params.yaml", DEFAULTS))
     gates = ("data.sha256", "gate.fuse")  # theirs are anyone's names
     assert {k for k in own if not k.startswith(gates)} == {k for k in tests if not k.startswith(gates)}
 
 
 def test_every_committed_key_arrives_with_its_value():
-    flat = params.flat(loaded())
+    flat = loading.flat(loaded())
     assert flat["seed"] == CONTENT["seed"]
     assert flat["encoder.gcsan.lr"] == CONTENT["encoder"]["gcsan"]["lr"]
     leaves = {k for k in flat if k != "data.sha256"}
@@ -163,7 +164,7 @@ def test_what_is_refused_and_how(settings, words):
     ({"data__sha256": {"a.gz": "00"}}, "data.sha256", {"a.gz": "00"}),
 ])
 def test_values_are_coerced_to_the_declared_type(settings, key, value):
-    found = params.flat(loaded(**settings))[key]
+    found = loading.flat(loaded(**settings))[key]
     assert found == value
     assert type(found) is type(value)
 
@@ -172,7 +173,7 @@ def test_what_dvc_writes_for_a_small_rate_is_a_string_to_yaml_and_a_number_here(
     file = tmp_path / "params.yaml"
     file.write_text(re.sub(r"    lr: \S+", "    lr: 1e-05", DEFAULTS.read_text(), count=1))
     assert isinstance(yaml.safe_load(file.read_text())["encoder"]["fpmc"]["lr"], str)
-    assert params.load(file).encoder.fpmc.lr == 1e-5
+    assert loading.load(file).encoder.fpmc.lr == 1e-5
 
 
 @pytest.mark.parametrize("section", list(CONTENT))
@@ -186,7 +187,7 @@ def test_a_missing_key_is_named(section):
     else:
         del content[section]
     with pytest.raises(UserError, match=rf"{missing} is missing"):
-        params.build(params.Params, content, "")
+        loading.build(schema.Params, content, "")
 
 
 @pytest.mark.parametrize(("text", "word"), [(None, "root folder"), ("a: [", "not YAML"), ("- 1", "git checkout")])
@@ -195,7 +196,7 @@ def test_a_file_that_is_no_parameter_file(tmp_path, text, word):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=word) as caught:
-        params.load(file)
+        loading.load(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -204,7 +205,7 @@ def test_a_view_holds_the_declared_keys_and_no_others():
     view = loaded().view(("seed", "data.max_session", "encoder.training", "encoder.dim"))
     assert view.data.max_session == CONTENT["data"]["max_session"]
     assert view.encoder.training.epochs == CONTENT["encoder"]["training"]["epochs"]
-    assert set(params.flat(view)) == {"seed", "data.max_session", "encoder.dim"} | {
+    assert set(loading.flat(view)) == {"seed", "data.max_session", "encoder.dim"} | {
         f"encoder.training.{k}" for k in CONTENT["encoder"]["training"]}
     with pytest.raises(AttributeError):
         view.data.mirror  # noqa: B018
@@ -214,20 +215,20 @@ def test_a_view_holds_the_declared_keys_and_no_others():
 
 def test_the_models_to_train_and_the_encoders_there_are():
     section = loaded(encoder__control_texts=["shuffled", "text"]).encoder
-    assert params.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text", "gcsan-linear"]
-    assert params.trained(loaded(encoder__controls=[], encoder__linear_controls=[], gate__fuse={}).encoder) == [
+    assert schema.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text", "gcsan-linear"]
+    assert schema.trained(loaded(encoder__controls=[], encoder__linear_controls=[], gate__fuse={}).encoder) == [
         "gcsan"]
-    assert set(params.encoders()) == set(REGISTRY)
-    settings = params.with_rate(section.training, section.gcsan)
+    assert set(schema.encoders()) == set(REGISTRY)
+    settings = pretraining.with_rate(section.training, section.gcsan)
     assert settings.lr == section.gcsan.lr and settings.epochs == section.training.epochs
-    assert params.with_rate(section.training, section.gcsan, 0.07).lr == 0.07
+    assert pretraining.with_rate(section.training, section.gcsan, 0.07).lr == 0.07
 
 
 def test_every_key_is_documented_below_its_field():
-    tree = ast.parse((ROOT / "stages/llmgr/params.py").read_text())
+    tree = ast.parse((ROOT / "stages/llmgr/params/schema.py").read_text())
     undocumented = []
     for body in (n for n in tree.body if isinstance(n, ast.ClassDef)):
-        kind = getattr(params, body.name)
+        kind = getattr(schema, body.name)
         inherited = {f.name for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)
                      for f in dataclasses.fields(base)}
         for field, following in zip(body.body, [*body.body[1:], None]):
@@ -235,7 +236,7 @@ def test_every_key_is_documented_below_its_field():
                 said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and (
                     len(following.value.value) > 10)
                 section = isinstance(field.annotation, ast.Name) and dataclasses.is_dataclass(
-                    getattr(params, field.annotation.id, None))
+                    getattr(schema, field.annotation.id, None))
                 if not said and not section and field.target.id not in inherited:
                     undocumented.append(f"{body.name}.{field.target.id}")
     assert not undocumented
@@ -250,9 +251,9 @@ def test_every_preset_names_known_keys_and_loads(preset):
             assert option == "-S"
             key, value = assignment.split("=", 1)
             new = key.startswith("++gate.fuse.")  # adds a key, or sets it where an earlier run has
-            assert (key in params.flat(loaded())) != new, f"{preset.name}: {key}"
+            assert (key in loading.flat(loaded())) != new, f"{preset.name}: {key}"
             settings[key.lstrip("+").replace(".", "__")] = yaml.safe_load(value)
-    flat = params.flat(loaded(**settings))
+    flat = loading.flat(loaded(**settings))
     for key, value in settings.items():
         section, _, gate = key.replace("__", ".").rpartition("gate.fuse.")
         assert str(flat["gate.fuse"][gate] if gate in flat["gate.fuse"] else flat[section + gate]) == str(value)

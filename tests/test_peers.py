@@ -11,10 +11,10 @@ import torch
 from machine import stage
 from test_pretrain import run, set_up, write_data
 
-from llmgr import peers
-from llmgr.artifacts import read_json, write_json
-from llmgr.errors import UserError
-from llmgr.sessions import leave_one_out
+from llmgr.data.interactions import leave_one_out
+from llmgr.experiments import recbole
+from llmgr.runtime.artifacts import read_json, write_json
+from llmgr.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("window", [2, 50])
@@ -22,7 +22,7 @@ def test_what_is_written_is_every_users_whole_sequence_in_order(window: int) -> 
     rows = [("b", 5), ("b", 4), ("b", 3), ("b", 2), ("b", 1), ("a", 1), ("a", 2), ("a", 1), ("a", 4), ("a", 1),
             ("a", 5), ("a", 7)]
     frame = pl.DataFrame(rows, {"user": pl.String, "item_id": pl.Int32}, orient="row")
-    found = peers.interactions(*leave_one_out(frame, window).values())
+    found = recbole.interactions(*leave_one_out(frame, window).values())
     assert found.columns == ["user_id:token", "item_id:token", "timestamp:float"]
     for user in "ab":
         own = [item for who, item in rows if who == user]
@@ -51,7 +51,7 @@ def test_trimming_changes_the_padding_alone(batch: int) -> None:
     model = Summing()
     whole = model(items, length)
     model.widths.clear()
-    assert torch.equal(peers.trimmed(model.forward)(items, length), whole)
+    assert torch.equal(recbole.trimmed(model.forward)(items, length), whole)
     assert len(model.widths) <= 8 and max(model.widths) == int(length.max())
     assert batch < 100 or sum(model.widths) < 0.7 * 20 * len(model.widths)
 
@@ -78,7 +78,7 @@ def test_graphs_are_recboles_in_another_order_of_nodes() -> None:
     torch.manual_seed(0)
     length = torch.tensor([1, 2, 9, 5, 9, 7])
     items_BS = torch.randint(1, 5, (6, 9)) * (torch.arange(9) < length[:, None])
-    alias, adjacency, nodes, mask = peers.graphs(items_BS)
+    alias, adjacency, nodes, mask = recbole.graphs(items_BS)
     assert torch.equal(mask, items_BS > 0)
     assert torch.equal(nodes.gather(1, alias) * mask, items_BS)
     values = torch.randn(5, 3)
@@ -97,9 +97,9 @@ def fit(model: str, lr: float, ndcg: float, hr: float, lean: bool = True, stoppe
             "hardware": "1 CPU threads, a machine", "date": "2026-01-02", "test": figures, "valid": figures}
 
 
-def ours(name: str, hr: float, ndcg: float) -> peers.Ours:
+def ours(name: str, hr: float, ndcg: float) -> recbole.Ours:
     figures = {"hr_at_20": hr, "ndcg_at_20": ndcg}
-    return peers.Ours(name, figures, figures, {"hr_at_20": 0.01, "ndcg_at_20": 0.002}, {"lr": 0.003}, 15,
+    return recbole.Ours(name, figures, figures, {"hr_at_20": 0.01, "ndcg_at_20": 0.002}, {"lr": 0.003}, 15,
                       {"samples_per_cpu_second": 2500.0, "products_share": 0.25, "peak_memory_mb": 567.0,
                        "hardware": "1 CPU threads, a machine", "date": "2026-01-03"})
 
@@ -107,7 +107,7 @@ def ours(name: str, hr: float, ndcg: float) -> peers.Ours:
 def test_the_table_has_recboles_best_on_validation_and_its_cost_as_it_ships() -> None:
     fits = [fit("SRGNN", 0.001, 0.05, 0.2, lean=False), fit("SRGNN", 0.003, 0.06, 0.1, stopped="limit"),
             fit("GCSAN", 0.003, 0.9, 0.9, lean=False)]
-    found = peers.markdown([ours("srgnn", 0.12, 0.058), ours("niser", 0.2, 0.1)], fits, 1000, 50)
+    found = recbole.markdown([ours("srgnn", 0.12, 0.058), ours("niser", 0.2, 0.1)], fits, 1000, 50)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines() if line.startswith("| ")]
     rows = {(row[0], number // 3): row for number, row in enumerate(cells)}
     assert len(cells) == 6
@@ -121,13 +121,13 @@ def test_the_table_has_recboles_best_on_validation_and_its_cost_as_it_ships() ->
 
 def test_a_cost_needs_a_fit_as_recbole_ships_it() -> None:
     with pytest.raises(UserError, match=r"all fits of SRGNN were lean.*--do 'fit SRGNN 1 30'"):
-        peers.best([fit("SRGNN", 0.003, 0.06, 0.1)], "SRGNN")
-    assert peers.best([], "SRGNN") is None
+        recbole.best([fit("SRGNN", 0.003, 0.06, 0.1)], "SRGNN")
+    assert recbole.best([], "SRGNN") is None
 
 
 def test_standard_errors_are_those_of_a_mean() -> None:
     ranks = np.array([1, 50, 50, 3])
-    found = peers.standard_errors(ranks)
+    found = recbole.standard_errors(ranks)
     assert found["hr_at_20"] == pytest.approx(0.5 / 4 ** 0.5)
     assert found["ndcg_at_20"] == pytest.approx(np.std([1.0, 0.0, 0.0, 0.5]) / 2)
 

@@ -26,11 +26,11 @@ import yaml
 from machine import DEFAULTS, small_disk, stage, within
 from tiny import CHECKPOINTS, language_model, tokenizer
 
-from llmgr import params
-from llmgr.artifacts import digest, load_tensors, read_json, save_tensors
-from llmgr.buckets import FLOORS
-from llmgr.graph import read_split
-from llmgr.start import linear_term
+from llmgr.params import checks, loading
+from llmgr.params.names import FLOORS
+from llmgr.prior.weighted_sum import linear_term
+from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors
+from llmgr.sessions.reading import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -211,7 +211,7 @@ def figures(ranks: list[int]) -> dict[str, float]:
 
 def test_the_logits_start_from_what_fits_later_clicks(reproduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reproduced)
-    settings = params.load("params.yaml")
+    settings = loading.load("params.yaml")
     train, place = read_split("train", settings.data.max_session)[0], torch.device("cpu")
     kept = load_tensors("models/tuned/start.safetensors")
     for recency in (0.5, 1.0):
@@ -478,7 +478,7 @@ def refused(copy: Path, capfd: pytest.CaptureFixture, name: str, *arguments: str
 
 def test_a_catalogue_too_large_for_the_linear_model_is_refused_before_any_training(
         copy: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(params, "PAIRED", 10)
+    monkeypatch.setattr(checks, "PAIRED", 10)
     said = refused(copy, capfd, "split")
     assert "at most 10 are allowed: set tune.linear=false, tune.folds=0 and encoder.linear_controls=[]" in said
     change(copy, tune__linear=False, tune__folds=0, encoder__linear_controls=[])

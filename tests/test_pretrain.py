@@ -12,10 +12,10 @@ import pytest
 import torch
 from machine import DEFAULTS, stage
 
-from llmgr import search
-from llmgr.artifacts import save_tensors
-from llmgr.errors import UserError
-from llmgr.params import load
+from llmgr.experiments import search
+from llmgr.params.loading import load
+from llmgr.runtime.artifacts import save_tensors
+from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS, USERS = 9, 40

@@ -8,20 +8,9 @@ import pytest
 import torch
 from tiny import DIM, ITEMS, KINDS, LISTS, TITLES, llmgr, prefixes, tokenizer
 
-from llmgr.graph import Sessions
-from llmgr.prompts import (
-    ATTENDED,
-    GRAPH,
-    NODE,
-    SPREAD,
-    TEXT,
-    AlignmentPrompts,
-    BehaviourPrompts,
-    PromptBatch,
-    first_fit,
-    rounded,
-    row_width,
-)
+from llmgr.model.packing import ATTENDED, GRAPH, NODE, SPREAD, TEXT, PromptBatch, first_fit, rounded, row_width
+from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
+from llmgr.sessions.tensors import Sessions
 
 
 def behaviour(family: str = "short", titles: bool = False, edges: bool = False, kind: str = "llama"

@@ -16,12 +16,13 @@ from machine import DEFAULTS
 
 import record
 import report as stage
-from llmgr import buckets, report
-from llmgr.artifacts import write_json, write_table
-from llmgr.errors import UserError
-from llmgr.params import load
+from llmgr.params import names
+from llmgr.params.loading import load
+from llmgr.reporting import buckets, evidence, figures, report
+from llmgr.runtime.artifacts import write_json, write_table
+from llmgr.runtime.errors import UserError
 
-MODELS = (*buckets.FLOORS, "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
+MODELS = (*names.FLOORS, "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
 PARAMS = load(DEFAULTS)
 PARAMS = dataclasses.replace(PARAMS, bucket=dataclasses.replace(PARAMS.bucket, resamples=400))
 VIEW = PARAMS.view(stage.READS)
@@ -57,7 +58,7 @@ def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int 
     write_json(metrics / "backbone.json", {"name": "scratch", "revision": None, "perplexity": 21.35})
     write_json(metrics / "align.json", {"accuracy": 0.31})
     curves.mkdir(parents=True)
-    trained_parts = [m for m in models if m not in (*buckets.FLOORS, "llmgr")] + ["backbone", "align", "tune"]
+    trained_parts = [m for m in models if m not in (*names.FLOORS, "llmgr")] + ["backbone", "align", "tune"]
     for number, name in enumerate(trained_parts):
         epochs = 1 if name == "align" else 6
         with (curves / f"{name}_steps.csv").open("w", newline="") as handle:
@@ -170,7 +171,7 @@ def test_the_page_shows_the_figures_of_the_metrics(project: Path) -> None:
 @pytest.mark.parametrize(("gain", "words"), [(4.0, "LLMGR ranks better"), (0.2, "LLMGR ranks worse")])
 def test_the_headline_follows_the_numbers(tmp_path: Path, gain: float, words: str) -> None:
     write_reports(tmp_path, gain=gain)
-    found = report.evidence(tmp_path / "reports")
+    found = evidence.evidence(tmp_path / "reports")
     text = Page(report.render(found, VIEW, {"buckets": "", "differences": ""})).text()
     assert {v["model"] for v in report.verdicts(found, VIEW)} >= {"gcsan", "gcsan-text"}
     assert words in text and "No clear difference" not in text
@@ -179,7 +180,7 @@ def test_the_headline_follows_the_numbers(tmp_path: Path, gain: float, words: st
 @pytest.mark.parametrize(("gain", "word"), [(4.0, "Yes. "), (0.2, "No. ")])
 def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float, word: str) -> None:
     write_reports(tmp_path, gain=gain)
-    found = report.evidence(tmp_path / "reports")
+    found = evidence.evidence(tmp_path / "reports")
     for base in ("gcsan", "gcsan-text"):
         view = PARAMS.view(stage.READS)
         view.model = dataclasses.replace(PARAMS.model, base=base)
@@ -190,7 +191,7 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
     assert "no difference can be called one" not in text
     assert "which the control lacks" not in text
     (gap,) = (v["unseen"]["gaps"]["all"]["ndcg_at_20"] for v in said if v["model"] == "gcsan-text")
-    assert f"NDCG@20 {report.signed(100 * gap['relative'], '.1f')}%, Holm p" in text
+    assert f"NDCG@20 {figures.signed(100 * gap['relative'], '.1f')}%, Holm p" in text
     turned = dict(said[0], unseen={**said[0]["unseen"], "word": "no clear difference"})
     assert report.answer([turned], view) == f"With seen items kept {word.lower()[:-2]}, with them excluded not clearly"
     view.tune = dataclasses.replace(PARAMS.tune, linear=True)
@@ -208,7 +209,7 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
 def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     models = ["pop", "text-knn", "gated-gcsan-text", "gated-llmgr", "gcsan", "gcsan-text", "llmgr"]
     of = {model: {} for model in models}
-    found = report.arranged({"buckets": of, "intervals": of, "differences": {}, "cost": {}}, VIEW)
+    found = evidence.arranged({"buckets": of, "intervals": of, "differences": {}, "cost": {}}, VIEW)
     assert list(found["buckets"]) == list(found["intervals"]) == [
         "pop", "text-knn", "gcsan", "gcsan-text", "gated-gcsan-text", "gated-llmgr", "llmgr"]
     took = {"text-knn": 1.0, "gcsan-text": 2.0, "llmgr": 4.0, "gated-llmgr": 0.5}
@@ -263,13 +264,13 @@ def test_p_that_the_resamples_cannot_resolve_is_a_bound() -> None:
 
 def test_the_page_holds_with_many_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoders = [f"net{letter}" for letter in "abcdefgh"]
-    models = (*buckets.FLOORS, *(name for e in [*encoders, "gcsan"] for name in (e, f"{e}-text")), "llmgr")
+    models = (*names.FLOORS, *(name for e in [*encoders, "gcsan"] for name in (e, f"{e}-text")), "llmgr")
     write_reports(tmp_path, models=models, sessions=400)
-    found = report.evidence(tmp_path / "reports")
+    found = evidence.evidence(tmp_path / "reports")
     chosen = report.highlights(found, VIEW)
     others = {m: by["test"]["all"]["ndcg_at_20"] for m, by in found["buckets"].items() if m.startswith("net")}
     strongest = sorted(others, key=others.get)[-3:]
-    assert set(chosen) == {*buckets.FLOORS, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == report.DRAWN
+    assert set(chosen) == {*names.FLOORS, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == report.DRAWN
     assert chosen == [m for m in models if m in chosen]
     drawn = report.draw(found, VIEW)
     weakest = min(others, key=others.get)
@@ -311,7 +312,7 @@ def test_missing_metrics_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
-    found = report.evidence(written / "reports")
+    found = evidence.evidence(written / "reports")
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
     spent = report.training_seconds(found, VIEW)
     assert spent["gcsan"] == took["gcsan"] and spent["gcsan-text"] == took["gcsan-text"] + took["backbone"]
@@ -335,7 +336,7 @@ def test_recorded_results_are_the_reports_numbers(project: Path) -> None:
     shutil.copy(DEFAULTS, "params.yaml")
     view = PARAMS.view(record.READS)
     record.main(view)
-    more = report.evidence(Path("reports"))
+    more = evidence.evidence(Path("reports"))
     for kind in ("buckets", "intervals"):
         more[kind]["llmgr-start"] = more[kind]["llmgr"]
     assert "llmgr-start" in report.markdown(more, view)

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llmgr import amazon, sample, sessions, text
+from llmgr.data import amazon, cleaning, interactions, sample
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +19,15 @@ def shop(tmp_path_factory):
     for role, content in sample.generate(1800, 700, 2026).items():
         (folder / f"{role}.json.gz").write_bytes(content)
     raw, reviews = amazon.read_reviews(folder / "reviews.json.gz", "2018", 0.01)
-    core, rounds = sessions.k_core(sessions.without_duplicates(raw, "first"), 5)
+    core, rounds = interactions.k_core(interactions.without_duplicates(raw, "first"), 5)
     metadata, meta = amazon.read_metadata(folder / "meta.json.gz", "2018", set(core["item"]), 0.01)
     items = sorted(set(core["item"]))
     counts = Counter(core["item"])
     order: dict[str, list[int]] = {}
-    for user, item in sessions.ordered(core, "hash", 1).select("user", "item").iter_rows():
+    for user, item in interactions.ordered(core, "hash", 1).select("user", "item").iter_rows():
         order.setdefault(user, []).append(items.index(item))
     return {"raw": raw, "core": core, "rounds": rounds, "reviews": reviews, "meta": meta, "metadata": metadata,
-            "texts": text.item_texts(items, metadata, 8, 600), "counts": np.array([counts[i] for i in items]),
+            "texts": cleaning.item_texts(items, metadata, 8, 600), "counts": np.array([counts[i] for i in items]),
             "order": order}
 
 
@@ -73,10 +73,10 @@ def test_dirt_is_there_and_within_bounds(shop):
     assert len(shop["reviews"]["malformed_by_reason"]) >= 3
     assert 0 < shop["meta"]["malformed"] < 0.01 * shop["meta"]["lines"]
     assert shop["meta"]["titles_missing_or_no_text"] > 0
-    assert shop["raw"].height > sessions.without_duplicates(shop["raw"], "first").height, "duplicates"
+    assert shop["raw"].height > interactions.without_duplicates(shop["raw"], "first").height, "duplicates"
     assert any(not row["text"] for row in shop["texts"]), "items without text"
     assert len(shop["metadata"]) < len(shop["texts"]), "items without metadata"
-    assert 0.2 < shop["core"].select(sessions.tied().mean()).item() < 0.7, "ties"
+    assert 0.2 < shop["core"].select(interactions.tied().mean()).item() < 0.7, "ties"
     dirty = " ".join(" ".join(row["description"]) + row["title"] for row in shop["metadata"].values())
     for sign in ("<p>", "&nbsp;", "amp;quot;", "An Amazon Brand.", "http://", *sample.TEMPLATES):
         assert sign in dirty

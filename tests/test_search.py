@@ -11,9 +11,10 @@ import yaml
 from machine import DEFAULTS
 
 import pick
-from llmgr import search, tracking
-from llmgr.errors import UserError
-from llmgr.params import changed, flat, load
+from llmgr.experiments import search
+from llmgr.params.loading import changed, flat, load
+from llmgr.reporting import tracking
+from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONTENT = yaml.safe_load(DEFAULTS.read_text())
@@ -223,7 +224,8 @@ def test_the_choice_is_printed_recorded_and_written_back(grid: Repository, tmp_p
 
 @pytest.mark.parametrize("path", sorted((ROOT / "stages/presets/grid").glob("*.txt")), ids=lambda p: p.stem)
 def test_every_grid_searches_known_keys_with_values_that_load(path: Path) -> None:
-    from llmgr.params import Params, build
+    from llmgr.params.loading import build
+    from llmgr.params.schema import Params
 
     for line in path.read_text().splitlines():
         option, assignment = line.split(" ", 1)

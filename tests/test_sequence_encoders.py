@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders import Recommender, build_encoder
 from llmgr.encoders.caser import Caser, Horizontal
 from llmgr.encoders.gru4rec import Gru4rec
 from llmgr.encoders.layers import AttentionBlock
 from llmgr.encoders.narm import Narm
+from llmgr.encoders.registry import Recommender, build_encoder
 from llmgr.encoders.sasrec import Sasrec
 from llmgr.encoders.stamp import Stamp
-from llmgr.graph import GraphBatch, Sessions
+from llmgr.sessions.graphs import GraphBatch
+from llmgr.sessions.tensors import Sessions
 
 ITEMS, DIM, USERS = 12, 8, 5
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]

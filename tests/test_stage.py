@@ -12,7 +12,7 @@ import pytest
 import yaml
 from machine import DEFAULTS
 
-from llmgr import params
+from llmgr.params import loading
 
 STAGES = Path(__file__).resolve().parent.parent / "stages"
 
@@ -64,7 +64,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_status_2(tmp_path, body, wor
 
 
 def test_keys_that_the_messages_name_exist():
-    known = set(params.flat(params.load(DEFAULTS)))
+    known = set(loading.flat(loading.load(DEFAULTS)))
     sections = {k.split(".")[0] for k in known}
     text = (STAGES / "llmgr/stage.py").read_text()
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_.]*[a-z_])", text)) - {"params.yaml"}

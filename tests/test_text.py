@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmgr import text
+from llmgr.data import cleaning
 
 SAMPLES = Path(__file__).parents[2] / "shared/amazon/item_text_samples.jsonl.gz"
 DIRT = {
@@ -54,8 +54,8 @@ DIRT = {
     ("", ""),
 ])
 def test_clean(dirty, expected):
-    assert text.clean(dirty) == expected
-    assert text.clean(expected) == expected
+    assert cleaning.clean(dirty) == expected
+    assert cleaning.clean(expected) == expected
 
 
 def metadata(**fields) -> dict:
@@ -64,7 +64,7 @@ def metadata(**fields) -> dict:
 
 def texts(*rows: dict, template_items: int = 8, max_chars: int = 600) -> list[dict]:
     named = {f"i{n}": row for n, row in enumerate(rows)}
-    return text.item_texts(list(named), named, template_items, max_chars)
+    return cleaning.item_texts(list(named), named, template_items, max_chars)
 
 
 def test_text_joins_title_brand_category_description():
@@ -101,14 +101,14 @@ def test_an_item_without_text_is_empty_and_has_no_description():
     empty, dirt = texts(metadata(), metadata(title="<br>", description=["['', '']", "An Amazon Brand."]))
     for row in (empty, dirt):
         assert row["text"] == "" and row["description"] is None
-    missing, = text.item_texts(["x"], {}, 8, 600)
+    missing, = cleaning.item_texts(["x"], {}, 8, 600)
     assert missing["item"] == "x" and missing["text"] == ""
 
 
 @pytest.mark.parametrize("limit", [1, 7, 12, 600])
 def test_cut_ends_at_a_word(limit):
     words = "alpha beta gamma"
-    short = text.cut(words, limit)
+    short = cleaning.cut(words, limit)
     assert len(short) <= limit and words.startswith(short)
     assert limit < 5 or short.split() == words.split()[: len(short.split())]
     row, = texts(metadata(title=words, description=["delta epsilon " * 50]), max_chars=limit)
@@ -128,7 +128,7 @@ def test_real_texts_come_out_clean():
             for name, pattern in DIRT.items():
                 found = re.search(pattern, value)
                 assert not found, f"{name} in {field}: {value!r} of {raw[field]!r}"
-            assert field == "text" or text.clean(value) == value
+            assert field == "text" or cleaning.clean(value) == value
     kept = sum(len(row["description"] or "") for row in cleaned) / len(cleaned)
     assert kept > 200, "cleaning must not eat the descriptions"
     assert not any("An Amazon Brand" in row["text"] for row in cleaned)

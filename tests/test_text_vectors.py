@@ -17,8 +17,9 @@ from transformers import (
     RobertaModel,
 )
 
-from llmgr.errors import UserError
-from llmgr.text_vectors import encode_texts, item_texts, position_offset, principal_components, shuffled
+from llmgr.runtime.errors import UserError
+from llmgr.text.items import item_texts
+from llmgr.text.vectors import encode_texts, position_offset, principal_components, shuffled
 
 WORDS = [f"w{i}" for i in range(60)]
 

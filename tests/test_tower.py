@@ -14,24 +14,32 @@ from test_pretrain import USERS, set_up, write_data
 from tiny import ITEMS, LISTS, TITLES, language_model, prefixes, tokenizer
 from torch.nn import functional as F
 
-from llmgr import tower
-from llmgr.artifacts import load_tensors, read_json, save_tensors, write_json
-from llmgr.errors import UserError
-from llmgr.folds import fold_of
-from llmgr.graph import Sessions, read_split
-from llmgr.linear import BANDS, LeftOut, LinearTerm
-from llmgr.neighbours import click_weights, likeness
-from llmgr.params import load
-from llmgr.text_vectors import encode_texts, token_table, whitening
-from llmgr.tower import LanguageModelMeans, TextTower, TokenMeans, Tower, TowerJob
-from llmgr.training import Progress, arithmetic, fit
+from llmgr.params.loading import load
+from llmgr.prior import text_tower, tower, tower_training
+from llmgr.prior.cross_fitting import fold_of
+from llmgr.prior.left_out import LeftOut
+from llmgr.prior.text_tower import LanguageModelMeans, TextTower, TokenMeans
+from llmgr.prior.tower import Tower
+from llmgr.prior.tower_training import TowerJob
+from llmgr.prior.weighted_sum import BANDS, LinearTerm
+from llmgr.runtime.artifacts import load_tensors, read_json, save_tensors, write_json
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.clicks import click_weights
+from llmgr.sessions.reading import read_split
+from llmgr.sessions.tensors import Sessions
+from llmgr.text.items import token_table
+from llmgr.text.vectors import encode_texts, likeness, whitening
+from llmgr.training import engine
+from llmgr.training.engine import fit
+from llmgr.training.job import Progress
+from llmgr.training.precision import arithmetic
 
 SETTINGS = SimpleNamespace(epochs=12, batch_size=6, accumulate=1, lr=3e-3, weight_decay=0.0, warmup_share=0.1, clip=1.0,
                            checkpoint_seconds=1e9, decay=0.7)
 CPU = torch.device("cpu")
 
 
-def text_tower(kind: str = "llama", texts: list[str] = TITLES) -> TextTower:
+def small_tower(kind: str = "llama", texts: list[str] = TITLES) -> TextTower:
     table = token_table(tokenizer("llama" if kind == "tokens" else kind)(texts)["input_ids"], 64)
     torch.manual_seed(0)
     model = TextTower(TokenMeans(*table, 16) if kind == "tokens" else
@@ -48,8 +56,8 @@ def job(model: TextTower, sessions: Sessions, **changes) -> TowerJob:
 @pytest.mark.parametrize("cells", [9, 40, 10000])
 @pytest.mark.parametrize("kind", ["llama", "bert", "all-MiniLM-L6-v2"])
 def test_it_starts_as_the_whitened_text_vectors_however_texts_are_batched(kind, cells, monkeypatch):
-    monkeypatch.setitem(tower.CELLS, "cpu", cells)
-    model, slack = text_tower(kind), {"atol": 1e-4, "rtol": 1e-3}
+    monkeypatch.setitem(text_tower.CELLS, "cpu", cells)
+    model, slack = small_tower(kind), {"atol": 1e-4, "rtol": 1e-3}
     raw = encode_texts(language_model(kind), tokenizer(kind), TITLES, 64)
     mean, axes = whitening(raw)
     vectors = model.vectors()
@@ -77,7 +85,7 @@ def test_a_click_weighs_less_the_further_back_it_is():
 @pytest.mark.parametrize("kind", ["llama", "tokens"])
 @torch.no_grad()
 def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_does_not_click(kind):
-    model, sessions = text_tower(kind), prefixes()
+    model, sessions = small_tower(kind), prefixes()
     model.head.weight.normal_(generator=torch.Generator().manual_seed(2))  # whitened, so few texts are all alike
     vectors, micro = model.vectors(), torch.tensor([0, 2, 5, 9, 12, 16, 4])
     assert len(set(sessions.row[micro].tolist())) < len(micro), "a session twice, so that it has later clicks"
@@ -100,7 +108,7 @@ def test_the_loss_is_that_of_each_target_among_the_others_that_the_session_does_
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_are_the_chosen_samples_once_an_epoch_those_of_a_session_together(accumulate):
-    made = job(text_tower(), prefixes(), accumulate=accumulate)
+    made = job(small_tower(), prefixes(), accumulate=accumulate)
     made.rows = torch.tensor([1, 3, 4, 7, 8, 9, 12, 13, 14])
     epochs = [made.steps(0, torch.Generator().manual_seed(seed)) for seed in range(5)]
     orders = [torch.cat([m for s in steps for m in s]) for steps in epochs]
@@ -132,20 +140,20 @@ def test_it_learns_which_texts_follow_each_other_and_ranks_by_it(tmp_path, kind)
     items = torch.tensor(lists, dtype=torch.int32)
     rows = torch.arange(len(lists))
     sessions = Sessions(items, rows, torch.ones(len(lists), dtype=torch.long), items[:, 0].long() + 6)
-    model = text_tower(kind)
+    model = small_tower(kind)
     made = job(model, sessions, epochs=10 if kind == "llama" else 30)
     progress = fit(made, made.settings, seed=0, resume=tmp_path, name="tower")
     first, last = progress.epoch_rows[0], progress.epoch_rows[-1]
     assert last["train_loss"] < 0.1 and first["valid_mrr_at_20"] < 0.4
     assert last["valid_mrr_at_20"] == pytest.approx(0.5), "second to the click itself alone"
-    before = text_tower(kind)
+    before = small_tower(kind)
     assert model.log_temperature.item() != pytest.approx(before.log_temperature.item())
     assert all((new - old).abs().max() > 1e-4 for new, old in zip(model.means.parameters(), before.means.parameters())
                if old.numel() > 1)
 
 
 def test_a_token_learns_from_the_texts_that_hold_it_and_as_exactly_in_bf16():
-    model, sessions = text_tower("tokens"), prefixes()
+    model, sessions = small_tower("tokens"), prefixes()
     made, micro = job(model, sessions), torch.tensor([0, 9, 12])
     with torch.no_grad():
         model.head.weight.normal_(generator=torch.Generator().manual_seed(2))
@@ -206,8 +214,8 @@ def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypat
         seen.append((name, made.rows, made.model.vectors()))
         return Progress(epoch_rows=[{"epoch": 0}])
 
-    monkeypatch.setattr(tower, "fit", trained)
-    tower.train_tower(params)
+    monkeypatch.setattr(engine, "fit", trained)
+    tower_training.train_tower(params)
     train, _ = read_split("train", 50)
     user, fold = train.user[train.row], fold_of(USERS, 3, params.seed)
     assert [name for name, *_ in seen] == ["tower", *(f"tower without fold {k}" for k in (1, 2, 3))]
@@ -228,7 +236,7 @@ def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch
     train, valid = (read_split(split, 50)[0] for split in ("train", "valid"))
     for number, changes in enumerate(({}, change)):
         settings = replace(params.tower, **{"precision": "fp32", "batch_size": 40, "epochs": 2} | changes)
-        model = tower.built(replace(params, tower=settings), CPU)
+        model = tower_training.built(replace(params, tower=settings), CPU)
         model.train()
         made = TowerJob(model, train, valid, settings, arithmetic(settings.precision), torch.arange(len(train)))
         progress = fit(made, settings, seed=1, resume=tmp_path / str(number), name="tower")
@@ -244,7 +252,7 @@ def test_texts_without_tokens_and_batches_of_one_stay_finite(kind):
     model = TextTower(TokenMeans(*table, 8) if kind == "tokens" else LanguageModelMeans(language_model(kind), *table))
     model.whiten()
     assert model.vectors().isfinite().all() and model(torch.tensor([1])).isfinite().all()
-    assert float(job(text_tower(), prefixes()).loss(torch.tensor([3])).total) == pytest.approx(0, abs=1e-6)
+    assert float(job(small_tower(), prefixes()).loss(torch.tensor([3])).total) == pytest.approx(0, abs=1e-6)
 
 
 def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
@@ -351,7 +359,7 @@ def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path
     ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params = load("params.yaml")
-    own, random, dealt = (tower.built(replace(params, model=replace(params.model, **change)), CPU).means
+    own, random, dealt = (tower_training.built(replace(params, model=replace(params.model, **change)), CPU).means
                           for change in ({}, {"weights": "random"}, {"texts": "shuffled"}))
     name = "language_model.encoder.layer.0.attention.self.query.weight"
     weights = [dict(model.named_parameters())[name] for model in (own, random, dealt)]
@@ -365,8 +373,9 @@ def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_the_texts_dealt_out_to
     monkeypatch.chdir(tmp_path)
     write_json(tmp_path / "models/backbone/backbone.json", {"width": 12})
     params, every = load("params.yaml"), torch.arange(1, CATALOGUE + 1)
-    own, again, other, dealt = (tower.built(replace(params, **change), CPU).means(every).detach() for change in (
-        {}, {}, {"seed": params.seed + 1}, {"model": replace(params.model, texts="shuffled")}))
+    changes = {}, {}, {"seed": params.seed + 1}, {"model": replace(params.model, texts="shuffled")}
+    own, again, other, dealt = (tower_training.built(replace(params, **change), CPU).means(every).detach()
+                                for change in changes)
     assert own.shape == (CATALOGUE, 12) and torch.equal(own, again) and not torch.allclose(own, other, atol=1e-2)
     assert not torch.equal(own, dealt)
     assert sorted(map(tuple, own.tolist())) == sorted(map(tuple, dealt.tolist()))

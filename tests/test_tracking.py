@@ -18,10 +18,10 @@ import yaml
 from machine import DEFAULTS, small_disk
 from test_report import write_reports
 
-from llmgr import tracking
-from llmgr.errors import UserError
-from llmgr.params import flat, load
-from llmgr.search import Trial
+from llmgr.experiments.search import Trial
+from llmgr.params.loading import flat, load
+from llmgr.reporting import tracking
+from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TRACK = [sys.executable, str(ROOT / "stages/track.py")]

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from llmgr import training
-from llmgr.errors import UserError
-from llmgr.training import Loss, cosine, fit
+from llmgr.runtime.errors import UserError
+from llmgr.training import engine, job, optimizer, precision
+from llmgr.training.engine import fit
+from llmgr.training.job import Loss
+from llmgr.training.optimizer import ITEM_TABLE, adamw, cosine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +83,7 @@ def bytes_of(job: Toy) -> bytes:
     return b"".join(p.detach().numpy().tobytes() for p in job.model.parameters())
 
 
-def outcome(job: Toy, progress: training.Progress) -> tuple:
+def outcome(job: Toy, progress: job.Progress) -> tuple:
     return bytes_of(job), progress.step_rows, progress.epoch_rows, progress.samples, progress.tokens, progress.step
 
 
@@ -128,7 +130,7 @@ def test_killed_without_warning_it_goes_on(tmp_path):
         import os, signal
         from pathlib import Path
         from test_training import Toy, settings
-        from llmgr.training import fit
+        from llmgr.training.engine import fit
         job = Toy()
         job.broken = {8: lambda total: os.kill(os.getpid(), signal.SIGKILL)}
         fit(job, settings(checkpoint_seconds=0), seed=7, resume=Path("a"), name="tune")
@@ -283,7 +285,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path):
 
 def test_the_item_table_has_a_decay_of_its_own():
     table, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 2))
-    optimizer = training._optimizer({training.ITEM_TABLE: table, "other": other}, settings(lr=0.1, weight_decay=0.0,
+    optimizer = adamw({ITEM_TABLE: table, "other": other}, settings(lr=0.1, weight_decay=0.0,
                                                                                           table_decay=0.5))
     (0 * (table.sum() + other.sum())).backward()
     optimizer.step()
@@ -294,9 +296,9 @@ def test_only_matrices_decay_and_frozen_weights_stay(tmp_path):
     job = Toy(dropout=0.0)
     job.model[0].requires_grad_(False)
     before = job.model[0].weight.clone()
-    groups = training._groups({k: p for k, p in job.model.named_parameters() if p.requires_grad}, 0.5, 0.1)
+    groups = optimizer._groups({k: p for k, p in job.model.named_parameters() if p.requires_grad}, 0.5, 0.1)
     assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in groups] == [(0.5, [2]), (0.0, [1])]
-    assert len(training._groups({"w": job.model[3].weight}, 0.5, 0.1)) == 1, "no empty group"
+    assert len(optimizer._groups({"w": job.model[3].weight}, 0.5, 0.1)) == 1, "no empty group"
     fit(job, settings(), seed=7, resume=tmp_path, name="tune")
     assert torch.equal(job.model[0].weight, before)
     assert "0.weight" not in torch.load(tmp_path / "state.pt", weights_only=True)["weights"]
@@ -307,7 +309,7 @@ def test_what_a_finished_training_writes(tmp_path):
     job.model[0].bias.requires_grad_(False)
     resume = tmp_path / "resume"
     progress = fit(job, settings(), seed=7, resume=resume, name="tune")
-    training.finish(progress, job.model, name="tune", resume=resume, reports=tmp_path / "reports")
+    engine.finish(progress, job.model, name="tune", resume=resume, reports=tmp_path / "reports")
     assert not resume.exists()
     rows = list(csv.DictReader((tmp_path / "reports/curves/tune_epochs.csv").open()))
     assert [r["epoch"] for r in rows] == ["0", "1", "2", "3"] and rows[0]["train_loss"] == ""
@@ -320,10 +322,10 @@ def test_what_a_finished_training_writes(tmp_path):
 
 
 def test_arithmetic_is_what_was_asked_for_and_auto_says_why(capsys):
-    assert training.arithmetic("fp32") is torch.float32
-    assert training.arithmetic("bf16") is torch.bfloat16
+    assert precision.arithmetic("fp32") is torch.float32
+    assert precision.arithmetic("bf16") is torch.bfloat16
     assert capsys.readouterr().err == ""
-    chosen = training.arithmetic("auto")
+    chosen = precision.arithmetic("auto")
     said = capsys.readouterr().err
     assert said.startswith("precision auto: " + ("bf16" if chosen is torch.bfloat16 else "fp32")) and "(" in said
 
@@ -333,5 +335,5 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp32(monkeypatch, capsys, built_in
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: built_in or including_emulation)
-    assert training.arithmetic("auto") is (torch.bfloat16 if built_in else torch.float32)
+    assert precision.arithmetic("auto") is (torch.bfloat16 if built_in else torch.float32)
     assert ("the GPU has no bf16" in capsys.readouterr().err) != built_in

@@ -9,15 +9,18 @@ import torch
 from tiny import DIM, ITEMS, LISTS, TITLES, linear_term, llmgr, prefixes, tokenizer
 from torch.nn import functional as F
 
-from llmgr.encoders import build_encoder
+from llmgr.encoders.registry import build_encoder
 from llmgr.encoders.srgnn import Srgnn
-from llmgr.errors import UserError
-from llmgr.graph import Sessions
-from llmgr.llmgr import Llmgr, logits
-from llmgr.prompts import AlignmentPrompts, BehaviourPrompts
-from llmgr.text_vectors import shuffled
-from llmgr.training import fit
-from llmgr.tuning import AlignJob, BehaviourJob, Scorer, alike_items, all_sessions, draw_candidates, shortened, spans
+from llmgr.model.align import AlignJob, draw_candidates
+from llmgr.model.behaviour import BehaviourJob, alike_items, all_sessions, spans
+from llmgr.model.llmgr import Llmgr
+from llmgr.model.outputs import logits
+from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
+from llmgr.model.scorer import Scorer, shortened
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.tensors import Sessions
+from llmgr.text.vectors import shuffled
+from llmgr.training.engine import fit
 
 COUNT = sum(map(len, LISTS))
 
@@ -189,7 +192,7 @@ def test_both_forms_agree_on_cut_prompts_and_what_fits_is_as_before(capsys):
 def test_spans_cover_every_prefix_once(tmp_path, positions):
     import polars as pl
 
-    from llmgr.graph import read_sessions
+    from llmgr.sessions.reading import read_sessions
 
     lists = [[3, 5, 3, 7, 7, 2, 9, 1], [4, 1], [1, 2, 3], [9, 9, 9, 9, 9, 9]]
     rows = [(f"u{n}", x[max(0, t - 4):t], x[t]) for n, x in enumerate(lists) for t in range(1, len(x))]

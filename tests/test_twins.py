@@ -16,10 +16,11 @@ import pytest
 import yaml
 from machine import DEFAULTS
 
-from llmgr import buckets, report, search, seeds, twins
-from llmgr.artifacts import read_json, write_json, write_table
-from llmgr.errors import UserError
-from llmgr.params import changed, load
+from llmgr.experiments import ablations, search
+from llmgr.params.loading import changed, load
+from llmgr.reporting import buckets, evidence, report, seeds
+from llmgr.runtime.artifacts import read_json, write_json, write_table
+from llmgr.runtime.errors import UserError
 
 BASE = yaml.safe_load(DEFAULTS.read_text())
 
@@ -49,7 +50,7 @@ def test_experiments_are_matched_by_what_decides_their_figures():
     states = [state("workspace", BASE, 0.9), state("abc", BASE, 0.3), state("exp-other", other, 0.5),
               state("exp-random", random, 0.2), state("exp-stale", stale, 0.1)]
     locks = {"abc": lock(BASE), "exp-other": lock(other), "exp-random": lock(random), "exp-stale": lock(BASE)}
-    found = twins.collected(states, BASE, twins.possible(BASE), locks.get)
+    found = ablations.collected(states, BASE, ablations.possible(BASE), locks.get)
     assert list(found) == ["llmgr", "random-weights"]
     assert found["llmgr"] == {"changed": {}, "figures": {
         c: {b: f for b, f in by.items() if b in buckets.COMPARED} for c, by in figures(0.3).items()}}
@@ -63,12 +64,12 @@ def test_experiments_on_other_data_are_left_out():
     states = [state("abc", BASE, 0.3), state("exp-7", other, 0.4), state("exp-random", random, 0.2)]
     made = {name: {"stages": {"split": {"outs": [{"path": "data/sessions", "md5": md5}]}, **lock(content)["stages"]}}
             for name, content, md5 in (("abc", BASE, "a"), ("exp-7", other, "a"), ("exp-random", random, "b"))}
-    assert list(twins.at_seeds(states, BASE, made.get)) == ["7", "2026"]
-    assert list(twins.collected(states, BASE, twins.possible(BASE), made.get)) == ["llmgr"]
+    assert list(ablations.at_seeds(states, BASE, made.get)) == ["7", "2026"]
+    assert list(ablations.collected(states, BASE, ablations.possible(BASE), made.get)) == ["llmgr"]
     made["exp-7"]["stages"]["split"]["outs"][0]["md5"] = made["abc"]["stages"]["split"]["outs"][0]["md5"] + "b"
     made["exp-random"]["stages"]["split"]["outs"][0]["md5"] = "a"
-    assert list(twins.at_seeds(states, BASE, made.get)) == ["2026"]
-    assert list(twins.collected(states, BASE, twins.possible(BASE), made.get)) == ["llmgr", "random-weights"]
+    assert list(ablations.at_seeds(states, BASE, made.get)) == ["2026"]
+    assert list(ablations.collected(states, BASE, ablations.possible(BASE), made.get)) == ["llmgr", "random-weights"]
 
 
 def test_figures_that_an_experiment_did_not_make_are_left_out():
@@ -80,7 +81,7 @@ def test_figures_that_an_experiment_did_not_make_are_left_out():
         return made
 
     def kept(states: list, locks: dict) -> list:
-        return list(twins.at_seeds(states, BASE, locks.get))
+        return list(ablations.at_seeds(states, BASE, locks.get))
 
     states = [state("abc", BASE, 0.3), state("exp-7", second, 0.4)]
     assert kept(states, {"abc": lock(BASE), "exp-7": lock(second)}) == ["7", "2026"]
@@ -90,14 +91,15 @@ def test_figures_that_an_experiment_did_not_make_are_left_out():
     picked = changed(BASE, {"encoder.gcsan.lr": 0.5})
     locks = {"abc": with_encoder(BASE, "before"), "trial": with_encoder(picked, "trained anew")}
     states = [states[0], state("trial", picked, 0.5)]
-    assert not twins.at_seeds(states, picked, locks.get), "its encoder was not scored: the ranks are the commit's"
+    assert not ablations.at_seeds(states, picked, locks.get), "its encoder was not scored: the ranks are the commit's"
     for entry in ("outs", "deps"):
         locks["trial"]["stages"]["evaluate" if entry == "outs" else "bucket"][entry][0]["md5"] = "scored"
-    assert list(twins.at_seeds(states, picked, locks.get)) == ["2026"]
+    assert list(ablations.at_seeds(states, picked, locks.get)) == ["2026"]
     for key, value in (("evaluate.decay", 0.1), ("bucket.cold", [5, 20])):
         other = changed(second, {key: value})
         assert kept([states[0], state("exp-7", other, 0.4)], {"abc": lock(BASE), "exp-7": lock(other)}) == ["2026"], key
-        assert list(twins.at_seeds([states[0], state("e", changed(second, {"evaluate.batch_size": 7}), 0.4)], BASE, {
+        slower = state("e", changed(second, {"evaluate.batch_size": 7}), 0.4)
+        assert list(ablations.at_seeds([states[0], slower], BASE, {
             "abc": lock(BASE), "e": lock(second)}.get)) == ["7", "2026"]
 
 
@@ -105,9 +107,10 @@ def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys, tmp_path:
     for name, line in (("other-base", "model.base=sasrec-text"), ("random-weights", "model.weights=random")):
         (tmp_path / f"{name}.txt").write_text(f"-S {line}\n")
     content = changed(BASE, {"encoder.controls": [], "model.base": "gcsan", "gate.fuse": {}})
-    asked = twins.possible(content, tmp_path)
+    asked = ablations.possible(content, tmp_path)
     assert "other-base" not in asked and "random-weights" in asked
-    assert list(twins.collected([state("abc", content, 0.3)], content, asked, {"abc": lock(content)}.get)) == ["llmgr"]
+    collected = ablations.collected([state("abc", content, 0.3)], content, asked, {"abc": lock(content)}.get)
+    assert list(collected) == ["llmgr"]
     assert "other-base is no twin of these parameters: " in capsys.readouterr().err
 
 
@@ -116,23 +119,23 @@ def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys, tmp_path:
 def test_shuffled_texts_change_the_base_in_its_texts_alone(base: str, shuffled: str):
     content = changed(BASE, {"encoder.names": ["gcsan", "sasrec"], "encoder.controls": ["gcsan", "sasrec"],
                              "model.base": base})
-    twin = twins.possible(content)["shuffled-texts"]
-    other = {key: value for key, value in twin.decisive.items() if value != twins.decisive(content)[key]}
+    twin = ablations.possible(content)["shuffled-texts"]
+    other = {key: value for key, value in twin.decisive.items() if value != ablations.decisive(content)[key]}
     assert other == {"model.texts": "shuffled"} | ({"model.base": shuffled} if shuffled != base else {})
 
 
 def test_where_there_is_no_tower_one_of_tokens_is_no_twin():
-    minilm = changed(BASE, twins.changes(twins.PRESETS.parent / "minilm.txt"))
-    assert not {"token-tower", "without-tower"} & set(twins.possible(minilm))
-    asked = twins.possible(changed(minilm, {"tower.enabled": True}))
+    minilm = changed(BASE, ablations.changes(ablations.PRESETS.parent / "minilm.txt"))
+    assert not {"token-tower", "without-tower"} & set(ablations.possible(minilm))
+    asked = ablations.possible(changed(minilm, {"tower.enabled": True}))
     assert {"token-tower", "without-tower"} < set(asked)
     assert asked["token-tower"].decisive["tower.encoder"] == "tokens"
 
 
 def test_every_preset_changes_parameters_that_exist():
-    minilm = changed(BASE, twins.changes(twins.PRESETS.parent / "minilm.txt"))
-    for path in sorted(twins.PRESETS.glob("*.txt")):
-        assert any(twins.decisive(changed(base, twins.changes(path))) != twins.decisive(base)
+    minilm = changed(BASE, ablations.changes(ablations.PRESETS.parent / "minilm.txt"))
+    for path in sorted(ablations.PRESETS.glob("*.txt")):
+        assert any(ablations.decisive(changed(base, ablations.changes(path))) != ablations.decisive(base)
                    for base in (BASE, minilm, changed(minilm, {"tower.enabled": True}))), path
 
 
@@ -146,7 +149,7 @@ def test_seeds_are_told_from_other_changes():
         buckets = s["data"]["metrics"]["reports/metrics/buckets.json"]["data"]
         buckets["gated-llmgr"] = figures(0.8)
     locks = {"abc": lock(BASE), "exp-7": lock(second), "exp-8": lock(gate), "exp-9": lock(other), "exp-10": lock(BASE)}
-    collected = twins.at_seeds(states, BASE, locks.get)
+    collected = ablations.at_seeds(states, BASE, locks.get)
     assert {seed: revision for seed, (revision, _) in collected.items()} == {
         "7": "exp-7", "8": "exp-8", "2026": "abc"}
     found = {seed: figures for seed, (_, figures) in collected.items()}
@@ -166,11 +169,11 @@ def test_the_report_shows_seeds_of_these_results_alone(tmp_path):
     buckets = {"llmgr": figures(0.75), "pop": figures(0.125)}
     whole = {"figures": found, "ours": "llmgr", "resamples": 1000, "differences": {}}
     write_json(tmp_path / "seeds.json", whole)
-    assert report.own_seeds(tmp_path / "seeds.json", buckets) == whole
-    assert report.own_seeds(tmp_path / "seeds.json", {**buckets, "llmgr": figures(0.2)}) == {}
-    assert report.own_seeds(tmp_path / "none.json", buckets) == {}
+    assert evidence.own_seeds(tmp_path / "seeds.json", buckets) == whole
+    assert evidence.own_seeds(tmp_path / "seeds.json", {**buckets, "llmgr": figures(0.2)}) == {}
+    assert evidence.own_seeds(tmp_path / "none.json", buckets) == {}
     write_json(tmp_path / "seeds.json", {**whole, "figures": {"3": found["3"]}})
-    assert report.own_seeds(tmp_path / "seeds.json", buckets) == {}, "one seed is no spread"
+    assert evidence.own_seeds(tmp_path / "seeds.json", buckets) == {}, "one seed is no spread"
     params = load(DEFAULTS)
     (first, _, means), (_, _, gaps) = report.seed_tables(whole, params)
     assert "2 seeds (1, 3)" in first and means["llmgr"][0] == "0.5000 ± 0.3536" and means["llmgr"][-1] == "–"
@@ -238,7 +241,7 @@ def test_the_scripts_collect_figures_and_ranks_from_experiments(tmp_path, monkey
 def test_a_preset_that_is_no_list_of_options_is_refused(tmp_path):
     (tmp_path / "odd.txt").write_text("-S model.lora_r=0 seed=3")
     with pytest.raises(UserError, match=r"odd.txt must hold -S key=value options and nothing else"):
-        twins.changes(tmp_path / "odd.txt")
+        ablations.changes(tmp_path / "odd.txt")
 
 
 def test_the_report_shows_twins_of_these_results_alone(tmp_path):
@@ -246,9 +249,9 @@ def test_the_report_shows_twins_of_these_results_alone(tmp_path):
     content = {"llmgr": {"changed": {}, "figures": copy.deepcopy(main)},
                "without-lora": {"changed": {"model.lora_r": 0}, "figures": figures(0.2)}}
     write_json(tmp_path / "twins.json", content)
-    assert list(report._own_twins(tmp_path / "twins.json", main)) == ["llmgr", "without-lora"]
-    assert report._own_twins(tmp_path / "twins.json", figures(0.4)) == {}
-    assert report._own_twins(tmp_path / "none.json", main) == {}
+    assert list(evidence._own_twins(tmp_path / "twins.json", main)) == ["llmgr", "without-lora"]
+    assert evidence._own_twins(tmp_path / "twins.json", figures(0.4)) == {}
+    assert evidence._own_twins(tmp_path / "none.json", main) == {}
     none = copy.deepcopy(content)
     none["without-lora"]["figures"]["test"]["cold"] = {"n": 0}
     assert "| 0.2000 | 0.1000 | – | – |" in report._twins({"twins": none}, load(DEFAULTS))

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from llmgr.attention import attend_plainly
 from llmgr.encoders.gcsan import Gcsan
-from llmgr.graph import Sessions
-from llmgr.linear import LeftOut, LinearTerm
-from llmgr.llmgr import Llmgr
-from llmgr.params import load
+from llmgr.language_model.attention import attend_plainly
+from llmgr.model.llmgr import Llmgr
+from llmgr.params.loading import load
+from llmgr.prior.left_out import LeftOut
+from llmgr.prior.weighted_sum import LinearTerm
+from llmgr.sessions.tensors import Sessions
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT.parent / "shared" / "llm"
@@ -30,7 +31,7 @@ KINDS = ["llama", "bert", "stories260K", "all-MiniLM-L6-v2"]
 def tokenizer(kind: str = "llama") -> Any:
     """A token a byte, which decodes to the text exactly; or a checkpoint's own."""
     if kind not in ("llama", "bert"):
-        from llmgr.backbone import load_tokenizer
+        from llmgr.language_model.loading import load_tokenizer
 
         return load_tokenizer(checkpoint(kind))
     read = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -52,7 +53,7 @@ def checkpoint(kind: str) -> Path:
 def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
     """A frozen transformer: a random LLaMA with grouped queries, a random BERT, or a checkpoint."""
     if kind not in ("llama", "bert"):
-        from llmgr.backbone import load_language_model
+        from llmgr.language_model.loading import load_language_model
 
         return load_language_model(checkpoint(kind))
     torch.manual_seed(seed)

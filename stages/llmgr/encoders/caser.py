@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder
-from llmgr.graph import GraphBatch
+from llmgr.sessions.graphs import GraphBatch
 
 FEW = 10  # clicks, which are read with their padding: fewer calls, of one shape
 

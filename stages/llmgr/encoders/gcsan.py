@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import AttentionBlock, Dropout, GatedGraph, ItemVectors, SessionEncoder, at
-from llmgr.graph import GraphBatch
+from llmgr.sessions.graphs import GraphBatch
 
 FIRST = 0.02  # standard deviation of first values
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, at
-from llmgr.graph import GraphBatch
+from llmgr.sessions.graphs import GraphBatch
 
 
 class Gru4rec(SessionEncoder):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, SoftAttention, clicked
-from llmgr.graph import GraphBatch
+from llmgr.sessions.graphs import GraphBatch
 
 LORENTZ = geoopt.Lorentz()
 RADIUS = 4.0

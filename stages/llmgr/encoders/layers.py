@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from llmgr.graph import FlatGraphs, GraphBatch
+    from llmgr.sessions.graphs import FlatGraphs, GraphBatch
 
 
 class ItemVectors(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, SoftAttention
-from llmgr.graph import GraphBatch
+from llmgr.sessions.graphs import GraphBatch
 
 
 class Niser(SessionEncoder):

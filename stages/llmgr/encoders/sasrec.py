@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder
-from llmgr.graph import GraphBatch
+from llmgr.sessions.graphs import GraphBatch
 
 
 class Sasrec(SessionEncoder):

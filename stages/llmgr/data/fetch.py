@@ -1,0 +1,221 @@
+"""Files from a web server or a mirror folder: resumed by range, retried, verified before use."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from llmgr.runtime import artifacts, resume
+from llmgr.runtime.console import say
+from llmgr.runtime.errors import UserError
+
+BLOCK = 1 << 20
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts at most."""
+LOG_SECONDS = 15.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is a web address rather than a folder."""
+    return text.lower().startswith(("http://", "https://"))
+
+
+def shown(origin: str) -> str:
+    """`origin` as it may be recorded: without credentials, and without the machine's own path to a folder."""
+    if not is_url(origin):
+        return Path(origin).name if Path(origin).is_absolute() else origin
+    parts = urlsplit(origin)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def from_folder(mirror: str, name: str) -> tuple[Path, str | None]:
+    """The file `name` of a mirror folder and its digest in the folder's SHA256SUMS, if it has one.
+
+    A relative folder is looked up from the repository root first (experiments run in a copy elsewhere).
+    """
+    folders = [base / Path(mirror).expanduser() for base in (resume.home(), Path())]
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise UserError(f"data.mirror={mirror} is no folder: give the folder or the URL that holds {name}")
+    if not (folder / name).is_file():
+        raise UserError(f"data.mirror={mirror} does not hold {name}: put the file there under this name, or choose "
+                        "another data.dataset")
+    sums = folder / "SHA256SUMS"
+    listed = re.findall(r"^([0-9a-fA-F]{64}) [ *](\S+)$", sums.read_text(), re.M) if sums.is_file() else []
+    return folder / name, {file: digest for digest, file in listed}.get(name)
+
+
+def verify(path: Path, name: str, expected: str | None) -> str:
+    """The SHA-256 of a fetched file, after it is found to be what `name` says and whole; UserError if it is not."""
+    with path.open("rb") as handle:
+        head = handle.read(512).lstrip()
+    if head.startswith(b"<"):
+        raise UserError(f"{name} is an HTML page, not data: look at data.mirror, or open its address in a browser")
+    digest = artifacts.digest(path)
+    if expected and digest != expected.lower():
+        raise UserError(f"{name} has SHA-256 {digest}, not the expected {expected.lower()}: fetch it again, or correct "
+                        "data.sha256 (SHA256SUMS of the mirror)")
+    if name.endswith(".gz"):
+        if not head.startswith(b"\x1f\x8b"):
+            raise UserError(f"{name} is not a gzip file: look at data.mirror")
+        try:
+            with gzip.open(path) as handle:
+                while handle.read(BLOCK):
+                    pass
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise UserError(f"{name} is damaged or cut short: fetch it again") from None
+    return digest
+
+
+@contextlib.contextmanager
+def source(url: str, mirror: str | None, expected: str | None, retries: int, timeout: float) -> Iterator[
+    tuple[Path, str]
+]:
+    """The verified file behind `url`, or the one of that name in `mirror`, and its origin in words for the record.
+
+    What came over the network waits under `.resume/download` until the block succeeds: DVC deletes a stage's outputs
+    before it runs the stage again, and an interruption between two files must not lose the first.
+    """
+    name = url.rsplit("/", 1)[1]
+    if mirror and not is_url(mirror):
+        path, listed = from_folder(mirror, name)
+        verify(path, name, expected or listed)
+        yield path, shown(mirror)
+        return
+    url = f"{mirror.rstrip('/')}/{name}" if mirror else url
+    folder = resume.waiting("download", hashlib.sha256(url.encode()).hexdigest()[:16])
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # experiments that run side by side want the same file
+        folder.mkdir(exist_ok=True)
+        path = from_web(url, name, folder, retries, timeout)
+        try:
+            verify(path, name, expected)
+        except UserError:
+            path.unlink()
+            raise
+        yield path, shown(url)
+        shutil.rmtree(folder)
+
+
+def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) -> Path:
+    """Fetch `url` into `folder`, going on from what an earlier run left there; returns the complete file.
+
+    A part is continued only if the server confirms by ETag or date that the file is still the same one. Failures of
+    the server or the line are retried `retries` times after pauses that double, counted anew whenever bytes came.
+    """
+    import requests
+    import urllib3
+
+    part, state = folder / f"{name}.part", folder / "state.json"
+    failures, furthest = 0, -1
+    with requests.Session() as session:
+        while not _complete(part, state):
+            try:
+                _transfer(session, url, name, part, state, timeout)
+                problem = "the connection closed early"
+            except requests.HTTPError as error:
+                status = error.response.status_code
+                if status < 500 and status not in (408, 429):
+                    raise UserError(f"{shown(url)} answers {status} {error.response.reason}: check data.dataset, or "
+                                    f"set data.mirror to a folder or URL that holds {name}") from None
+                problem = f"the server answers {status}"
+            except (requests.Timeout, urllib3.exceptions.TimeoutError):
+                problem = "no answer in time"
+            except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
+                problem = _cause(error)
+            except requests.RequestException as error:
+                raise UserError(f"{shown(url)} cannot be fetched ({_cause(error)}): correct data.mirror") from None
+            if _complete(part, state):
+                break
+            size = part.stat().st_size if part.exists() else 0
+            failures, furthest = (0 if size > max(furthest, 0) else failures + 1), max(furthest, size)
+            if failures > retries:
+                raise UserError(f"{shown(url)} cannot be fetched ({problem}): run the stage again to go on, or set "
+                                f"data.mirror to a folder that holds {name}, as in -S data.mirror=FOLDER")
+            pause = min(0.25 * 2**failures, LONGEST_PAUSE)
+            say(f"{name}: {problem}; trying again in {pause:g} s")
+            time.sleep(pause)
+    return part
+
+
+def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeout: float) -> None:
+    """One request: append to the part if the server continues the same file, start over if it does not."""
+    known = json.loads(state.read_text()) if state.exists() else {}
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have and known.get("validator"):
+        headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
+    with session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        if answer.status_code == 416:
+            return part.unlink()
+        answer.raise_for_status()
+        etag = answer.headers.get("ETag", "")
+        validator = etag if etag.startswith('"') else answer.headers.get("Last-Modified")
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        offered = (int(span[1]), int(span[2]), validator) if span else None
+        if answer.status_code == 206 and offered != (have, known.get("total"), known.get("validator")):
+            return part.unlink()  # another file than the one that was begun
+        if answer.status_code != 206:
+            have = 0
+            length = answer.headers.get("Content-Length")
+            known = {"validator": validator, "total": int(length) if length else None}
+            part.unlink(missing_ok=True)
+            artifacts.write_json(state, known)
+        # Bytes as they come: iter_content would lose a block that the connection breaks off in, and would unpack a file
+        # that the server labels as gzip-encoded, as some do with .gz files.
+        with part.open("ab") as handle, _progress(name, have, known["total"]) as advance:
+            while block := answer.raw.read1(BLOCK, decode_content=False):
+                handle.write(block)
+                handle.flush()
+                advance(len(block))
+    if known["total"] is None:  # a server that names no length: the end of the stream is the end of the file
+        artifacts.write_json(state, known | {"total": part.stat().st_size})
+
+
+def _complete(part: Path, state: Path) -> bool:
+    if not (part.exists() and state.exists()):
+        return False
+    return part.stat().st_size == json.loads(state.read_text())["total"]
+
+
+def _cause(error: Exception) -> str:
+    """The innermost words of a nested transport error."""
+    text = str(error)
+    for sign, words in (("NameResolution", "its name cannot be resolved; is this machine offline?"),
+                        ("refused", "the connection is refused"), ("unreachable", "the network is unreachable"),
+                        ("IncompleteRead", "the connection broke off"), ("Proxy", "the proxy does not let it pass"),
+                        ("reset", "the connection broke off"), ("SSL", "its certificate is not accepted")):
+        if sign in text:
+            return words
+    return type(error).__name__
+
+
+@contextlib.contextmanager
+def _progress(name: str, done: int, total: int | None) -> Iterator[Any]:
+    """A bar in a terminal, a line now and then elsewhere."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, desc=name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        last = time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            bar.update(count)
+            if bar.disable and time.monotonic() - last > LOG_SECONDS:
+                say(f"{name}: {done / 1e6:.0f} MB" + (f" of {total / 1e6:.0f}" if total else ""))
+                last = time.monotonic()
+
+        yield advance

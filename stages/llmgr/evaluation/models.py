@@ -1,0 +1,159 @@
+"""Every model that is compared, as scores of all items for a session."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmgr.encoders.pretraining import scoring
+from llmgr.encoders.registry import check_users, family, load_encoder
+from llmgr.evaluation.baselines import (
+    Over,
+    item_knn,
+    linear_model,
+    once,
+    popularity,
+    repeat,
+    session_knn,
+    slit,
+    text_knn,
+    training_interactions,
+    word_knn,
+)
+from llmgr.evaluation.gate import REPEAT, Gate, bands
+from llmgr.params.names import START, TOWER
+from llmgr.params.schema import trained
+from llmgr.prior.left_out import LeftOut, left_out
+from llmgr.prior.tower import Tower
+from llmgr.prior.weighted_sum import LinearTerm, linear_term
+from llmgr.ranking.loop import Score
+from llmgr.runtime.artifacts import load_tensors, read_json
+from llmgr.runtime.errors import UserError
+from llmgr.sessions.reading import catalogue_size, read_split
+from llmgr.sessions.tensors import Sessions
+from llmgr.text.items import texts_shuffled
+
+Formed = Callable[[int | None], LeftOut]
+"""The linear model, formed once for all that ask; by what shuffles the texts."""
+
+
+def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
+    """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
+    items = catalogue_size("data/core/items.parquet")
+
+    @functools.cache
+    def formed(shuffle: int | None) -> LeftOut:
+        train, _ = read_split("train", params.data.max_session)
+        return left_out(params.slit, train, shuffle)
+
+    others = (params.tune.linear and texts_shuffled(params) is None) or params.encoder.linear_controls
+    solved = functools.cache(lambda: linear_model(params, device, formed(None) if others else None))
+    found: dict[str, Callable[[], Over]] = {
+        "pop": lambda: popularity(device),
+        "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
+        "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
+        "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device),
+        "word-knn": lambda: word_knn(params.evaluate.decay, device),
+        "slit": lambda: slit(solved(), 0.0),
+        "slit-text": lambda: slit(solved(), params.slit.text)}
+    if params.tower.enabled:
+        found[TOWER] = lambda: tower(params, items, device)
+    for name in trained(params.encoder):
+        found[name] = lambda name=name: encoder(name, items, device, formed)
+    if params.tune.linear:
+        found[START] = lambda: started(params, device, formed)
+    found["llmgr"] = lambda: llmgr(params, device, formed)
+    return found
+
+
+def tower(params: Any, items: int, device: torch.device) -> Over:
+    """Scores an item by the cosine of its text's tuned vector to those of the clicks (`llmgr.prior.tower`)."""
+    model = Tower(params, items, device)
+    return lambda sessions: lambda samples: model(sessions, samples, False)
+
+
+def encoder(name: str, items: int, device: torch.device, formed: Formed | None = None) -> Over:
+    """Scores of a pretrained encoder: inner products of its session and item vectors, over its linear term if any."""
+    folder = Path("models/encoders") / name
+    module, vectors = load_encoder(folder, items)
+    module, vectors = module.to(device).eval(), vectors.to(device)
+    term = None
+    if family(name)[1] == "linear":
+        term = LinearTerm(formed(None))
+        term.load_state_dict(load_tensors(folder / "linear.safetensors"))
+        term.to(device)
+
+    def over(sessions: Sessions) -> Score:
+        check_users(module, folder, sessions)
+        return scoring(module, vectors, sessions, term)
+
+    return over
+
+
+def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
+    """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
+    from llmgr.language_model.lora import join_products
+    from llmgr.model.checkpoint import build_llmgr, load_llmgr
+    from llmgr.model.scorer import Scorer, behaviour_prompts
+    from llmgr.training.precision import arithmetic
+
+    folder = Path("models/tuned")
+    dtype = arithmetic(read_json(folder / "config.json").get("precision", params.tune.precision))
+    model = build_llmgr(params.model, dtype, params.seed)
+    if params.tune.linear:
+        model.linear_term = own_term(params, device, formed)
+    load_llmgr(folder, model, params.model)
+    join_products(model.language_model)
+    prompts = behaviour_prompts(params, params.tune)
+
+    def over(sessions: Sessions) -> Score:
+        check_users(model.encoder, "models/embeddings", sessions)
+        return Scorer(model.to(device).eval(), prompts, sessions, dtype)
+
+    return over
+
+
+def own_term(params: Any, device: torch.device, formed: Formed) -> LinearTerm:
+    """The linear term of LLMGR, its weights yet to be loaded."""
+    return linear_term(params, None, device, formed(texts_shuffled(params)))
+
+
+def started(params: Any, device: torch.device, formed: Formed) -> Over:
+    """Scores of what LLMGR's logits started from: no language model but for a tower of one."""
+    term = own_term(params, device, formed)
+    kept = load_tensors("models/tuned/start.safetensors")
+    if kept.keys() != term.state_dict().keys():
+        raise UserError("models/tuned started from other scores than tune.folds and tower.enabled ask for: run `dvc "
+                        "repro` to train it anew")
+    term.load_state_dict(kept)
+    return lambda sessions: lambda samples: term(sessions, samples)
+
+
+def parts(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
+    """`scorers`, and what a gate alone may fuse."""
+    return scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))}
+
+
+def gated(name: str, params: Any, device: torch.device, shared: dict[str, Over]) -> Over:
+    """Scores of the gate `name` of gate.fuse; `shared` holds its scorers, which others may use, too."""
+    gate = Gate.load(Path("models/gates") / f"{name}.json", params.gate.fuse[name], params.gate.edges)
+    band_V = bands(training_interactions(), gate.edges).to(device)
+
+    def over(sessions: Sessions) -> Score:
+        scores = [shared[part](sessions) for part in gate.scorers]
+        return lambda samples: gate([score(samples) for score in scores], band_V)
+
+    return over
+
+
+def loaded(params: Any, device: torch.device) -> dict[str, Over]:
+    """Every model, loaded, then the gates of gate.fuse by name; what a gate fuses scores a batch once for all."""
+    fused = {name for names in params.gate.fuse.values() for name in names}
+    made = {name: make() for name, make in parts(params, device).items() if name != REPEAT or REPEAT in fused}
+    models = {name: over for name, over in made.items() if name != REPEAT}
+    shared = {name: functools.cache(lambda sessions, over=made[name]: once(over(sessions))) for name in fused}
+    gates = {name: gated(name, params, device, shared) for name in params.gate.fuse}
+    return models | {name: over for name, over in shared.items() if name in models} | gates

@@ -1,0 +1,92 @@
+"""A language model and its tokenizer loaded from models/backbone/."""
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmgr.runtime.artifacts import require
+from llmgr.runtime.errors import UserError, disk_is_full, out_of_memory
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")  # what is read of a configuration
+
+
+def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, random: int | None = None,
+                        place: torch.device | None = None) -> nn.Module:
+    """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode.
+
+    With the seed `random` its architecture alone is taken (`folder` may then be a config.json by any name) and its
+    weights are drawn, as before a pretraining, at `place`. UserError where there is no whole model to load.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    from llmgr.language_model.attention import attend_plainly
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = require(Path(folder) / "config.json" if Path(folder).is_dir() else folder)
+    try:
+        if random is None:
+            model, read = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                                                    ignore_mismatched_sizes=True, attn_implementation="sdpa",
+                                                    trust_remote_code=False)
+            drawn = {*read["missing_keys"], *(key for key, *_ in read["mismatched_keys"])}
+            drawn = sorted(key for key in drawn if not key.startswith("pooler."))  # which is not used
+            if drawn:
+                raise ValueError(f"weights that no *.safetensors holds as config.json shapes them: {len(drawn)}, such "
+                                 f"as {drawn[0]}")
+        else:
+            with torch.random.fork_rng(), place or nullcontext():
+                torch.manual_seed(random)
+                model = AutoModel.from_config(AutoConfig.from_pretrained(config), dtype=dtype,
+                                              attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:
+        if out_of_memory(error) or disk_is_full(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        if Path(folder).is_dir():
+            raise UserError(f"{folder} cannot be loaded ({said}): choose another llm.name") from None
+        raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{folder} is an encoder with a decoder: choose a language model that is one of the two")
+    missing = [name for name in SIZES if not isinstance(getattr(model.config, name, None), int)]
+    if missing:
+        raise UserError(f"{folder} is no plain text model: its config.json itself has no {', '.join(missing)}; choose "
+                        "another llm.name")
+    attend_plainly(model)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    for module in model.modules():  # a frozen model gains nothing from its own dropout, which took a third of a step
+        if isinstance(module, nn.LayerNorm):
+            module.float()  # on a CPU torch norms nothing whose type is not that of the norm's weights
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for owner in (model.config, *model.modules()):  # what a layer drops by itself: OPT's `dropout` and `layerdrop`
+        for name in [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]:
+            setattr(owner, name, 0.0)
+    model.config.use_cache = False  # keys and values of past tokens serve generation only
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in `folder`, without remote code; UserError where there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(require(folder), trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0][:200]}): "
+                        "llm.name needs tokenizer.json or its parts") from None
+
+
+def is_causal(config: Any) -> bool:
+    """Whether the architecture attends to the left only."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))

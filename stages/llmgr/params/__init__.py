@@ -1,0 +1,4 @@
+"""params.yaml as typed, checked dataclasses.
+
+May import runtime.
+"""

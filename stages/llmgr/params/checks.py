@@ -1,0 +1,57 @@
+"""Bounds that the dataclasses of `schema` check."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from llmgr.runtime.errors import UserError
+
+PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held
+
+
+def check_pairs(items: int) -> None:
+    """Raise UserError where a catalogue is too large for `tune.linear` and `encoder.linear_controls`."""
+    if items > PAIRED:
+        raise UserError(f"the linear model of LLMGR and NAME-linear forms a matrix of all pairs of {items} items, at "
+                        f"most {PAIRED} are allowed: set tune.linear=false, tune.folds=0 and "
+                        "encoder.linear_controls=[]")
+
+
+def one_of(known: Sequence[str], name: str, key: str, wrong: str, other: str = "") -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise UserError(f"{key} names {name}, {wrong}; the nearest is {near}: encoders must stand in encoder.names or "
+                        f"encoder.controls{other}")
+
+
+def positive(section: Any, prefix: str, *names: str) -> None:
+    """Refuse values that are not above zero."""
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise UserError(f"{prefix}.{name}={getattr(section, name)} must be above 0")
+
+
+def at_least(section: Any, prefix: str, name: str, low: float) -> None:
+    """Refuse a value below `low`."""
+    if getattr(section, name) < low:
+        raise UserError(f"{prefix}.{name}={getattr(section, name)} must be at least {low}")
+
+
+def between(section: Any, prefix: str, name: str, low: float, high: float) -> None:
+    """Refuse a value outside [low, high]."""
+    if not low <= getattr(section, name) <= high:
+        key = f"{prefix}.{name}".lstrip(".")
+        raise UserError(f"{key}={getattr(section, name)} must lie between {low} and {high}")
+
+
+def seeds(section: Any, prefix: str, *names: str) -> None:
+    """Refuse what is no seed of all random generators."""
+    for name in names:
+        between(section, prefix, name, 0, 2**63 - 1)
+
+
+def share(section: Any, prefix: str, *names: str) -> None:
+    """Refuse values outside [0, 1]."""
+    for name in names:
+        between(section, prefix, name, 0, 1)

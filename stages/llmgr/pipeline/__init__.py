@@ -1,0 +1,4 @@
+"""The command line that all stage scripts share.
+
+May import every room.
+"""

@@ -1,0 +1,75 @@
+"""What every stage script shares: its command line, its view of params.yaml, and how it fails."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmgr.runtime.console import WORKERS
+from llmgr.runtime.errors import UserError, WorkersFailed, disk_is_full, out_of_memory
+
+
+def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None, *,
+        optional: dict[str, str] | None = None, workers: bool = False) -> None:
+    """Parse the command line, load the declared keys of params.yaml, run `main(params, **options)`.
+
+    `doc` is the script's docstring and becomes `--help`; `reads` are the parameter keys that `main` may use
+    (`tune`, `data.max_session`), the same ones that dvc.yaml declares; `options` maps further required options to
+    their help, `optional` those that are None where they are not given. A key may hold an option in braces:
+    `encoder.{encoder}` is the section of the encoder given, whatever follows its hyphen. With `workers` the stage runs
+    in as many processes as `launch` says.
+    Exit status 2 and one sentence on what the user can mend; a traceback on a defect.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in (options or {}).items():
+        parser.add_argument(f"--{name}", required=True, help=text)
+    for name, text in (optional or {}).items():
+        parser.add_argument(f"--{name}", help=text)
+    arguments = vars(parser.parse_args())
+    try:
+        from llmgr.params.loading import load
+
+        filled = {name: value.partition("-")[0] for name, value in arguments.items() if value is not None}
+        params = load("params.yaml").view([key.format(**filled) for key in reads])
+        if workers:
+            from llmgr.training.launcher import processes
+
+            with processes(params.launch) as works:
+                if works:
+                    main(params, **arguments)
+        else:
+            main(params, **arguments)
+    except UserError as error:
+        _fail(str(error))
+    except WorkersFailed as failed:
+        _fail(str(failed), failed.status)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on from the last checkpoint", status=130)
+    except Exception as error:
+        if disk_is_full(error):
+            told = " ".join(str(error).splitlines()[0][:160].split())
+            _fail(f"the disk is full or a file limit was reached ({told}); free some space and run `dvc repro` again: "
+                  "finished files are whole and training goes on from its last checkpoint")
+        if out_of_memory(error):
+            _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
+                  "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
+                  "encoder.training.batch_size (align.* likewise for stage 1, llm.scratch.batch_size for a scratch "
+                  "model, tower.batch_size for the tower, or tower.gradient_checkpointing=true where a language model "
+                  "is one; evaluate.batch_size in gate and evaluate, gate.sessions in gate); tune.linear=false, "
+                  "tune.folds=0 and encoder.linear_controls=[] spare two matrices of all pairs of items")
+        if WORKERS in os.environ:
+            _fail(traceback.format_exc(), status=1)
+        raise
+
+
+def _fail(said: str, status: int = 2) -> None:
+    """End with `status`; a worker leaves what it says to the process that started it, which says it once."""
+    sys.stdout.flush()
+    if folder := os.environ.get(WORKERS):
+        Path(folder, f"{os.environ['RANK']}.error").write_text(said)
+    else:
+        print(said if status == 1 else f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(status) if status == 130 or "RANK" in os.environ else sys.exit(status)  # others may wait for this one

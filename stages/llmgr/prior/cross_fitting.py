@@ -1,0 +1,155 @@
+"""The base trained without a part of the users, and its scores of training sessions whose user it has not met.
+
+A model's scores of the sessions that it was trained on say what it remembers, not what it knows: whatever is fitted to
+them trusts it too much. Scores out of fold (stacked generalisation, Wolpert 1992) mend that.
+"""
+from __future__ import annotations
+
+import copy
+import shutil
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llmgr.encoders.pretraining import EncoderJob, built, inputs, outcome, sessions_here
+from llmgr.encoders.registry import family, load_encoder
+from llmgr.params.loading import flat
+from llmgr.runtime.artifacts import load_tensors, read_json, replacing_folder, save_tensors, write_json
+from llmgr.runtime.errors import UserError
+from llmgr.runtime.resume import resume_folder
+from llmgr.training.cost import cost
+from llmgr.training.engine import fit
+from llmgr.training.job import Progress
+from llmgr.training.precision import arithmetic
+
+if TYPE_CHECKING:
+    from llmgr.encoders.layers import SessionEncoder
+    from llmgr.sessions.tensors import Sessions
+
+
+
+FOLDER, BASE = "models/folds", "models/embeddings/config.json"
+READ = 1024  # sessions that an encoder reads at a time
+
+
+def fold_of(users: int, folds: int, seed: int) -> Tensor:
+    """Which of the folds, from 0, each user's sessions are left out of, [users + 1]; -1 for user 0, a stranger."""
+    fold = torch.randperm(users, generator=torch.Generator().manual_seed(seed)) % folds
+    return torch.cat((torch.tensor([-1]), fold))
+
+
+def train_folds(params: Any) -> None:
+    """Train the base of models/embeddings without each of `tune.folds` parts of the users into models/folds/.
+
+    The folder says so and no more where there are none. The best pass is chosen on all validation sessions, as the
+    base's. UserError as `fit`, and where there are more folds than users.
+    """
+    config, folds = read_json(BASE), params.tune.folds
+    name, models, ends = config["name"], [], []
+    if folds:
+        base, text = family(name)
+        setattr(params.encoder, base, SimpleNamespace(**config["settings"]))
+        resume = resume_folder("folds", flat(params), [BASE, *inputs(text)])
+        train, valid = sessions_here(params)
+        users = int(train.user.max())
+        if folds > users:
+            raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
+        fold_U = fold_of(users, folds, params.seed)
+    for fold in range(folds):
+        model, settings = built(params, name, train)
+        kept = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
+        job = EncoderJob(model, train.subset(kept), valid, settings, arithmetic(settings.precision))
+        ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold + 1),
+                        name=f"{name} without fold {fold + 1}"))
+        models.append(model)
+    with replacing_folder(FOLDER) as folder, torch.no_grad():
+        for fold, model in enumerate(models):
+            save_tensors(folder / f"{fold + 1}.safetensors", {
+                "vectors": model.vectors(), **{f"encoder.{k}": v for k, v in model.encoder.state_dict().items()}})
+        write_json(folder / "config.json", {"base": config, "folds": folds, "seed": params.seed})
+    write_json("reports/metrics/folds.json", {f"fold {fold + 1}": outcome(end) for fold, end in enumerate(ends)})
+    whole = Progress(**{key: sum(getattr(end, key) for end in ends) for key in ("seconds", "training_seconds",
+                                                                                 "samples")})
+    write_json("reports/metrics/cost/folds.json", cost(whole, nn.ModuleList(models)))
+    if folds:
+        shutil.rmtree(resume, ignore_errors=True)
+
+
+class OutOfFold:
+    """The base's scores of all items: of a training session by the base that was trained without its user.
+
+    Any other session is scored by the base that was trained on all, which knows more and has not met its target.
+    """
+
+    def __init__(self, params: Any, items: int, place: torch.device) -> None:
+        """Load models/embeddings and models/folds; UserError where the folds are of another base, catalogue or seed."""
+        encoder, vectors = load_encoder("models/embeddings", items)
+        self.whole = (encoder.to(place).eval(), vectors.to(place))
+        config, base = read_json(f"{FOLDER}/config.json"), read_json(BASE)
+        if (config["base"], config["folds"], config["seed"]) != (base, params.tune.folds, params.seed):
+            was = config["base"]["name"] + (" of other settings" if config["base"]["name"] == base["name"]
+                                            and config["base"] != base else "")
+            raise UserError(f"{FOLDER} holds {config['folds']} folds of {was} at seed {config['seed']}, not "
+                            f"{params.tune.folds} of {base['name']} at seed {params.seed}: run `dvc repro` to train "
+                            "them anew")
+        self.folds = [self._loaded(f"{FOLDER}/{fold + 1}.safetensors") for fold in range(config["folds"])]
+        self.users = base["settings"]["users"]
+        self.fold_U = fold_of(self.users, config["folds"], config["seed"])
+        self.read: WeakKeyDictionary[Sessions, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def _loaded(self, path: str) -> tuple[SessionEncoder, Tensor]:
+        tensors, (whole, vectors) = load_tensors(path), self.whole
+        own = tensors.pop("vectors")
+        if len(own) != len(vectors):
+            raise UserError(f"{path} was trained for {len(own) - 1} items, the catalogue has {len(vectors) - 1}: run "
+                            "`dvc repro` to train it anew")
+        encoder = copy.deepcopy(whole)
+        encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in tensors.items()})
+        return encoder.eval(), own.to(vectors.device)
+
+    def shifts(self, count_V: Tensor) -> list[Tensor]:
+        """What takes the base's item vectors to those of each fold [V+1, E], turned so that they agree best.
+
+        Trainings end in spaces of their own; the rotation that brings one onto the other is that of Schoenemann (1966,
+        orthogonal Procrustes), an item weighing by how often it is a target, `count_V` [V+1].
+        """
+        vectors = self.whole[1]
+        weight = count_V[1:, None].to(vectors.device)
+        found = []
+        for _, own in self.folds:
+            left, _, right = torch.linalg.svd((own[1:] * weight).T @ vectors[1:])
+            found.append(own @ (left @ right) - vectors)
+        return found
+
+    @torch.no_grad()
+    def __call__(self, sessions: Sessions, samples: Tensor, trained: bool) -> Tensor:
+        """Scores [R, V+1] of samples [R]; `trained` where the base was trained on these sessions."""
+        if not trained:
+            encoder, vectors = self.whole
+            return encoder.logits(encoder(sessions.graphs(samples), vectors), vectors)
+        if sessions not in self.read:
+            self.read[sessions] = self._read(sessions)
+        session_ND, fold_N = self.read[sessions]
+        fold_R = fold_N[samples.cpu()]
+        scores = session_ND.new_empty(len(samples), len(self.whole[1]))
+        for fold in fold_R.unique().tolist():
+            (encoder, vectors), at = self.folds[fold], (fold_R == fold).nonzero()[:, 0].to(samples.device)
+            scores[at] = encoder.logits(session_ND[samples[at]], vectors)
+        return scores
+
+    def _read(self, sessions: Sessions) -> tuple[Tensor, Tensor]:
+        """Session vectors of all training samples, each by its fold's encoder [N, E], and the folds [N] on the CPU."""
+        if int(sessions.user.max()) != self.users:
+            raise UserError(f"{FOLDER} was trained for other users than the sessions have: run `dvc repro` to train it "
+                            "anew")
+        fold_N = self.fold_U[sessions.user[sessions.row].cpu()]
+        session_ND = self.whole[1].new_zeros(len(sessions), self.whole[1].shape[1])
+        for samples in torch.argsort(sessions.length.cpu(), stable=True).split(READ):
+            for fold in fold_N[samples].unique().tolist():
+                encoder, vectors = self.folds[fold]
+                at = samples[fold_N[samples] == fold].to(session_ND.device)
+                session_ND[at] = encoder(sessions.graphs(at), vectors)
+        return session_ND, fold_N

@@ -1,0 +1,64 @@
+"""Scores by the item vectors of a tuned text tower."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmgr.prior.cross_fitting import fold_of
+from llmgr.runtime.artifacts import load_tensors, read_json, rounded
+from llmgr.runtime.errors import UserError
+from llmgr.text.vectors import likeness
+
+if TYPE_CHECKING:
+    from llmgr.sessions.tensors import Sessions
+
+
+
+FOLDER = "models/tower"
+
+
+def asked(params: Any) -> dict[str, Any]:
+    """What a tower's folder must have been made with, as its config.json keeps it."""
+    return rounded({"enabled": params.tower.enabled, "encoder": params.tower.encoder, "folds": params.tune.folds,
+                    "seed": params.seed, "decay": params.tower.decay, "texts": params.model.texts,
+                    "weights": params.model.weights,
+                    "backbone": read_json("models/backbone/backbone.json")["sha256"]})
+
+
+class Tower:
+    """The tower's scores of all items: of a training session by the one that was tuned without its user."""
+
+    def __init__(self, params: Any, items: int, place: torch.device) -> None:
+        """Load models/tower; UserError where it is of other folds, texts, weights, seed or another catalogue."""
+        config = read_json(f"{FOLDER}/config.json")
+        for key, value in asked(params).items():
+            if config.get(key) != value:
+                was = "another backbone" if key == "backbone" else f"{key}={config.get(key)}, not {value}"
+                raise UserError(f"{FOLDER} was made with {was}: run `dvc repro` to make it anew")
+        names = ["whole", *map(str, range(1, config["folds"] + 1))]
+        self.vectors = [load_tensors(f"{FOLDER}/{name}.safetensors")["vectors"].to(place) for name in names]
+        if len(self.vectors[0]) != items + 1:
+            raise UserError(f"{FOLDER} has {len(self.vectors[0]) - 1} items, the catalogue {items}: run `dvc repro` to "
+                            "make it anew")
+        self.decay, self.users = params.tower.decay, config["users"]
+        self.scale = len(self.vectors[0]) / float((self.vectors[0].T @ self.vectors[0]).norm())
+        self.fold_U = fold_of(self.users, config["folds"], config["seed"]) if config["folds"] else None
+
+    def __call__(self, sessions: Sessions, samples: Tensor, trained: bool) -> Tensor:
+        """Scores [R, V+1] of samples [R], of unit scale; `trained` where the tower was tuned on these sessions.
+
+        UserError where they have other users than those that it was tuned on.
+        """
+        if not trained:
+            return likeness(sessions, samples, self.vectors[0], self.decay) * self.scale
+        if int(sessions.user.max()) != self.users:
+            raise UserError(f"{FOLDER} was tuned on other users than the sessions have: run `dvc repro` to make it "
+                            "anew")
+        fold_R = self.fold_U[sessions.user[sessions.row[samples]].cpu()]
+        scores = self.vectors[0].new_empty(len(samples), len(self.vectors[0]))
+        for fold in fold_R.unique().tolist():
+            at = (fold_R == fold).nonzero()[:, 0].to(samples.device)
+            scores[at] = likeness(sessions, samples[at], self.vectors[1 + fold], self.decay) * self.scale
+        return scores

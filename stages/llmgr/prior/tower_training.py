@@ -1,0 +1,182 @@
+"""Training of the text tower, over all users and without each fold of them."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.encoders.pretraining import sessions_here
+from llmgr.language_model.loading import load_language_model, load_tokenizer
+from llmgr.params.loading import flat
+from llmgr.prior.cross_fitting import fold_of
+from llmgr.prior.text_tower import QUICK, LanguageModelMeans, TextTower, TokenMeans
+from llmgr.prior.tower import FOLDER, asked
+from llmgr.ranking.loop import rank_sessions
+from llmgr.ranking.metrics import metrics
+from llmgr.runtime.artifacts import read_json, replacing_folder, save_tensors, write_json
+from llmgr.runtime.errors import UserError
+from llmgr.runtime.resume import resume_folder
+from llmgr.sessions.clicks import click_weights
+from llmgr.text.items import item_texts, texts_shuffled, token_table
+from llmgr.text.vectors import likeness, position_offset
+from llmgr.training.engine import finish, fit
+from llmgr.training.job import Loss, Progress
+from llmgr.training.precision import arithmetic
+
+if TYPE_CHECKING:
+    from llmgr.sessions.tensors import Sessions
+
+
+
+INPUTS = ("models/backbone", "data/core/items.parquet", "data/sessions/train.parquet", "data/sessions/valid.parquet")
+RANKED = 512  # validation sessions scored at a time
+
+
+class TowerJob:
+    """Tells the text of a prefix's next item from those of the other targets of its batch.
+
+    Softmax over the batch's distinct targets (InfoNCE, van den Oord et al. 2018) of the cosine, over a temperature that
+    learns, between a target and the sum of the clicks' vectors, an earlier click weighing `decay` less a step. What the
+    session has clicked, or clicks later in the batch, is no negative of it. `rows` are the training samples learned
+    from; those of a session come together, so that a text is read once for all of them. Windows of a user with more
+    than `data.max_session` clicks are sessions of their own here. Without `valid` nothing is validated.
+    """
+
+    selects = None
+
+    def __init__(self, model: TextTower, train: Sessions, valid: Sessions | None, settings: Any, dtype: torch.dtype,
+                 rows: Tensor) -> None:
+        self.model, self.settings, self.dtype, self.rows = model, settings, dtype, rows
+        self.train, self.valid = train.to("cpu"), valid
+
+    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
+        size, row_N = self.settings.batch_size, self.train.row[self.rows]
+        turn_S = torch.randperm(int(row_N.max()) + 1, generator=generator)
+        order = self.rows[torch.argsort(turn_S[row_N], stable=True)]
+        return [list(step.split(size)) for step in order.split(size * self.settings.accumulate)]
+
+    def targets(self, micro: Tensor) -> int:
+        return len(micro)
+
+    def loss(self, micro: Tensor) -> Loss:
+        graphs, target_B = self.train.graphs(micro), self.train.target[micro]
+        place, width, batch = self.model.place, graphs.items_BS.shape[1], torch.arange(len(micro))
+        met_U, at = torch.unique(torch.cat((graphs.items_BS, target_B[:, None]), 1), return_inverse=True)
+        items, padding = (met_U[1:], 1) if met_U[0] == 0 else (met_U, 0)
+        mask_BS, own_B = graphs.mask_BS(), at[:, width] - padding
+        click_N = at[:, :width][mask_BS] - padding
+        weight_N = click_weights(graphs, self.settings.decay)[mask_BS]
+        start_B = torch.cumsum(graphs.length_B, 0) - graphs.length_B
+        clicked_BU = torch.zeros(len(micro), len(items), dtype=torch.bool)
+        clicked_BU[mask_BS.nonzero()[:, 0], click_N] = True
+        pool_P, own_B = torch.unique(own_B, return_inverse=True)
+        _, session_B = torch.unique(self.train.row[micro], return_inverse=True)
+        targets_SP = torch.zeros(int(session_B.max()) + 1, len(pool_P), dtype=torch.bool)
+        targets_SP[session_B, own_B] = True
+        no_negative_BP = targets_SP[session_B] | clicked_BU[:, pool_P]
+        no_negative_BP[batch, own_B] = False
+        with torch.autocast(place.type, self.dtype, enabled=self.dtype is not torch.float32):
+            vectors_UH = self.model(items)
+        query_BH = F.normalize(F.embedding_bag(click_N.to(place), vectors_UH, start_B.to(place), mode="sum",
+                                               per_sample_weights=weight_N.to(place)), dim=-1)
+        logits_BP = query_BH @ vectors_UH[pool_P.to(place)].T * (-QUICK * self.model.log_temperature).exp()
+        total = F.cross_entropy(logits_BP.masked_fill(no_negative_BP.to(place), float("-inf")), own_B.to(place),
+                                reduction="sum")
+        return Loss(total, len(micro), int(self.model.count[items].sum()))
+
+    def validate(self) -> dict[str, float]:
+        if self.valid is None:
+            return {}
+        found = validated(self.vectors(), self.valid, self.settings.decay)
+        return {f"valid_{name}": value for name, value in found.items()}
+
+    def vectors(self) -> Tensor:
+        """Item vectors [V+1, H] as they are tuned now."""
+        with torch.autocast(self.model.place.type, self.dtype, enabled=self.dtype is not torch.float32):
+            return self.model.vectors()
+
+
+@torch.no_grad()
+def validated(vectors_VH: Tensor, sessions: Sessions, decay: float) -> dict[str, float]:
+    """How the vectors rank the targets of sessions, seen items kept."""
+    found = metrics(rank_sessions(lambda samples: likeness(sessions, samples, vectors_VH, decay), sessions, RANKED))
+    return {name: found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
+
+
+def train_tower(params: Any) -> None:
+    """Tune a tower over all training users, and one without each fold of them, into models/tower/, with the records.
+
+    The folder says so and no more where `tower.enabled` is false. UserError as `fit`, where there are more folds than
+    users, and where a language model is to read texts longer than its positions.
+    """
+    settings, folds = params.tower, params.tune.folds
+    config = asked(params)
+    resume = resume_folder("tower", flat(params), INPUTS)
+    if not settings.enabled:
+        with replacing_folder(FOLDER) as folder:
+            write_json(folder / "config.json", config)
+        write_json("reports/metrics/tower.json", {})
+        finish(Progress(), nn.Module(), name="tower", resume=resume, reports=Path("reports"))
+        return
+    train, valid = sessions_here(params)
+    users = int(train.user.max())
+    if folds > users:
+        raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
+    fold_N = fold_of(users, folds, params.seed)[train.user[train.row].cpu()] if folds else None
+    dtype = arithmetic(settings.precision) if settings.encoder == "language-model" else torch.float32
+    vectors, ends, found = [], [], {}
+    model = built(params, train.row.device)
+    untuned, whole = apart(model.state_dict()), {}
+    for fold in range(folds + 1):
+        name = f"tower without fold {fold}" if fold else "tower"
+        rows = torch.arange(len(train)) if fold == 0 else (fold_N != fold - 1).nonzero()[:, 0]
+        model.load_state_dict(untuned)
+        job = TowerJob(model, train, None if fold else valid, settings, dtype, rows)
+        ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold), name=name))
+        vectors_VH = job.vectors()
+        found[f"fold {fold}" if fold else "whole"] = validated(vectors_VH, valid, settings.decay)
+        vectors.append(vectors_VH.cpu())
+        if fold == 0:
+            whole = apart({key: p for key, p in model.named_parameters() if p.requires_grad})
+    with replacing_folder(FOLDER) as folder:
+        for fold, vectors_VH in enumerate(vectors):
+            save_tensors(folder / (f"{fold}.safetensors" if fold else "whole.safetensors"), {"vectors": vectors_VH})
+        save_tensors(folder / "tower.safetensors", whole)
+        write_json(folder / "config.json", config | {"users": users})
+    write_json("reports/metrics/tower.json", found)
+    together = Progress(**{key: sum(getattr(end, key) for end in ends)
+                           for key in ("seconds", "training_seconds", "samples", "tokens")},
+                        step_rows=ends[0].step_rows, epoch_rows=ends[0].epoch_rows)
+    finish(together, model, name="tower", resume=resume, reports=Path("reports"))
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of them on the CPU, that training does not change."""
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+
+def built(params: Any, place: torch.device) -> TextTower:
+    """The tower before tuning, at `place`: all its weights are to learn."""
+    torch.manual_seed(params.seed)
+    settings, longest = params.tower, params.tower.max_text_tokens
+    texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
+    token_VL, count_V = token_table(
+        load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"], longest)
+    if settings.encoder == "tokens":
+        width = read_json("models/backbone/backbone.json")["width"]
+        means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, width)
+    else:
+        random = params.seed if params.model.weights == "random" else None
+        language_model = load_language_model("models/backbone", random=random).requires_grad_(True)
+        positions = language_model.config.max_position_embeddings - position_offset(language_model)
+        if longest > positions:
+            raise UserError(f"tower.max_text_tokens={longest} exceeds the backbone's {positions} positions: lower it")
+        if settings.gradient_checkpointing:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        means = LanguageModelMeans(language_model, token_VL, count_V)
+    model = TextTower(means).to(place)
+    model.whiten()
+    return model

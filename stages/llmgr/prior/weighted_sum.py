@@ -1,0 +1,105 @@
+"""The prior: what LLMGR's logits start from, a weighted sum of scores of models without a prompt."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.prior.cross_fitting import OutOfFold
+from llmgr.prior.left_out import LeftOut, left_out
+from llmgr.prior.tower import Tower
+from llmgr.sessions.tensors import Sessions
+from llmgr.text.items import texts_shuffled
+
+BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
+STARTED = 2048  # prefixes that a linear term's first weights are fitted on; twice as many with a base's scores
+
+
+class LinearTerm(nn.Module):
+    """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
+
+    Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
+    model of clicks and words leaves open. With a `base` (`llmgr.prior.cross_fitting.OutOfFold`: a
+    training session's scores are of one that has not met its user either) the logits have d[band] times its scores,
+    too, and with a `tower` (`llmgr.prior.tower.Tower`, likewise) e[band] times those. a to e learn with it, from the
+    values that fit training prefixes best.
+    """
+
+    def __init__(self, model: LeftOut, base: OutOfFold | None = None, tower: Tower | None = None) -> None:
+        super().__init__()
+        self.model, self.base, self.tower = model, base, tower
+        self.register_buffer("count", torch.from_numpy(model.targets.sum(0)), persistent=False)
+        self.register_buffer("edges", torch.tensor(BANDS, dtype=self.count.dtype), persistent=False)
+        self.scale = 1 / max(float(np.sqrt(np.square(model.matrix).mean(dtype=np.float64))), 1e-12)
+        self.weight, self.bias = (nn.Parameter(torch.zeros(len(BANDS) + 1)) for _ in range(2))
+        self.clicked = nn.Parameter(torch.zeros(1))
+        if base is not None:
+            self.base_weight = nn.Parameter(torch.zeros(len(BANDS) + 1))
+        if tower is not None:
+            self.tower_weight = nn.Parameter(torch.zeros(len(BANDS) + 1))
+
+    def forward(self, sessions: Sessions, samples: Tensor, trained: bool = False) -> Tensor:
+        """Logits [R, V+1] of samples [R]; `trained` where the sessions are those that are learned from."""
+        return self._weighted(*self._read(sessions, samples, trained))
+
+    def _read(self, sessions: Sessions, samples: Tensor, trained: bool) -> tuple[Tensor | None, ...]:
+        """Scores [R, V+1], those of base and tower; place, band of items that the user's own targets hold; clicked
+        [R, N]."""
+        place = self.count.device
+        scores, own = self.model(sessions, samples, place)
+        row, item, often = (torch.from_numpy(part).to(place) for part in (own.row, own.col, own.data))
+        band = torch.bucketize(self.count[item.long()] - often, self.edges, right=True)
+        others = [None if part is None else part(sessions, samples, trained) for part in (self.base, self.tower)]
+        return (scores * self.scale, *others, row.long(), item.long(), band, sessions.graphs(samples).nodes_BN)
+
+    def _weighted(self, scores: Tensor, base: Tensor | None, tower: Tensor | None, row: Tensor, item: Tensor,
+                  band: Tensor, nodes: Tensor) -> Tensor:
+        band_V = torch.bucketize(self.count, self.edges, right=True)
+        logits = torch.addcmul(self.bias[band_V], scores, self.weight[band_V])
+        own = self.bias[band] + scores[row, item] * self.weight[band]
+        for other, weight in ((base, "base_weight"), (tower, "tower_weight")):
+            if other is not None:
+                logits = torch.addcmul(logits, other, getattr(self, weight)[band_V])
+                own = own + other[row, item] * getattr(self, weight)[band]
+        return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
+
+    def start(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
+        """Fit a to e alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
+
+        Below 1, `recency` has them drawn with repetition, by the weights of `Sessions.recency`.
+        """
+        number, generator = STARTED if self.base is None else 2 * STARTED, torch.Generator().manual_seed(seed)
+        if recency == 1:
+            drawn = torch.randperm(len(train), generator=generator)[:number]
+        else:
+            drawn = torch.multinomial(train.recency(recency).cpu(), number, replacement=True, generator=generator)
+        drawn = drawn.to(train.row.device)
+        read = [(self._read(train, samples, True), train.target[samples] - 1) for samples in drawn.split(256)]
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> float:
+            optimizer.zero_grad()
+            total = 0.0
+            for parts, target in read:
+                part = F.cross_entropy(self._weighted(*parts)[:, 1:], target, reduction="sum") / len(drawn)
+                part.backward()
+                total += part.item()
+            return total
+
+        optimizer.step(loss)
+        optimizer.zero_grad()
+
+
+def linear_term(params: Any, train: Sessions | None, place: torch.device, formed: LeftOut | None = None) -> LinearTerm:
+    """The linear model of the training sessions, and with `tune.folds` the base's scores, and with a tower its scores,
+    weighted; yet to be fitted.
+
+    `params` has the seed and the model, tune, tower and slit sections; what is `formed` already needs no sessions.
+    """
+    model = left_out(params.slit, train, texts_shuffled(params)) if formed is None else formed
+    base = OutOfFold(params, model.items, place) if params.tune.folds else None
+    tower = Tower(params, model.items, place) if params.tower.enabled else None
+    return LinearTerm(model, base, tower).to(place)

@@ -1,0 +1,4 @@
+"""Files, messages and errors that every other room relies on.
+
+May import no other room.
+"""

@@ -1,0 +1,59 @@
+"""The folder where interrupted work waits until the same stage runs again."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmgr.runtime.artifacts import digest, require
+from llmgr.runtime.reach import LIBRARY, reached
+
+UNFINISHED_KEPT = 5
+"""Interrupted trainings (and downloads) of a stage that wait to be gone on with; older ones are dropped."""
+
+
+def home() -> Path:
+    """The repository root: DVC_ROOT inside a DVC stage (the parent repository in `--temp` runs), else the folder."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def resume_folder(stage: str, params: dict[str, Any], inputs: Iterable[str | Path]) -> Path:
+    """Where a stage keeps what it needs to go on after an interruption.
+
+    The folder's name is a fingerprint of everything that decides the outcome: the parameters read, the inputs'
+    contents, the code that the running script can reach. Thread and process counts (`launch`) decide rounding alone:
+    they stand in the checkpoint, any number goes on from it, and one that differs says so. The folder lies outside
+    DVC's outs. What waits there for parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT`
+    newer ones.
+    """
+    print_of = hashlib.sha256()
+    deciding = {key: value for key, value in params.items() if not key.startswith("launch.")}
+    print_of.update(json.dumps(deciding, sort_keys=True, default=str).encode())
+    for path in inputs:
+        print_of.update(f"{path}\0{digest(require(path))}\n".encode())
+    for file in reached(sys.argv[0]):
+        print_of.update(f"{file.relative_to(LIBRARY).as_posix()}\0{digest(file)}\n".encode())
+    return waiting(stage, print_of.hexdigest()[:16])
+
+
+def waiting(stage: str, name: str) -> Path:
+    """The folder `name` of what a stage left unfinished, made where it is not; old ones of the stage are dropped."""
+    folder = home() / ".resume" / stage / name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+    for path in sorted(others, key=_last_used, reverse=True)[UNFINISHED_KEPT - 1:]:
+        shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+def _last_used(folder: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return 0.0

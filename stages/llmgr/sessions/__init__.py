@@ -1,0 +1,4 @@
+"""Sessions and their graphs as tensors.
+
+May import runtime, params, data.
+"""

@@ -1,0 +1,124 @@
+"""Worker processes: how they are started, watched and ended."""
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from llmgr.runtime.console import PARENT, WORKERS, say
+from llmgr.runtime.errors import UserError, WorkersFailed
+
+
+def device(settings: Any) -> torch.device:
+    """Where this process computes under the `launch` section; UserError where it wants GPUs that are not there.
+
+    launch.device=cpu hides them, so that whoever asks whether there is a GPU is told the same.
+    """
+    if settings.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", settings.processes))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        raise UserError("launch.device=cuda, but there is no GPU that torch can use: set launch.device=auto or cpu")
+    if local > found:
+        raise UserError(f"{local} processes want a GPU each and there {'is' if found == 1 else 'are'} {found}: lower "
+                        "launch.processes or set launch.device=cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextlib.contextmanager
+def processes(settings: Any) -> Iterator[bool]:
+    """Start the workers that the `launch` section asks for and see them through, or be one of them (or the only one).
+
+    Gives whether this process works. A process that torchrun started is a worker, whatever launch.processes says.
+    """
+    chosen = device(settings)
+    if "WORLD_SIZE" not in os.environ and settings.processes > 1:
+        _supervise(settings.processes)
+        yield False
+        return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _join(chosen)
+    elif settings.strategy != "ddp":
+        say(f"warning: launch.strategy={settings.strategy} divides nothing in one process: raise launch.processes")
+    yield True
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _join(chosen: torch.device) -> None:
+    method = {}
+    if folder := os.environ.get(WORKERS):
+        method = {"init_method": f"file://{folder}/store", "rank": int(os.environ["RANK"]),
+                  "world_size": int(os.environ["WORLD_SIZE"])}
+        threading.Thread(target=_leave_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    distributed.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl", **method)
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that started it has gone, however it went and were it before this was asked."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _supervise(count: int) -> None:
+    """Run this command `count` times as workers of one group; WorkersFailed when one fails.
+
+    Not torchrun: its workers lead sessions of their own, which a killed `dvc repro` would leave training.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cpus() // count)))
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {**os.environ, WORKERS: folder, PARENT: str(os.getpid()), "WORLD_SIZE": str(count),
+                  "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": threads,
+                  "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        workers = [subprocess.Popen([sys.executable, *sys.argv],
+                                    env={**shared, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)]
+        try:
+            while not any(found := [w.poll() for w in workers]) and None in found:
+                time.sleep(0.05)
+            found = [w.poll() for w in workers]  # those that fell together with the first
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        if any(found):
+            raise _reason(found, Path(folder))
+
+
+def _cpus() -> int:
+    """CPUs that this process may use, which a container or `taskset` may have bounded."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _reason(found: list[int | None], folder: Path) -> WorkersFailed:
+    """Why workers fell: what the user can mend first, then a signal, then the earliest defect (others follow it)."""
+    said = {n: folder / f"{n}.error" for n, status in enumerate(found) if status and (folder / f"{n}.error").exists()}
+    for status in (2, 130):
+        for n, path in said.items():
+            if found[n] == status:
+                return WorkersFailed(path.read_text(), status)
+    for n, status in enumerate(found):
+        if status and status < 0:
+            return WorkersFailed(
+                f"process {n + 1} of {len(found)} was killed ({signal.Signals(-status).name}) and the others were "
+                "stopped; if memory had run out, lower tune.batch_size (align.batch_size in stage 1) or set "
+                "launch.strategy=zero3; the same command goes on from the last checkpoint", 2)
+    if said:
+        return WorkersFailed(min(said.values(), key=lambda path: path.stat().st_mtime_ns).read_text(), 1)
+    return WorkersFailed(f"a process ended with status {max(found, key=bool)} and the others were stopped", 1)
