@@ -186,7 +186,7 @@ def test_reading_streams(tmp_path):
     with gzip.open(path, "wb", compresslevel=1) as handle:
         for _ in range(80):  # 240 MB
             handle.write(lines)
-    script = ("import resource, sys; from pathlib import Path; from llmgr import amazon; import orjson, polars;"
+    script = ("import resource, sys; from pathlib import Path; from llmgr.data import amazon; import orjson, polars;"
               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
               "table, _ = amazon.read_reviews(Path(sys.argv[1]), '2014', 0); assert table.height == 80_000;"
               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")

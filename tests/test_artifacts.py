@@ -105,7 +105,7 @@ FULL = """
             limit()
             weights = dict(model.named_parameters())
             workers = Replicas(None, weights, torch.optim.SGD(model.parameters()), 1.0)
-            _save(Path("out"), Progress(), workers, {}, "here")
+            save_checkpoint(Path("out"), Progress(), workers, {}, "here")
 
     run(main, __doc__, ("seed",), {"kind": "what is written"})
 """
@@ -210,13 +210,17 @@ def test_the_resume_folder_follows_the_code(tmp_path):
     shutil.copytree(STAGES, copy, ignore=shutil.ignore_patterns("__pycache__"))
 
     def folder() -> str:
-        body = "from llmgr.artifacts import resume_folder; print(resume_folder('x', {}, []))"
+        body = (f"import sys; sys.argv = [{str(copy / 'tune.py')!r}]; "
+                "from llmgr.runtime.resume import resume_folder; print(resume_folder('x', {}, []))")
         return subprocess.run([sys.executable, "-c", body], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(copy)},
                               capture_output=True, text=True, check=True).stdout
 
     before = folder()
     assert folder() == before
-    (copy / "tune.py").write_text((copy / "tune.py").read_text() + "\n")
+    page, encoder = copy / "llmgr/reporting/report.py", copy / "llmgr/encoders/gcsan.py"
+    page.write_text(page.read_text() + "\n")
+    assert folder() == before, "what the stage cannot reach is no reason to start anew"
+    encoder.write_text(encoder.read_text() + "\n")
     assert folder() != before
 
 

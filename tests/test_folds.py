@@ -155,11 +155,11 @@ def test_what_was_trained_before_an_interruption_is_not_trained_again(place: Pat
             raise UserError("the power is gone")
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(engine, "fit", cut)
+    monkeypatch.setattr(cross_fitting, "fit", cut)
     assert stage("folds", root=place) == 2
     assert reached == ["gcsan without fold 1", "gcsan without fold 2"]
     assert digest(place / "models/folds") == undisturbed, "a folder stays whole until another is"
-    monkeypatch.setattr(engine, "fit", fit)
+    monkeypatch.setattr(cross_fitting, "fit", fit)
     capfd.readouterr()
     assert stage("folds", root=place) == 0
     said = capfd.readouterr().err

@@ -97,7 +97,7 @@ def probe(folder: Path, body: str, processes: int = 2, **settings: Any) -> list[
     content = loading.changed(content, {"launch.processes": processes, "launch.device": "cpu"} | settings)
     folder.mkdir(exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
-    (folder / "probe.py").write_text('"""Probe."""\nfrom llmgr.stage import run\n\n\ndef main(params):\n'
+    (folder / "probe.py").write_text('"""Probe."""\nfrom llmgr.pipeline.stage import run\n\n\ndef main(params):\n'
                                      + textwrap.indent(textwrap.dedent(body), "    ")
                                      + '\n\nrun(main, __doc__, ("launch",), workers=True)\n')
     return [sys.executable, "probe.py"]
@@ -135,7 +135,6 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         from pathlib import Path
         import torch
         from llmgr.training import distributed
-    from llmgr.training import launcher
         from test_launch import CASES, STRATEGIES, resumed, trained
 
         distributed.WHOLE = 0  # ZeRO-3 divides the smallest weight, too
@@ -328,8 +327,8 @@ def test_workers_whose_parent_left_before_they_joined_leave_too(tmp_path: Path) 
 
 @pytest.mark.parametrize(("settings", "gpus", "words"), [
     ({"device": "cuda", "processes": 1}, 0, "launch.device=cuda, but there is no GPU"),
-    ({"device": "cuda", "processes": 3}, 2, "3 processes want a GPU each and there are 2: lower launcher.processes"),
-    ({"device": "auto", "processes": 2}, 1, "2 processes want a GPU each and there is 1: lower launcher.processes"),
+    ({"device": "cuda", "processes": 3}, 2, "3 processes want a GPU each and there are 2: lower launch.processes"),
+    ({"device": "auto", "processes": 2}, 1, "2 processes want a GPU each and there is 1: lower launch.processes"),
 ])
 def test_devices_that_are_not_there_are_refused(monkeypatch, settings, gpus, words) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)

@@ -22,6 +22,7 @@ def test_every_folder_is_a_room_with_two_lines_about_itself() -> None:
     for name in ORDER:
         what, _, may = ast.get_docstring(ast.parse((LIBRARY / name / "__init__.py").read_text())).partition("\n\n")
         assert what.endswith(".") and may.startswith("May import ")
+        assert len(ast.parse((LIBRARY / name / "__init__.py").read_text()).body) == 1, "words alone: see reach.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(LIBRARY).as_posix())

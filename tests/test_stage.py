@@ -21,7 +21,8 @@ def script(folder: Path, body: str) -> list[str]:
     """A stage whose `main(params, mark)` is `body`."""
     (folder / "params.yaml").write_text(DEFAULTS.read_text())
     (folder / "probe.py").write_text(
-        '"""Probe the frame.\n\nreads   nothing\n"""\nfrom llmgr.stage import run\n\n\ndef main(params, mark):\n'
+        '"""Probe the frame.\n\nreads   nothing\n"""\nfrom llmgr.pipeline.stage import run\n\n\n'
+        'def main(params, mark):\n'
         + textwrap.indent(textwrap.dedent(body), "    ")
         + '\n\nrun(main, __doc__, ("seed", "tune"), {"mark": "any word"})\n')
     return [sys.executable, "probe.py"]
@@ -46,8 +47,9 @@ def test_help_is_the_docstring(tmp_path):
 
 
 @pytest.mark.parametrize(("body", "words"), [
-    ("from llmgr.errors import UserError\nraise UserError('tune.lr=9 is high: lower it')", ["tune.lr=9 is high"]),
-    ("from llmgr.artifacts import read_json\nread_json('gone.json')", ["gone.json", "dvc repro"]),
+    ("from llmgr.runtime.errors import UserError\nraise UserError('tune.lr=9 is high: lower it')",
+     ["tune.lr=9 is high"]),
+    ("from llmgr.runtime.artifacts import read_json\nread_json('gone.json')", ["gone.json", "dvc repro"]),
     ("raise MemoryError", ["out of memory", "tune.batch_size", "encoder.training.batch_size"]),
     ("import torch\ntorch.empty(2**60, dtype=torch.uint8)", ["out of memory", "tune.gradient_checkpointing"]),
     ("import torch\nraise torch.OutOfMemoryError('CUDA out of memory')", ["out of memory", "launch.strategy=zero3"]),
@@ -66,7 +68,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_status_2(tmp_path, body, wor
 def test_keys_that_the_messages_name_exist():
     known = set(loading.flat(loading.load(DEFAULTS)))
     sections = {k.split(".")[0] for k in known}
-    text = (STAGES / "llmgr/stage.py").read_text()
+    text = (STAGES / "llmgr/pipeline/stage.py").read_text()
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_.]*[a-z_])", text)) - {"params.yaml"}
     assert named and named <= known
 

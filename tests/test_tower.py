@@ -29,7 +29,6 @@ from llmgr.sessions.reading import read_split
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import token_table
 from llmgr.text.vectors import encode_texts, likeness, whitening
-from llmgr.training import engine
 from llmgr.training.engine import fit
 from llmgr.training.job import Progress
 from llmgr.training.precision import arithmetic
@@ -214,7 +213,7 @@ def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypat
         seen.append((name, made.rows, made.model.vectors()))
         return Progress(epoch_rows=[{"epoch": 0}])
 
-    monkeypatch.setattr(engine, "fit", trained)
+    monkeypatch.setattr(tower_training, "fit", trained)
     tower_training.train_tower(params)
     train, _ = read_split("train", 50)
     user, fold = train.user[train.row], fold_of(USERS, 3, params.seed)

@@ -13,7 +13,12 @@ DISPATCH = {"encoders/registry.py": "encoders"}
 
 
 def reached(script: str | Path) -> list[Path]:
-    """Files of llmgr that a script imports, directly or not and wherever the import stands, without the frame."""
+    """Files of llmgr that a script imports, directly or not and wherever the import stands, without the frame.
+
+    All of them where there is no such file: code typed at a prompt may reach anything.
+    """
+    if not Path(script).is_file():
+        return sorted(path for path in LIBRARY.glob("*/*.py") if path.parent.name not in FRAME)
     seen: set[Path] = set()
     todo = set(imported(Path(script).resolve()))
     while todo:
@@ -24,7 +29,7 @@ def reached(script: str | Path) -> list[Path]:
         seen.add(file)
         todo |= imported(file) - seen
         if name in DISPATCH:
-            todo |= {*(LIBRARY / DISPATCH[name]).glob("*.py")} - seen
+            todo |= {*(LIBRARY / DISPATCH[name]).glob("[!_]*.py")} - seen
     return sorted(seen)
 
 
@@ -35,7 +40,8 @@ def rooms(script: str | Path) -> list[str]:
 
 @functools.cache
 def imported(file: Path) -> frozenset[Path]:
-    """Files of llmgr that one file names in its imports, those for type checking included."""
+    """Modules of llmgr that one file names in its imports, those for type checking included. A room's `__init__.py` holds
+    words alone."""
     found: set[Path] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmgr":
@@ -44,6 +50,4 @@ def imported(file: Path) -> frozenset[Path]:
                 path = LIBRARY.joinpath(*parts).with_suffix(".py")
                 if parts and path.is_file():
                     found.add(path)
-                elif parts and (package := LIBRARY.joinpath(*parts, "__init__.py")).is_file():
-                    found.add(package)
     return frozenset(found)
