@@ -40,7 +40,7 @@ def rooms(script: str | Path) -> list[str]:
 
 @functools.cache
 def imported(file: Path) -> frozenset[Path]:
-    """Modules of llmgr that one file names in its imports, those for type checking included. A room's `__init__.py` holds
+    """Modules of llmgr that one file names in its imports, those for type checking included; a room's `__init__` holds
     words alone."""
     found: set[Path] = set()
     for node in ast.walk(ast.parse(file.read_text())):
