@@ -4,11 +4,11 @@ Reads:  models/embeddings/, models/backbone/, data/core/items.parquet
 Writes: models/aligned/ (bridge, output layer and LoRA adapters; no frozen weight), reports/metrics/align.json,
         reports/curves/align_{steps,epochs}.csv, reports/metrics/cost/align.json
 With align.enabled=false the untrained bridge is written (the paper's RQ3).
-Params: seed, model, align, llm.item_text, launch
+Params: seed, model, align, launch
 """
 from llmgr.pipeline.stage import run
 
-READS = ("seed", "model", "align", "llm.item_text", "launch")
+READS = ("seed", "model", "align", "launch")
 INPUTS = ("models/embeddings", "models/backbone", "data/core/items.parquet")
 
 
@@ -40,7 +40,7 @@ def main(params) -> None:
     if settings.enabled:
         model.prepare(settings, params.launch, place)
         shuffle = params.seed if params.model.texts == "shuffled" else None
-        texts = item_texts(INPUTS[2], params.llm.item_text, shuffle)
+        texts = item_texts(INPUTS[2], "text", shuffle)
         prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)
         job = AlignJob(model, prompts, settings, params.seed, dtype)
         cut = job.cut

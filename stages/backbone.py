@@ -29,7 +29,7 @@ def main(params) -> None:
     from llmgr.training.job import Progress
     from llmgr.training.precision import device_of
 
-    texts = item_texts("data/core/items.parquet", params.llm.item_text)
+    texts = item_texts("data/core/items.parquet", "text")
     resume = resume_folder("backbone", flat(params), ["data/core/items.parquet"])
     scratch = None
     with replacing_folder("models/backbone") as folder:

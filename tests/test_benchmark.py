@@ -12,7 +12,7 @@ from llmgr.model.behaviour import BehaviourJob
 from llmgr.model.prompts import BehaviourPrompts
 
 SETTINGS = types.SimpleNamespace(batch_size=2, accumulate=1, targets="positions", samples=0, valid_sessions=0,
-                                 mask_seen=False, adjustment=0.0, item_noise=0.0, recency=1.0)
+                                 recency=1.0)
 
 
 def job() -> BehaviourJob:

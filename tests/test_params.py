@@ -57,11 +57,9 @@ def test_every_committed_key_arrives_with_its_value():
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"tune__text_smoothing": 0.1, "tune__mask_seen": True}, ("tune.text_smoothing", "tune.mask_seen")),
     ({"tune__text_smoothing": 1.5}, ("tune.text_smoothing",)),
     ({"tune__recency": 1.5}, ("tune.recency",)),
     ({"slit__ridge": 1e-3}, ("slit.ridge=0.001", "at least 0.01")),
-    ({"tune__item_noise": -1}, ("tune.item_noise",)),
     ({"tune__epoch": 3}, ("tune.epoch", "nearest known one is tune.epochs")),
     ({"encoder__training__learning_rate": 1}, ("encoder.training.learning_rate", "encoder.training.")),
     ({"tuen": {}}, ("unknown key tuen", "tune")),
@@ -117,8 +115,7 @@ def test_every_committed_key_arrives_with_its_value():
         "cannot stand for model.base=gcsan-linear, which has a linear start", "tune.folds=0")),
     ({"tune__linear": True, "tune__folds": 2, "encoder__names": ["gcsan", "hcgr"], "model__base": "hcgr"}, (
         "model.base=hcgr, which has its items on a curved space", "choose another base")),
-    ({"model__session_residual": True, "model__output": "linear"}, ("model.session_residual", "model.output=items")),
-    ({"tune__edges": True, "tune__prompt": "short"}, ("tune.edges", "tune.prompt=paper")),
+    ({"tune__edges": True, "tune__prompt": "slot"}, ("tune.edges", "tune.prompt=paper")),
     ({"tune__edges": True, "tune__prompt": "paper", "tune__targets": "positions"},
      ("tune.edges", "tune.targets=prefix")),
     ({"align__candidates": 1}, ("align.candidates=1", "at least 2")),

@@ -13,7 +13,7 @@ from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.sessions.tensors import Sessions
 
 
-def behaviour(family: str = "short", titles: bool = False, edges: bool = False, kind: str = "llama"
+def behaviour(family: str = "slot", titles: bool = False, edges: bool = False, kind: str = "llama"
               ) -> BehaviourPrompts:
     return BehaviourPrompts(tokenizer(kind), family, TITLES if titles else None, 4, edges)
 
@@ -44,14 +44,14 @@ def shown(items: list[int], titles: bool) -> str:
 
 def expected(family: str, items: list[int], titles: bool, edges: bool, graph: int) -> str:
     nodes = shown(items, titles)
-    if family == "short":
-        return f"<s>Products clicked in a session: {nodes}; graph [g{graph}] next"
+    if family == "slot":
+        return f"<s>Products clicked in a session: {nodes}[g{graph}]"
     listed = f" Edges: {''.join(f'[{a}]>[{b}]' for a, b in itertools.pairwise(items))}." if edges else ""
     return (f"<s>The session graph of a shopper. Nodes in order of the clicks: {nodes}.{listed} The last click is node "
             f"[{items[-1]}]. The whole session graph: [g{graph}]. The product clicked next is:")
 
 
-@pytest.mark.parametrize(("family", "titles", "edges"), [("short", False, False), ("short", True, False),
+@pytest.mark.parametrize(("family", "titles", "edges"), [("slot", False, False), ("slot", True, False),
                                                          ("paper", False, False), ("paper", True, True),
                                                          ("paper", False, True)])
 def test_a_prompt_reads_as_its_template(family, titles, edges):
@@ -78,7 +78,7 @@ def shown_extra(family: str, items: list[int], edges: bool) -> int:
 
 
 @pytest.mark.parametrize("titles", [False, True])
-@pytest.mark.parametrize("family", ["short", "paper"])
+@pytest.mark.parametrize("family", ["slot", "paper"])
 def test_what_a_branch_sees_reads_as_the_prompt_of_its_prefix(family, titles):
     graphs = whole(prefixes(), LISTS)
     prompts = behaviour(family, titles)(graphs, torch.ones(len(LISTS), dtype=torch.long))
@@ -97,7 +97,7 @@ def test_first_leaves_earlier_prefixes_out():
     assert prompts.row_R.tolist() == [0, 0, 1, 2, 3, 3, 3, 4]
 
 
-@pytest.mark.parametrize(("family", "titles", "edges"), [("short", True, False), ("paper", False, True),
+@pytest.mark.parametrize(("family", "titles", "edges"), [("slot", True, False), ("paper", False, True),
                                                          ("paper", True, False)])
 def test_the_longest_prompt_is_as_long_as_it_says(family, titles, edges):
     lists = [[1 + i % ITEMS for i in range(9)]]
@@ -158,7 +158,7 @@ def states(model, build: BehaviourPrompts, sessions: Sessions, lists: list[list[
 
 
 @pytest.mark.parametrize("titles", [False, True])
-@pytest.mark.parametrize("family", ["short", "paper"])
+@pytest.mark.parametrize("family", ["slot", "paper"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_one_pass_over_a_session_equals_a_prompt_a_prefix(kind, family, titles):
@@ -174,7 +174,7 @@ def test_one_pass_over_a_session_equals_a_prompt_a_prefix(kind, family, titles):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
-    model, build, sessions = llmgr(kind, attention="causal"), behaviour("short", titles, kind=kind), prefixes()
+    model, build, sessions = llmgr(kind, attention="causal"), behaviour("slot", titles, kind=kind), prefixes()
     graphs = whole(sessions, LISTS)
     session_RD = model.sessions(sessions.graphs(torch.arange(len(sessions))))
     prompts = build(graphs, torch.ones(len(LISTS), dtype=torch.long))
@@ -196,21 +196,21 @@ def test_packed_prompts_have_the_states_they_had_alone(kind, titles, width):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_prompts_end_to_end_have_the_states_they_had_alone(kind, titles):
-    model, build, sessions = llmgr(kind, attention="causal"), behaviour("short", titles, kind=kind), prefixes()
+    model, build, sessions = llmgr(kind, attention="causal"), behaviour("slot", titles, kind=kind), prefixes()
     session_RD = model.sessions(sessions.graphs(torch.arange(len(sessions))))
     prompts = build(whole(sessions, LISTS), torch.ones(len(LISTS), dtype=torch.long))
     row, alone = prompts.end_to_end(True), model.hidden(prompts, session_RD)
     assert row.tokens == prompts.tokens and len(row.real_BL) == 1 and len(row.blocks) > 1
     assert row.real_BL.shape[1] == sum(b.shape[0] * b.shape[1] for b in row.blocks) < SPREAD * row.tokens
-    torch.testing.assert_close(model.hidden(row, session_RD), alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.hidden(replace(row, blocks=None), session_RD), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden(row, session_RD), alone, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(model.hidden(replace(row, blocks=None), session_RD), alone, atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("titles", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_prompts_in_line_have_the_states_they_had_alone(kind, titles):
-    model, build, sessions = llmgr(kind, attention="causal"), behaviour("short", titles, kind=kind), prefixes()
+    model, build, sessions = llmgr(kind, attention="causal"), behaviour("slot", titles, kind=kind), prefixes()
     session_RD = model.sessions(sessions.graphs(torch.arange(len(sessions))))
     prompts = build(whole(sessions, LISTS), torch.ones(len(LISTS), dtype=torch.long))
     line, sizes = prompts.in_line(), prompts.real_BL.sum(1)
@@ -262,7 +262,7 @@ def test_rows_are_nearly_as_wide_as_costs_least():
 
 
 def test_prompts_are_counted_where_they_were_laid_out():
-    prompts = behaviour("short", True)(whole(prefixes(), LISTS), torch.ones(len(LISTS), dtype=torch.long)).packed(24)
+    prompts = behaviour("slot", True)(whole(prefixes(), LISTS), torch.ones(len(LISTS), dtype=torch.long)).packed(24)
     assert prompts.to(torch.device("cpu")) is prompts
     moved = prompts.to(torch.device("meta"))  # where nothing can be counted
     assert moved.real_BL.is_meta and moved.row_R.is_meta

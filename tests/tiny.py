@@ -109,8 +109,7 @@ def model_settings(**changes: Any) -> types.SimpleNamespace:
         "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0,
         "dropout": 0.0, "lora_targets": ["auto"], "attention": "native",
         "readout": "auto", "output": "items", "text_dim": TEXT,
-        "weights": "pretrained", "texts": "own", "node_text": False,
-        "session_residual": False} | changes)
+        "weights": "pretrained", "texts": "own", "node_text": False} | changes)
 
 
 def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **changes: Any

@@ -20,8 +20,8 @@ class Fpmc(SessionEncoder):
     """GraphBatch, item factors [I ; N ; L] of [V+1, 3D] -> [U_u ; L_last ; 0] of [B, 3D].
 
     The zeros let one table of item vectors serve both as what is scored and as what the last click reads. A user that
-    training does not know has U_u = 0. Deviation: dropout on U_u and L_last in place of the paper's L2 terms, and by
-    default softmax cross-entropy in place of its S-BPR (`encoder.fpmc.loss=bpr`).
+    training does not know has U_u = 0. Deviation: dropout on U_u and L_last in place of the paper's L2 terms, and
+    softmax cross-entropy, as every other encoder, in place of its S-BPR (section 5).
     """
 
     reads_users = True
@@ -30,7 +30,6 @@ class Fpmc(SessionEncoder):
     def __init__(self, dim: int, dropout: float, settings: Any) -> None:
         super().__init__(dim)
         self.item_width = self.text_width = 3 * dim
-        self.objective = settings.loss
         self.dropout = Dropout(dropout)
         self.users = nn.Embedding(settings.users + 1, dim, padding_idx=0)
 
@@ -46,13 +45,9 @@ class Fpmc(SessionEncoder):
         return F.pad(session_BE, (0, self.dim))
 
     def loss(self, session_BE: Tensor, vectors_VE: Tensor, target_B: Tensor) -> Tensor:
-        """Softmax cross-entropy, or S-BPR (section 5) against one item drawn uniformly."""
-        if self.objective == "softmax":
-            scored = slice(0, 2 * self.dim)
-            return item_cross_entropy(session_BE[:, scored], vectors_VE[:, scored], target_B)
-        negative_B = torch.randint(1, len(vectors_VE), target_B.shape, device=target_B.device)
-        gap_BE = F.embedding(target_B, vectors_VE) - F.embedding(negative_B, vectors_VE)
-        return -F.logsigmoid((session_BE * gap_BE).sum(1)).sum()
+        """Summed softmax cross-entropy, over the columns that are not zero in every session."""
+        scored = slice(0, 2 * self.dim)
+        return item_cross_entropy(session_BE[:, scored], vectors_VE[:, scored], target_B)
 
     def readout_parameters(self) -> Iterator[nn.Parameter]:
         """What `tune.train_encoder=partial` trains: the user factors, which are all there is."""

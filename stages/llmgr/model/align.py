@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llmgr.encoders.layers import item_cross_entropy
 from llmgr.model.llmgr import Llmgr
@@ -21,10 +20,10 @@ ACCURACY_ITEMS = 1024
 
 
 class AlignJob:
-    """Stage 1: among candidate nodes, the one that a text describes; every item is described once an epoch.
+    """Stage 1: among all nodes, the one that a text describes; every item is described once an epoch.
 
-    The softmax runs over all items or over the candidates shown (`align.softmax`). Validation draws other candidates
-    for a fixed sample of items and reports how often the described node scores highest.
+    The prompt lists candidates, the softmax runs over all items. Validation draws other candidates for a fixed sample
+    of items and reports how often the described node scores highest, among the candidates and among all items.
     """
 
     selects = None
@@ -52,14 +51,7 @@ class AlignJob:
 
     def loss(self, micro: Tensor) -> Loss:
         query, table, bias, tokens = self._forward(micro, self.candidates)
-        shown = self.candidates[micro].to(self.device)
-        target = micro.to(self.device)
-        if self.settings.softmax == "candidates":
-            scores = self._among(query, table, bias, shown)
-            total = F.cross_entropy(scores, (shown == target[:, None]).int().argmax(1), reduction="sum")
-        else:
-            total = item_cross_entropy(query, table, target, bias)
-        return Loss(total, len(micro), tokens)
+        return Loss(item_cross_entropy(query, table, micro.to(self.device), bias), len(micro), tokens)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

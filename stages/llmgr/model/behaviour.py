@@ -52,12 +52,9 @@ class BehaviourJob:
         self.first, self.last, self.sample = spans(train, settings.targets == "positions")
         draw = torch.Generator().manual_seed(seed + 2)
         count = settings.valid_sessions or len(valid)
-        self.prior = log_shares(train.target, len(model.vectors)) * settings.adjustment if settings.adjustment else None
         self.scorer = Scorer(model, prompts, valid.subset(torch.randperm(len(valid), generator=draw)[:count].sort()[0]),
-                             dtype, self.prior)
+                             dtype)
         self.alike = None if alike is None else [t.to(self.device) for t in alike]
-        if settings.item_noise:
-            model.disturb_items(settings.item_noise, target_counts(train.target, len(model.vectors)))
         self.fold, self.shifts = None, [None]
         if model.linear_term is not None and model.linear_term.base is not None:
             base = model.linear_term.base
@@ -92,10 +89,8 @@ class BehaviourJob:
         session_RD = self.frozen[sample_R] if self.frozen is not None else self._sessions(sample_R, shift_VD)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             query, table, bias = self.model(prompts.to(self.device), session_RD, shift_VD)
-        if self.prior is not None:
-            bias = self.prior if bias is None else bias + self.prior
         target_R = self.train.target[sample_R]
-        if self.settings.mask_seen or self.weight is not None or self.model.linear_term is not None:
+        if self.weight is not None or self.model.linear_term is not None:
             total = self._loss(logits(query.float(), table, bias), sample_R, target_R)
         else:
             total = item_cross_entropy(query.float(), table, target_R, bias)
@@ -112,9 +107,6 @@ class BehaviourJob:
             nearest_RN, weight_RN = (t[target_R] for t in self.alike)
             mean_R = (weight_RN * scores_RV.gather(1, nearest_RN)).sum(1)
             ahead_R = scores_RV.gather(1, target_R[:, None])[:, 0] - mean_R
-        if self.settings.mask_seen:
-            seen = torch.zeros_like(scores_RV, dtype=torch.bool).scatter_(1, self.train.graphs(sample_R).items_BS, True)
-            scores_RV = scores_RV.masked_fill(seen.scatter_(1, target_R[:, None], False), float("-inf"))
         loss_R = F.cross_entropy(scores_RV[:, 1:], target_R - 1, reduction="none")
         loss_R = loss_R + self.settings.text_smoothing * ahead_R
         return (loss_R if self.weight is None else loss_R * self.weight[sample_R]).sum()
@@ -141,12 +133,6 @@ class BehaviourJob:
 
     def validate(self) -> dict[str, float]:
         return self.scorer.validate()
-
-
-def log_shares(target_N: Tensor, size: int) -> Tensor:
-    """Logarithm of every item's share of the targets, one added to each count, [V+1]."""
-    count_V = target_counts(target_N, size) + 1
-    return (count_V / count_V.sum()).log()
 
 
 def target_counts(target_N: Tensor, size: int) -> Tensor:

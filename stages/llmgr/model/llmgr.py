@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmgr.encoders.layers import Dropout
 from llmgr.language_model.attention import Apiece, attends_apart
@@ -46,27 +45,16 @@ class Llmgr(nn.Module):
         self.offset = position_offset(language_model)
         self.positions = config.max_position_embeddings - self.offset
         self.register_buffer("vectors", vectors_VD, persistent=False)
-        self.register_buffer("deviation_V", None, persistent=False)
         self.encoder = encoder.requires_grad_(False)
         width, items = config.hidden_size, len(vectors_VD) - 1
         self.hybrid = HybridEncoding(language_model.get_input_embeddings(), vectors_VD, params.dropout,
                                      text_VT if params.node_text else None)
         self.dropout = Dropout(params.dropout)
-        self.output = (ItemsOutput(width, vectors_VD, text_VT, params.session_residual) if params.output == "items"
-                       else LinearOutput(width, items, hidden=params.output == "mlp"))
+        self.output = (ItemsOutput(width, vectors_VD, text_VT) if params.output == "items"
+                       else LinearOutput(width, items))
         self.language_model = add_adapters(language_model, params)
         self.linear_term: nn.Module | None = None
         """Scores of all items for samples [R] of sessions, added to the logits (see llmgr.prior)."""
-
-    def disturb_items(self, share: float, count_V: Tensor) -> None:
-        """In training, add normal noise to the item vectors, drawn anew a forward pass, the same on both sides.
-
-        Its deviation is `share` of the vectors' root mean square over sqrt(1 + count): pretraining fitted a vector to
-        the very targets that it is to explain here, an item's that was met `count_V` [V+1] times the more the fewer
-        they were. Without noise the language model learns to trust rare items' vectors as nothing unseen deserves.
-        """
-        scale = share * self.vectors[1:].square().mean().sqrt()
-        self.deviation_V = F.pad(scale * (1 + count_V[1:].to(scale.device)).rsqrt(), (1, 0))
 
     def pack(self, prompts: PromptBatch, least: int) -> PromptBatch:
         """The prompts of a step end to end, where the readout allows it: in one row, or in rows of `least` tokens."""
@@ -108,10 +96,7 @@ class Llmgr(nn.Module):
 
         `shift_VD` is added to the item vectors, at the node slots and in the output layer.
         """
-        if self.training and self.deviation_V is not None:
-            noise_VD = torch.randn_like(self.vectors) * self.deviation_V[:, None]
-            shift_VD = noise_VD if shift_VD is None else shift_VD + noise_VD
-        return self.output(self.dropout(self.hidden(prompts, session_RD, shift_VD)), session_RD, shift_VD)
+        return self.output(self.dropout(self.hidden(prompts, session_RD, shift_VD)), shift_VD)
 
     def sessions(self, graphs: GraphBatch, shift_VD: Tensor | None = None) -> Tensor:
         """The encoder's readouts [B, D] of session graphs over the frozen item vectors (plus `shift_VD`)."""

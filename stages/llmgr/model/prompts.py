@@ -28,7 +28,6 @@ BEHAVIOUR = {
     "paper": ("The session graph of a shopper. Nodes in order of the clicks: {nodes}",
               ". Edges: {edges}. The last click is node {last}. The whole session graph: {graph}. "
               "The product clicked next is:"),
-    "short": ("Products clicked in a session: {nodes}", "; graph {graph} next"),
     "slot": ("Products clicked in a session: {nodes}", "{graph}"),
 }
 EDGES = re.compile(r"[^.]*\{edges\}\.")

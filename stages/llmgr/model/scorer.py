@@ -41,9 +41,8 @@ def shortened(sessions: Sessions, prompts: BehaviourPrompts, positions: int, kin
 class Scorer:
     """Scores of all items for sessions, from a prompt a session; what validation and test both use."""
 
-    def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype,
-                 prior_V: Tensor | None = None) -> None:
-        self.model, self.prompts, self.dtype, self.prior = model, prompts, dtype, prior_V
+    def __init__(self, model: Llmgr, prompts: BehaviourPrompts, sessions: Sessions, dtype: torch.dtype) -> None:
+        self.model, self.prompts, self.dtype = model, prompts, dtype
         self.sessions, _ = shortened(sessions, prompts, model.positions, "validation or test")
         self.laid_out = self.sessions.to("cpu")
 
@@ -61,14 +60,13 @@ class Scorer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss (that of training, `prior_V` included) and full-ranking metrics at 20 (without it) of its sessions."""
+        """Loss and full-ranking metrics at 20 of its sessions."""
         total = 0.0
 
         def score(samples: Tensor) -> Tensor:
             nonlocal total
             scores = spread(self, samples)
-            adjusted = scores if self.prior is None else scores + self.prior
-            total += F.cross_entropy(adjusted[:, 1:], self.sessions.target[samples] - 1, reduction="sum").item()
+            total += F.cross_entropy(scores[:, 1:], self.sessions.target[samples] - 1, reduction="sum").item()
             return scores
 
         found = metrics(rank_sessions(score, self.sessions, 128))

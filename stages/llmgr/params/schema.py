@@ -87,8 +87,6 @@ class Split:
 class Fpmc:
     lr: float
     """Peak learning rate of Adam."""
-    loss: Literal["softmax", "bpr"]
-    """Cross-entropy over all items, as every other encoder, or the paper's pairwise loss against one drawn item."""
 
     def check(self) -> None:
         positive(self, "encoder.fpmc", "lr")
@@ -387,9 +385,6 @@ class Llm:
     """Hub id (owner/model), local folder with safetensors, or `scratch`: a small LLaMA trained on the texts."""
     revision: str
     """Hub revision; what it resolved to is recorded in models/backbone/backbone.json."""
-    item_text: Literal["title", "text"]
-    """What text vectors and stage 1 read of an item: the title, or the whole cleaned text. A scratch model is always
-    trained on the whole text; word-kNN and `slit.text` read title and brand."""
     max_text_tokens: int
     """Tokens of an item's text that the text vectors see."""
     scratch: Scratch
@@ -418,8 +413,8 @@ class Model:
     """`native` keeps the backbone's own masking; `causal` puts a bidirectional one under a causal mask."""
     readout: Literal["auto", "last", "first", "mean"]
     """Where the hidden state h is read; `auto`: `last` under causal attention, `first` else."""
-    output: Literal["linear", "mlp", "items"]
-    """`linear`: the paper's free layer over items; `mlp`: with one hidden layer; `items`: (W h)·[x_i ; text_i]."""
+    output: Literal["linear", "items"]
+    """`linear`: the paper's free layer over items; `items`: (W h)·[x_i ; text_i]."""
     text_dim: int
     """Principal components of the text vectors in the `items` output."""
     weights: Literal["pretrained", "random"]
@@ -428,8 +423,6 @@ class Model:
     """`shuffled` deals the texts out to other items, here and in the prompts: the twin that tells what they add."""
     node_text: bool
     """Node slots read the item's text features beside its vector: what the text says for no more tokens."""
-    session_residual: bool
-    """With `items`: the encoder's session vector is added to W h, so that tuning starts from the encoder's scores."""
 
     def check(self) -> None:
         at_least(self, "model", "lora_r", 0)
@@ -440,8 +433,6 @@ class Model:
         if self.attention == "causal" and self.readout in ("first", "mean"):
             raise UserError(f"model.readout={self.readout} reads nothing useful under model.attention=causal: set "
                             "model.readout=last")
-        if self.session_residual and self.output != "items":
-            raise UserError(f"model.session_residual=true needs model.output=items, not {self.output}")
 
 
 @dataclass(frozen=True)
@@ -482,8 +473,6 @@ class Align(Training):
     """False skips stage 1: tuning starts from an untrained bridge (the paper's RQ3)."""
     candidates: int
     """Node slots that a prompt lists, the described one among them."""
-    softmax: Literal["items", "candidates"]
-    """What the described node is told apart from: all items, or the candidates shown."""
     max_text_tokens: int
     """Tokens of the description in a prompt."""
 
@@ -500,8 +489,8 @@ class Tune(Training):
     epochs: int
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
-    prompt: Literal["paper", "short", "slot"]
-    """Stage-2 template of llmgr.prompts: the paper's wording, a short one, or `slot`: the graph slot asks."""
+    prompt: Literal["paper", "slot"]
+    """Stage-2 template of llmgr.model.prompts: the paper's wording, or `slot`: the clicks, then the graph slot."""
     samples: int
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]
@@ -514,14 +503,6 @@ class Tune(Training):
     """The prompt lists the session graph's edges (nearly redundant: sessions hardly repeat items)."""
     valid_sessions: int
     """Validation sessions scored after each epoch, drawn by seed; 0 takes all."""
-    mask_seen: bool
-    """Items already in the session leave the softmax of training."""
-    adjustment: float
-    """Logit adjustment (Menon et al., ICLR 2021): in training alone every logit gains this times the logarithm of the
-    item's share of the targets. Above 0 cold items rank higher; 1 would rank as if all items were as popular."""
-    item_noise: float
-    """Normal noise on the frozen item vectors in training, at the node slots and in the output layer, in units of their
-    root mean square over sqrt(1 + how often the item is a target): pretraining fitted them to the same targets."""
     text_smoothing: float
     """Label smoothing (Szegedy et al., CVPR 2016) by text: the share of a target's weight in the loss of training that
     goes to the ten items whose title and brand share most words with its own. 0 leaves it all to the target."""
@@ -545,13 +526,8 @@ class Tune(Training):
     def check(self) -> None:
         super().check()
         at_least(self, "tune", "samples", 0)
-        at_least(self, "tune", "adjustment", 0)
-        at_least(self, "tune", "item_noise", 0)
         share(self, "tune", "text_smoothing")
         share(self, "tune", "recency")
-        if self.mask_seen and self.text_smoothing:
-            raise UserError("tune.text_smoothing gives weight to items that tune.mask_seen=true takes out of the "
-                            "softmax: set one of the two to 0 or false")
         at_least(self, "tune", "valid_sessions", 0)
         at_least(self, "tune", "folds", 0)
         if self.folds == 1:
@@ -561,7 +537,7 @@ class Tune(Training):
                             "tune.folds=0")
         positive(self, "tune", "title_tokens")
         if self.edges and self.prompt != "paper":
-            raise UserError("tune.edges=true needs tune.prompt=paper: the short prompt has no place for edges")
+            raise UserError("tune.edges=true needs tune.prompt=paper: the slot prompt has no place for edges")
         if self.edges and self.targets == "positions":
             raise UserError("tune.edges=true needs tune.targets=prefix: an edge list differs from prefix to prefix")
 
@@ -580,7 +556,7 @@ class Tower(Training):
     batch_size: int
     """Training prefixes a micro-batch, those of a session together; the targets of one are told from each other."""
     max_text_tokens: int
-    """Tokens of each text, `llm.item_text`."""
+    """Tokens of each item's text."""
     decay: float
     """A click's weight falls by this factor a step back in the session; 0: the last alone."""
 

@@ -162,7 +162,7 @@ def built(params: Any, place: torch.device) -> TextTower:
     """The tower before tuning, at `place`: all its weights are to learn."""
     torch.manual_seed(params.seed)
     settings, longest = params.tower, params.tower.max_text_tokens
-    texts = item_texts("data/core/items.parquet", params.llm.item_text, texts_shuffled(params))
+    texts = item_texts("data/core/items.parquet", "text", texts_shuffled(params))
     token_VL, count_V = token_table(
         load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"], longest)
     if settings.encoder == "tokens":
