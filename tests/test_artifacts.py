@@ -105,7 +105,7 @@ FULL = """
             limit()
             weights = dict(model.named_parameters())
             workers = Replicas(None, weights, torch.optim.SGD(model.parameters()), 1.0)
-            save_checkpoint(Path("out"), Progress(), workers, {}, "here")
+            save_checkpoint(Path("out"), Progress(), workers, {}, "here", "toy")
 
     run(main, __doc__, ("seed",), {"kind": "what is written"})
 """

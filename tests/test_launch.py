@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from machine import DEFAULTS
+from test_training import checkpoint_of
 
 from llmgr.params import loading
 from llmgr.runtime.console import PARENT, WORKERS
@@ -188,7 +189,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_undisturbed_one(together, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_are_whole_hold_no_frozen_weight_and_suit_one_process(alone, together, strategy, tmp_path, capsys):
-    state = torch.load(together["folder"] / f"half-{strategy}-0.0/state.pt", weights_only=True)
+    state = checkpoint_of(together["folder"] / f"half-{strategy}-0.0/state.pt")
     frozen = {k for k in state["weights"] if "base_layer" in k or "embed" in k}
     step = state["progress"]["step"]
     assert state["weights"] and not frozen and 0 < step < len(alone["positions"]["steps"])
@@ -226,7 +227,6 @@ TOY = """
     from pathlib import Path
     import torch
     from llmgr.training import distributed
-    from llmgr.training import launcher
     from llmgr.training.engine import fit
     from test_training import Toy, bytes_of, settings
 
@@ -255,7 +255,7 @@ def test_a_worker_that_dies_takes_the_others_along_and_the_run_goes_on_to_the_sa
     done = run(tmp_path, toy("lambda total: os.kill(os.getpid(), signal.SIGKILL)"))
     assert re.search(r"error: process 2 of 2 was killed \(SIGKILL\) and the others were stopped; .*tune.batch_size",
                      sentence(done))
-    assert not list(tmp_path.glob("bytes.*")) and torch.load(tmp_path / "resume/state.pt")["progress"]["step"] == 7
+    assert not list(tmp_path.glob("bytes.*")) and checkpoint_of(tmp_path / "resume/state.pt")["progress"]["step"] == 7
     again = run(tmp_path, toy("lambda total: total"))
     assert again.returncode == 0 and "resuming at step 7, epoch 1\n" in again.stderr, again.stderr
     assert {(tmp_path / f"bytes.{n}").read_bytes() for n in range(2)} == {undisturbed}
@@ -269,7 +269,7 @@ def test_a_worker_that_dies_takes_the_others_along_and_the_run_goes_on_to_the_sa
 def test_what_one_worker_meets_stops_all_with_one_sentence(tmp_path: Path, what: str, words: list[str]) -> None:
     said = sentence(run(tmp_path, toy(what)))
     assert all(word in said for word in words)
-    state = torch.load(tmp_path / "resume/state.pt", weights_only=True)
+    state = checkpoint_of(tmp_path / "resume/state.pt")
     assert state["progress"]["step"] == 7 and all(w.isfinite().all() for w in state["weights"].values())
 
 
@@ -281,7 +281,7 @@ def test_a_defect_of_one_worker_keeps_its_traceback(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Weights of the small training in two processes, which torchrun starts, whatever launcher.processes says."""
+    """Weights of the small training in two processes, which torchrun starts, whatever launch.processes says."""
     folder = tmp_path_factory.mktemp("torchrun")
     probe(folder, toy("lambda total: total"), processes=7)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

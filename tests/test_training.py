@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.state import former, read_state, write_state
 from llmgr.training import engine, job, optimizer, precision
 from llmgr.training.engine import fit
 from llmgr.training.job import Loss
@@ -87,6 +90,10 @@ def outcome(job: Toy, progress: job.Progress) -> tuple:
     return bytes_of(job), progress.step_rows, progress.epoch_rows, progress.samples, progress.tokens, progress.step
 
 
+def checkpoint_of(path: Path) -> dict:
+    return torch.load(io.BytesIO(read_state(path)), weights_only=True)
+
+
 def stop(_):
     raise InterruptedError
 
@@ -143,24 +150,107 @@ def test_killed_without_warning_it_goes_on(tmp_path):
     expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path / "b", name="tune"))
     assert outcome(resumed, fit(resumed, settings(), seed=7, resume=tmp_path / "a", name="tune")) == expected
     assert resumed.calls == 15 - 7
-    assert os.listdir(tmp_path / "a") == ["state.pt"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["state.pt", "state.pt.former"]
 
 
-@pytest.mark.parametrize("kept", [0, 100, -100])
-def test_a_damaged_checkpoint_is_told_of_and_the_training_begins_anew(tmp_path, capsys, kept):
-    whole = Toy()
-    expected = outcome(whole, fit(whole, settings(), seed=7, resume=tmp_path, name="tune"))
+def left_at(folder: Path, step: int, name: str = "tune") -> None:
+    """A training that was stopped after so many steps, each with its checkpoint."""
+    job = Toy()
+    job.broken = {step + 1: stop}
+    with pytest.raises(InterruptedError):
+        fit(job, settings(checkpoint_seconds=0), seed=7, resume=folder, name=name)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> tuple[Path, tuple]:
+    """A folder with the checkpoints of steps 8 and 7, and what an undisturbed training comes to."""
+    folder, whole = tmp_path_factory.mktemp("stopped"), Toy()
+    expected = outcome(whole, fit(whole, settings(), seed=7, resume=folder / "whole", name="tune"))
+    left_at(folder / "cut", 8)
+    return folder / "cut", expected
+
+
+def rewritten(path: Path, change) -> None:
+    """The checkpoint with a change, under a digest that holds."""
+    state = checkpoint_of(path)
+    buffer = io.BytesIO()
+    torch.save(change(state), buffer)
+    write_state(path, buffer.getvalue())
+
+
+def flipped(place: float):
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(place * (len(content) - 1))] ^= 4
+        path.write_bytes(content)
+    return damage
+
+
+DAMAGE = {
+    **{f"a bit at {place}": flipped(place) for place in (0, 0.003, 0.1, 0.3, 0.5, 0.7, 0.9, 1)},
+    **{f"{size} bytes": lambda path, size=size: path.write_bytes(path.read_bytes()[:size])
+       for size in (0, 20, 500, -1)},
+    "a byte more": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "no digest": lambda path: path.write_bytes(read_state(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "x").touch()),
+    "a list": lambda path: rewritten(path, lambda state: [state]),
+    "a weight less": lambda path: rewritten(path, lambda state: state["weights"].popitem() and state),
+    "another shape": lambda path: rewritten(path, lambda state: state | {
+        "weights": {key: value[:1] for key, value in state["weights"].items()}}),
+    "moments of another shape": lambda path: rewritten(path, lambda state: state["optimizer"]["state"][0].update(
+        exp_avg=torch.zeros(2)) or state),
+    "no number": lambda path: rewritten(path, lambda state: state | {
+        "weights": {key: value * math.nan for key, value in state["weights"].items()}}),
+    "no progress": lambda path: rewritten(path, lambda state: state.pop("progress") and state),
+    "half a progress": lambda path: rewritten(path, lambda state: state["progress"].pop("window") and state),
+    "a step in words": lambda path: rewritten(path, lambda state: state["progress"].update(step="8") or state),
+    "random state of no kind": lambda path: rewritten(path, lambda state: state | {"random": [[1]]}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(stopped, tmp_path, capsys, damage):
+    folder, expected = stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     state = tmp_path / "state.pt"
-    state.write_bytes(state.read_bytes()[:kept])
-    capsys.readouterr()
+    older = former(state).read_bytes()
+    DAMAGE[damage](state)
+    former(state).write_bytes(older)
+    job = Toy()
+    assert outcome(job, fit(job, settings(checkpoint_seconds=0), seed=7, resume=tmp_path, name="tune")) == expected
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [f"{state} is damaged and was removed: the training goes on from the checkpoint before it",
+                        "resuming at step 7, epoch 1"] and job.calls == 15 - 7
+
+
+@pytest.mark.parametrize("damage", ["a bit at 0.5", "0 bytes", "a list"])
+def test_where_no_checkpoint_is_whole_the_training_begins_anew(stopped, tmp_path, capsys, damage):
+    folder, expected = stopped
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "state.pt"
+    DAMAGE[damage](state)
+    shutil.copy(state, former(state))
     job = Toy()
     assert outcome(job, fit(job, settings(), seed=7, resume=tmp_path, name="tune")) == expected
     first, *_ = capsys.readouterr().err.splitlines()
-    assert first == f"{state} is damaged and was removed: the training starts anew" and job.calls == whole.calls
+    assert first == f"{state} is damaged and was removed: the training starts anew" and job.calls == 15
+
+
+@pytest.mark.parametrize(("place", "name"), [("tune/a", "tower"), ("tune/b", "tune"), ("align/a", "tune")])
+def test_a_checkpoint_of_another_training_is_not_taken(tmp_path, capsys, place, name):
+    left_at(tmp_path / ".resume/tune/a", 8)
+    shutil.copytree(tmp_path / ".resume/tune/a", tmp_path / "other/.resume" / place)
+    job = Toy()
+    fit(job, settings(), seed=7, resume=tmp_path / "other/.resume" / place, name=name)
+    assert "the training starts anew" in capsys.readouterr().err and job.calls == 15
+    shutil.copytree(tmp_path / ".resume/tune/a", tmp_path / "moved/.resume/tune/a")
+    job = Toy()
+    fit(job, settings(), seed=7, resume=tmp_path / "moved/.resume/tune/a", name="tune")
+    assert job.calls == 15 - 8, "a repository may be moved"
 
 
 def test_a_checkpoint_that_memory_does_not_hold_is_kept(tmp_path, monkeypatch):
-    (tmp_path / "state.pt").write_bytes(b"whole")
+    write_state(tmp_path / "state.pt", b"whole")
 
     def load(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -209,7 +299,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_checkpoint(t
     job.broken = {8: lambda total: total * value}
     with pytest.raises(UserError, match=r"tune: the loss .* not finite at step 8; lower tune.lr"):
         fit(job, settings(checkpoint_seconds=0), seed=7, resume=tmp_path, name="tune")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state = checkpoint_of(tmp_path / "state.pt")
     assert state["progress"]["step"] == 7
     assert all(bool(w.isfinite().all()) for w in state["weights"].values())
 
@@ -219,7 +309,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path):
     job.broken = {8: lambda total: total + (0 * job.model[0].weight).pow(0.5).sum()}  # finite value, gradient 0 * inf
     with pytest.raises(UserError, match="not finite at step 8"):
         fit(job, settings(checkpoint_seconds=0), seed=7, resume=tmp_path, name="tune")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state = checkpoint_of(tmp_path / "state.pt")
     assert state["progress"]["step"] == 7
     assert all(bool(p.isfinite().all()) for p in job.model.parameters())
 
@@ -301,7 +391,7 @@ def test_only_matrices_decay_and_frozen_weights_stay(tmp_path):
     assert len(optimizer._groups({"w": job.model[3].weight}, 0.5, 0.1)) == 1, "no empty group"
     fit(job, settings(), seed=7, resume=tmp_path, name="tune")
     assert torch.equal(job.model[0].weight, before)
-    assert "0.weight" not in torch.load(tmp_path / "state.pt", weights_only=True)["weights"]
+    assert "0.weight" not in checkpoint_of(tmp_path / "state.pt")["weights"]
 
 
 def test_what_a_finished_training_writes(tmp_path):

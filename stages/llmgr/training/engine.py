@@ -42,7 +42,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
     torch.manual_seed(seed + rank())  # dropout differs between processes
     trained = {k: p for k, p in job.model.named_parameters() if p.requires_grad}
     optimizer = adamw(trained, settings)
-    state = from_first(load_checkpoint(resume / "state.pt") if rank() == 0 else None)
+    state = from_first(load_checkpoint(resume / "state.pt", name, trained, optimizer) if rank() == 0 else None)
     if state:
         with torch.no_grad():
             for key, parameter in trained.items():
@@ -100,7 +100,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
                 bar.show(progress.step, f"loss {mean:.4f}")
             clock(training=True)
             if due:
-                save_checkpoint(resume / "state.pt", progress, workers, best, machine)
+                save_checkpoint(resume / "state.pt", progress, workers, best, machine, name)
                 saved = time.monotonic()
         job.model.eval()
         metrics = workers.validate()
@@ -115,7 +115,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             progress.best, progress.best_epoch = metrics[job.selects], progress.epoch
             best = {k: p.detach().clone() for k, p in trained.items()}
         clock(training=False)
-        save_checkpoint(resume / "state.pt", progress, workers, best, machine)
+        save_checkpoint(resume / "state.pt", progress, workers, best, machine, name)
         saved = time.monotonic()
     bar.close()
     workers.close()
