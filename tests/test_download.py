@@ -227,8 +227,8 @@ def test_a_relative_mirror_is_found_from_an_experiment_copy(home, monkeypatch):
 
 
 def test_origins_hide_credentials_and_machine_paths():
-    assert fetch.shown("https://me:secret@host:8080/data") == "https://host:8080/data"
-    assert fetch.shown("/home/somebody/amazon") == "amazon"
+    assert fetch.shown("https://me:secret@host:8080/data") == "https://***@host:8080/data"
+    assert fetch.shown("/home/somebody/amazon") == "…/amazon"
     assert fetch.shown("../shared/amazon") == "../shared/amazon"
 
 

@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from llmgr.runtime import artifacts, resume
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.masking import masked
 
 BLOCK = 1 << 20
 LONGEST_PAUSE = 30.0
@@ -34,10 +34,7 @@ def is_url(text: str) -> bool:
 
 def shown(origin: str) -> str:
     """`origin` as it may be recorded: without credentials, and without the machine's own path to a folder."""
-    if not is_url(origin):
-        return Path(origin).name if Path(origin).is_absolute() else origin
-    parts = urlsplit(origin)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return masked(origin)
 
 
 def from_folder(mirror: str, name: str) -> tuple[Path, str | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmgr.runtime.console import WORKERS
 from llmgr.runtime.errors import UserError, WorkersFailed, disk_is_full, out_of_memory
+from llmgr.runtime.masking import masked
 
 
 def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None, *,
@@ -60,13 +61,12 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
                   "model, tower.batch_size for the tower, or tower.gradient_checkpointing=true where a language model "
                   "is one; evaluate.batch_size in gate and evaluate, gate.sessions in gate); tune.linear=false, "
                   "tune.folds=0 and encoder.linear_controls=[] spare two matrices of all pairs of items")
-        if WORKERS in os.environ:
-            _fail(traceback.format_exc(), status=1)
-        raise
+        _fail(traceback.format_exc(), status=1)
 
 
 def _fail(said: str, status: int = 2) -> None:
     """End with `status`; a worker leaves what it says to the process that started it, which says it once."""
+    said = masked(said, paths=False)
     sys.stdout.flush()
     if folder := os.environ.get(WORKERS):
         Path(folder, f"{os.environ['RANK']}.error").write_text(said)

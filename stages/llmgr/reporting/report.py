@@ -14,6 +14,7 @@ from llmgr.reporting.buckets import LEVEL
 from llmgr.reporting.evidence import CONVENTIONS, MAIN, arranged
 from llmgr.reporting.figures import count, duration, pretty, signed
 from llmgr.reporting.significance import least_p
+from llmgr.runtime.masking import masked, masked_all
 
 HEADLINE_COLUMNS = [*(("all", metric) for metric in HEADLINE), ("cold", "hr_at_20"), ("warm", "hr_at_20")]
 TWIN_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
@@ -273,7 +274,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
         twin_columns=TWIN_COLUMNS, changes=_changes,
         seed_tables=seed_tables(found["seeds"], params) if found["seeds"] else [],
-        facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=flat(params))
+        facts={name: _grid(facts) for name, facts in found["facts"].items()}, settings=masked_all(flat(params)))
 
 
 def markdown(found: Mapping[str, Any], params: Any) -> str:
@@ -422,4 +423,4 @@ def _value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return _number(value)
-    return ", ".join(map(_value, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_value, value)) if isinstance(value, list) else masked(str(value))

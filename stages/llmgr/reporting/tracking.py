@@ -24,6 +24,7 @@ from llmgr.params.names import HEADLINE
 from llmgr.reporting.evidence import left_behind
 from llmgr.runtime.artifacts import digest, read_json, replacing
 from llmgr.runtime.errors import UserError, disk_is_full
+from llmgr.runtime.masking import masked, masked_all
 from llmgr.runtime.resume import home
 
 KEY = "llmgr.key"
@@ -221,9 +222,9 @@ def _opened(experiment: str, uri: str | None, again: str) -> Iterator[tuple[Any,
     except (MlflowException, OSError) as error:
         if disk_is_full(error):
             raise
-        told = f"the MLflow store ({shown}) did not take the run ({' '.join(str(error).split())[:160]})"
-        raise UserError(re.sub(r"//[^/@\s]*@", "//", told) + ": mend track.uri or MLFLOW_TRACKING_URI, or start the "
-                        f"server, and run `{again}` again") from None  # no password in a message
+        told = f"the MLflow store ({shown}) did not take the run ({masked(' '.join(str(error).split()))[:160]})"
+        raise UserError(masked(told) + ": mend track.uri or MLFLOW_TRACKING_URI, or start the "
+                        f"server, and run `{again}` again") from None
 
 
 def _published(client: Any, experiment_id: str, identity: str, name: str, further: Mapping[str, str],
@@ -301,7 +302,7 @@ def _finished(client: Any, experiment_id: str, identity: str) -> Any:
 def _log_parameters(client: Any, run_id: str, parameters: Mapping) -> None:
     from mlflow.entities import Param
 
-    texts = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in parameters.items()]
+    texts = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in masked_all(parameters).items()]
     for start in range(0, len(texts), 100):
         client.log_batch(run_id, params=texts[start:start + 100])
 

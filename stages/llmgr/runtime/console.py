@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from llmgr.runtime.masking import masked
+
 WORKERS = "LLMGR_WORKERS"  # environment: the folder where workers meet and leave what they died of
 PARENT = "LLMGR_PARENT"  # environment: the process that started them and ends them
 
@@ -19,7 +21,7 @@ def first() -> bool:
 def say(text: str) -> None:
     """One line of progress to standard error, at once; the first of several processes speaks for all."""
     if first():
-        print(text, file=sys.stderr, flush=True)
+        print(masked(text, paths=False), file=sys.stderr, flush=True)
 
 
 class Bar:
