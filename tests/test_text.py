@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ DIRT = {
     ("Good pens. 100% Satisfaction Guaranteed! Buy now!", "Good pens."),
     ("Soft. Click here to see our other products. Warm.", "Soft. Warm."),
     ("See http://shop.example.com/x?y=1 or www.example.com, mail me@example.com", "See or mail"),
+    ("a-www.com,blue x.com-y.com/z --w.net c", "blue -- c"),
+    ("b-www.pens.com,blue c", "b- c"),
+    ("mail (me@shop.example.com), @home, a@b, we@x.y@z.org!now", "mail ), @home, a@b, !now"),
+    ("One [ 'two' ] three [\"four\"] [ 'five", "One two three four ( 'five"),
+    ("['cut', \"badly' , 'quoted\" ]", "cut. badly' , 'quoted"),
+    ("Soft .a b:hover, #c {color: red; width: 3px} wool", "wool"),
     ("Read more books", "Read more books"),
     ("field.Add water", "field. Add water"),
     ("var aPageStart = (new Date()).getTime();", ""),
@@ -56,6 +63,37 @@ DIRT = {
 def test_clean(dirty, expected):
     assert cleaning.clean(dirty) == expected
     assert cleaning.clean(expected) == expected
+
+
+HOSTILE = [
+    "a-", "a-a.", "a.", ".", " .", " ", "\t", "a", "_", "1", ",", "1 days ", "100% ", "click the ", "contact us ",
+    "<", "<a ", "<a b=", "<p>", "a<p> ", "/>", "<!--", "<script ", "</script ", "\"' ", "'", '"', " •", "()", "(",
+    "&amp;", "amp;", "amp; ", "&amp;lt;", "&#", "&nbsp;", "{", "a {b", "{}", "\\", "\\n", "\\'", "\u200b", "é",
+    "['", '["', "[", "[ ", "['a', ", "['', -", "]", "' ]", "a@", "@", "a@b.", "www.", "http:", "http://", ".com",
+    "a.com-", "var ", "function ", "\u0301\u0323",
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("end", ["", ".", " x"])
+def test_cleaning_takes_time_in_proportion_to_the_text(piece, end):
+    """Eight times the text takes about eight times the time; it took 64 times, and minutes."""
+    def seconds(length: int) -> float:
+        text = piece * (length // len(piece)) + end
+        begun = time.process_time()
+        cleaning.sentences(cleaning.clean(text))
+        return time.process_time() - begun
+
+    assert seconds(160_000) < 16 * seconds(20_000) + 0.5
+
+
+def test_bullets_part_sentences():
+    assert cleaning.sentences("Soft • Warm • • Red. Blue") == ["Soft", "Warm", "Red.", "Blue"]
+
+
+def test_marks_that_pile_up_on_a_letter_are_cut_and_real_ones_stay():
+    assert cleaning.clean("cafe\u0301 a\u0323\u0301") == "café ạ́"
+    assert len(cleaning.clean("a" + "\u0301" * 1000 + "b")) < 40
 
 
 def metadata(**fields) -> dict:

@@ -34,7 +34,17 @@ MARKETING = (
 )
 """What sellers say of everything: removed with the punctuation behind it."""
 _MARKETING = re.compile(r"(?<!\w)(?:" + "|".join(MARKETING) + r")(?!\w)\s*[.!*]*", re.I)
-_ADDRESS = re.compile(r"https?://\S+|www\.\S+|\S+@\w[\w.-]*\.\w+|\b[\w-]+\.(?:com|net|org)\b(?:/\S*)?", re.I)
+_HINTS = ("brand", "guarantee", "now", "today", "cart", "click", "visit", "see", "check out", "larger", "shipping",
+          "limited", "more", "risk", "contact")
+"""A text with none of these holds no phrase of MARKETING; to look for them is quicker than the pattern."""
+_MAIL_HOST = re.compile(r"@\w[\w.-]*\.\w+")
+_SITE = re.compile(
+    r"(?P<dashes>(?<!\w)-++)|(?:https?://|www\.)\S+|(?P<word>[\w-]++)"
+    r"(?:(?P<site>\.(?:com|net|org)\b(?:/\S*)?)|(?:(?<=http)|(?<=https))://\S+|(?<=www)\.\S+)?", re.I)
+"""Every word, so that none is read twice, with the web address that it begins or ends in."""
+_SITE_SIGNS = ("://", "www.", ".com", ".net", ".org")
+_SITE_START = re.compile(r"(?:https?|www)\Z", re.I)
+_WEB_FIRST = re.compile(r"(?:https?://|www\.)\S", re.I)
 _LOST_AMPERSAND = re.compile(r"&?(?:amp; ?)+(#?\w{2,8});")
 _LOST_NAME = re.compile(
     r"(?<![&A-Za-z#])(quot|nbsp|apos|[lr][sd]quo|[mn]dash|hellip|bull|frac\d\d|plusmn|[aeiou](?:acute|grave|uml));"
@@ -44,13 +54,16 @@ _ENTITY = re.compile(r"&(?:#\d{1,7};?|#[xX][0-9a-fA-F]{1,6};?|[A-Za-z]\w{1,30};|
 _BLOCK = re.compile(r"<!--.*?(?:-->|$)|<(script|style)\b.*?(?:</\1\s*>|$)|<!\[CDATA\[|\]\]>", re.I | re.S)
 _TAG = re.compile(r"</?[A-Za-z!][^<>]{0,2000}>|<[A-Za-z]+\s+[\w-]+\s*=[^<>]*$|</?(?:br|li|ul|ol|p|div|span)\b/?")
 _PARAGRAPH = re.compile(r"""(?<=[\w"')])\s*(?:</?(?:p|li|ul|div|br)\b[^<>]*>\s*)+(?=[A-Z0-9])""")
-_TAG_END = re.compile(r"""["']?\s*/>|["']>(?=\s|$)""")
+_TAG_END = re.compile(r"""["']\s*+/>|(?<!\s)\s*+/>|["']>(?=\s|$)""")
 _SCRIPT = re.compile(r"(?:\bvar \w+\s*=|\bfunction\s*\(|\bP\.when\s*\().*", re.S)
-_STYLE = re.compile(r"[\w.#@,: -]{0,80}\{[^{}]{0,4000}\}")
-_INNER_LIST = re.compile(r"""\[\s*(['"])(.*?)\1\s*\]""", re.S)
+_BRACES = re.compile(r"\{[^{}]{0,4000}\}")
+_SELECTOR = re.compile(r"[\w.#@,: -]*")
+_LIST_START = re.compile(r"""\[\s*+(['"])""")
+_LIST_END = {quote: re.compile(rf"{quote}\s*+\]") for quote in "'\""}
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd]")
+_MARKS = re.compile(r"(?<=[^\w\s\x00-\x7f]{30})[^\w\s\x00-\x7f]+")
 _SPACE = re.compile(r"(?:[\s\x00-\x1f\x7f-\x9f\u2028\u2029]|\\n|\\[rt](?![a-z]))+")
-_SENTENCE = re.compile(r"""(?<=[.!?])\s+(?=["'(]?[A-Z0-9])|\s*[•·▪●]\s*""")
+_SENTENCE = re.compile(r"""(?<=[.!?])\s+(?=["'(]?[A-Z0-9])|(?<!\s)(?:\s*+[•·▪●])++\s*""")
 _GLUED = re.compile(r"(?<=[a-z][.!?])(?=[A-Z])")
 _STRAY = re.compile(r"(?<=[.!?,;:])(?: \.)+(?= |$)")
 _WORD = re.compile(r"\w+")
@@ -71,26 +84,35 @@ def clean(text: str) -> str:
 
 
 def _pass(text: str) -> str:
-    text = _INVISIBLE.sub("", text.encode("utf-8", "ignore").decode())
+    """Every kind of dirt removed once. What cannot be in a text is not searched for: most texts are clean."""
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
+        text = _composed(_INVISIBLE.sub("", text.encode("utf-8", "ignore").decode()))
     if "[" in text:
-        text = _INNER_LIST.sub(lambda match: match[2], _flattened(text.strip()))
+        text = _without_inner_lists(_flattened(text.strip()))
     if ";" in text or "&" in text:
         text = _unescaped(text)
     if "<" in text or ">" in text:
         text = _TAG_END.sub(" ", _TAG.sub(" ", _PARAGRAPH.sub(". ", _BLOCK.sub(" ", text))))
     if "{" in text:
-        text = _STYLE.sub(" ", text)
+        text = _without_styles(text)
     if "(" in text or "=" in text:
         text = _SCRIPT.sub(" ", text)
-    if "." in text or "@" in text:
-        text = _ADDRESS.sub(" ", text)
+    folded, has_address = text.casefold(), "." in text or "@" in text
+    if "@" in text:
+        text = re.sub(r"\S*@\S*", lambda match: _without_mail(match[0]), text)
+    if has_address and any(sign in folded for sign in _SITE_SIGNS):
+        text = _SITE.sub(_without_site, text)
     if "\\" in text:
         text = re.sub(r"""\\(?=['"])""", "", text)
-    text = _SPACE.sub(" ", _GLUED.sub(" ", _MARKETING.sub(" ", text)))
-    text = _STRAY.sub("", text)
-    return text.translate({91: "(", 93: ")"}).replace("( )", "").replace("()", "").strip(" |>,;*_-")
+    if any(hint in folded for hint in _HINTS):
+        text = _MARKETING.sub(" ", text)
+    if "." in text or "!" in text or "?" in text:
+        text = _GLUED.sub(" ", text)
+    if "  " in text or "\\" in text or not text.isprintable():
+        text = _SPACE.sub(" ", text)
+    if " ." in text:
+        text = _STRAY.sub("", text)
+    return text.replace("[", "(").replace("]", ")").replace("( )", "").replace("()", "").strip(" |>,;*_-")
 
 
 def _flattened(text: str) -> str:
@@ -102,8 +124,60 @@ def _flattened(text: str) -> str:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         parts = None
     if not isinstance(parts, list):  # cut short, or badly quoted
-        parts = re.split(r"""['"]\s*,\s*['"]""", re.sub(r"""^\[\s*['"]?|['"]?\s*\]?$""", "", text))
+        inner = re.sub(r"""^\[\s*['"]?""", "", text).removesuffix("]").rstrip()
+        parts = re.split(r"""['"]\s*,\s*['"]""", re.sub(r"""['"]\Z""", "", inner))
     return _joined([part for part in parts if isinstance(part, str)])
+
+
+def _without_inner_lists(text: str) -> str:
+    """`['words']` inside a text becomes its words."""
+    pieces, at, unclosed = [], 0, set()
+    while len(unclosed) < len(_LIST_END) and (start := _LIST_START.search(text, at)):
+        quote = start[1]
+        end = None if quote in unclosed else _LIST_END[quote].search(text, start.end())
+        if end:
+            pieces += [text[at:start.start()], text[start.end():end.start()]]
+        else:
+            unclosed.add(quote)
+            pieces.append(text[at:start.end()])
+        at = (end or start).end()
+    return "".join(pieces) + text[at:]
+
+
+def _without_styles(text: str) -> str:
+    """Without blocks in braces and the selectors, at most 80 characters, before them."""
+    pieces, at = [], 0
+    for block in _BRACES.finditer(text):
+        before = text[max(at, block.start() - 80):block.start()]
+        selector = _SELECTOR.match(before[::-1])
+        pieces.append(text[at:block.start() - selector.end()])
+        at = block.end()
+    return " ".join([*pieces, text[at:]])
+
+
+def _without_mail(run: str) -> str:
+    """Characters without a space, at least one an @: without the mail address, which ends behind the last host."""
+    if _WEB_FIRST.match(run):
+        return run
+    at = len(run)
+    while (at := run.rfind("@", 1, at)) > 0:
+        if host := _MAIL_HOST.match(run, at):
+            return " " + run[host.end():]
+    return run
+
+
+def _without_site(match: re.Match[str]) -> str:
+    word = match["word"]
+    if match["dashes"] or word == match[0]:
+        return match[0]
+    return " " if word is None or match["site"] else _SITE_START.sub("", word) + " "
+
+
+def _composed(text: str) -> str:
+    """`text` in normal form C. Of marks on one character 30 stay (Unicode's stream-safe format): sorting them is slow.
+    """
+    safe = _MARKS.sub(lambda run: "".join(char for char in run[0] if not unicodedata.combining(char)), text)
+    return unicodedata.normalize("NFC", safe)
 
 
 def _joined(parts: list[str]) -> str:
