@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro test lint bench twins seeds results grid pick mlflow clean
+.PHONY: repro test test-fast lint bench twins seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -18,11 +18,17 @@ repro: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+test-fast: $(VENV)/.installed lint  # without the files that run the DAG, start processes or train at length
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check stages tests
 
 results: $(VENV)/.installed  # keep the current results under reports/results/<dataset>/
 	$(BIN)/python stages/record.py
+
+tables: $(VENV)/.installed  # the tables of README.md and reports/*.md from the records
+	$(BIN)/python stages/tables.py
 
 grid: $(VENV)/.installed  # search a model's parameters in the background: make grid MODEL=gcsan DATASET=office SET="-S ..."
 	@test -f stages/presets/grid/$(MODEL).txt || { echo "error: MODEL=$(MODEL) has no grid; there are $$(ls stages/presets/grid | sed 's/.txt//' | xargs)" >&2; exit 2; }
