@@ -1,9 +1,10 @@
-"""Keep the current results: copy them to reports/results/<dataset>/, small enough for git (no stage of the DAG).
+"""Keep the current results under reports/results/<dataset>/, small enough for git (no stage of the DAG).
 
 Reads:  params.yaml, reports/metrics/
-Writes: reports/results/<dataset>/params.yaml   the parameters, as they are
-        reports/results/<dataset>/metrics.json  by bucket, intervals, differences, cost and hardware, counts of the data
-        reports/results/<dataset>/results.md    tables for a README
+Writes: reports/results/<dataset>/metrics.csv      by seed, model, convention, bucket and metric, with 95% intervals
+        reports/results/<dataset>/differences.csv  LLMGR's differences, paired, with p
+        reports/results/<dataset>/run.json         facts by stage, cost and hardware
+        reports/results/<dataset>/params.yaml      the parameters, as they are
 Params: the whole file
 """
 from __future__ import annotations
@@ -15,22 +16,20 @@ from llmgr.pipeline import stage
 from llmgr.runtime import console
 from llmgr.runtime.errors import UserError
 
-READS = ("data.dataset", "bucket", "gate", "model.base", "tune", "tower")
+READS = ("seed", "data.dataset")
 
 
 def main(params: Any) -> None:
-    from llmgr.reporting import evidence, report
-    from llmgr.runtime.artifacts import write_bytes, write_json, write_text
+    from llmgr.experiments import records
+    from llmgr.reporting import evidence
+    from llmgr.runtime.artifacts import write_bytes
 
     if not Path("reports/metrics/evaluate.json").exists():
         raise UserError("reports/metrics/evaluate.json is missing: run `dvc repro` so that there are results to record")
-    found = evidence.evidence(Path("reports"))
     folder = Path("reports/results") / params.data.dataset.replace(":", "-")
-    kept = {name: value for name, value in found.items() if name not in ("steps", "epochs")}
+    records.write(folder, evidence.evidence(Path("reports")), params.seed)
     write_bytes(folder / "params.yaml", Path("params.yaml").read_bytes())
-    write_json(folder / "metrics.json", kept)
-    write_text(folder / "results.md", report.markdown(found, params))
-    console.say(f"recorded in {folder}")
+    console.say(f"recorded in {folder}; `make tables` writes the pages' tables anew")
 
 
 if __name__ == "__main__":
