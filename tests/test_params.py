@@ -91,7 +91,10 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__stamp__lr": 0}, ("encoder.stamp.lr=0", "above 0")),
     ({"encoder__caser__length": 0}, ("encoder.caser.length=0", "above 0")),
     ({"encoder__names": ["gru4rek"]}, ("encoder.names holds gru4rek", "the nearest is gru4rec")),
-    ({"encoder__gcsan__lr": 0}, ("encoder.gcsan.lr=0", "above 0")),
+    ({"encoder__gcsan__lr": 0}, ("encoder.gcsan.lr=0", "above 0, or auto")),
+    ({"encoder__gcsan__lr": "automatic"}, ("encoder.gcsan.lr=automatic", "a number")),
+    ({"encoder__training__rates": []}, ("encoder.training.rates=[]",)),
+    ({"encoder__training__rates": [0.1, -1]}, ("encoder.training.rates=[0.1, -1.0]",)),
     ({"encoder__names": ["gcsan-text"]}, ("encoder.names holds gcsan-text", "put gcsan into encoder.controls")),
     ({"encoder__linear_controls": ["gcsam"]}, ("encoder.linear_controls holds gcsam", "the nearest is gcsan")),
     ({"encoder__controls": ["gcsan-text"]}, ("encoder.controls holds gcsan-text", "encoder.control_texts")),
@@ -147,6 +150,8 @@ def test_what_is_refused_and_how(settings, words):
 @pytest.mark.parametrize(("settings", "key", "value"), [
     ({"tune__lr": "1e-05"}, "tune.lr", 1e-5),
     ({"tune__lr": 1}, "tune.lr", 1.0),
+    ({"encoder__gcsan__lr": "auto"}, "encoder.gcsan.lr", "auto"),
+    ({"encoder__gcsan__lr": "1e-2"}, "encoder.gcsan.lr", 0.01),
     ({"tune__epochs": "4"}, "tune.epochs", 4),
     ({"tune__epochs": 4.0}, "tune.epochs", 4),
     ({"seed": 2**60 + 1}, "seed", 2**60 + 1),
@@ -216,9 +221,9 @@ def test_the_models_to_train_and_the_encoders_there_are():
     assert schema.trained(loaded(encoder__controls=[], encoder__linear_controls=[], gate__fuse={}).encoder) == [
         "gcsan"]
     assert set(schema.encoders()) == set(REGISTRY)
-    settings = pretraining.with_rate(section.training, section.gcsan)
-    assert settings.lr == section.gcsan.lr and settings.epochs == section.training.epochs
-    assert pretraining.with_rate(section.training, section.gcsan, 0.07).lr == 0.07
+    settings = pretraining.with_rate(section.training, 0.07)
+    assert settings.rates == [0.07] and settings.epochs == section.training.epochs
+    assert pretraining.with_rate(section.training, "auto").rates == section.training.rates
 
 
 def test_every_key_is_documented_below_its_field():

@@ -63,10 +63,9 @@ def run(folder: Path, *command: str, status: int = 0) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize(("name", "text_lr", "peak"), [
-    ("stamp", 0.004, 0.02), ("stamp-text", 0.004, 0.004), ("stamp-text", None, 0.02)])
-def test_a_control_learns_at_its_own_rate(place: Path, name: str, text_lr: float | None, peak: float) -> None:
-    set_up(place, encoder__text_lr=text_lr, encoder__stamp__lr=0.02)
+@pytest.mark.parametrize(("name", "peak"), [("stamp", 0.02), ("stamp-text", 0.004)])
+def test_a_control_learns_at_its_own_rate(place: Path, name: str, peak: float) -> None:
+    set_up(place, encoder__text_lr=0.004, encoder__stamp__lr=0.02)
     save_tensors(place / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
     run(place, "pretrain.py", "--encoder", name)
     rates = pl.read_csv(place / f"reports/curves/{name}_steps.csv")["lr"]
@@ -108,7 +107,7 @@ def test_diverged_vectors_of_a_control_name_the_rate_that_it_learned_at(place: P
     set_up(place, model__base="gcsan-text")
     save_tensors(place / "models/encoders/gcsan-text/items.safetensors", {"vectors": torch.tensor([torch.nan])})
     assert stage("export", root=place) == 2
-    assert "not finite: lower encoder.text_lr (encoder.gcsan.lr where that is null)" in capfd.readouterr().err
+    assert "not finite: lower encoder.text_lr" in capfd.readouterr().err
 
 
 def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation(place: Path) -> None:

@@ -315,8 +315,8 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "key"), [
-    ("gcsan-text", "encoder.text_lr (encoder.gcsan.lr where that is null)"), ("backbone", "llm.scratch.lr"),
-    ("stamp-linear", "encoder.text_lr (encoder.stamp.lr where that is null)"), ("gcsan", "encoder.gcsan.lr"),
+    ("gcsan-text", "encoder.text_lr"), ("backbone", "llm.scratch.lr"),
+    ("stamp-linear without fold 2", "encoder.text_lr"), ("gcsan at 0.03", "encoder.gcsan.lr"),
     ("align", "align.lr")])
 def test_the_key_to_lower_is_that_of_the_stage(tmp_path, name, key):
     job = Toy()

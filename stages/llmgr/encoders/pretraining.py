@@ -1,10 +1,4 @@
-"""params.yaml as frozen dataclasses: every key typed, documented, checked, before any work starts.
-
-Defaults live in params.yaml alone, so every key must stand there.
-
-The docstring below a field is its documentation. Values are coerced to the declared type or refused, because
-`dvc exp run -S tune.lr=1e-5` writes `1e-05`, which YAML 1.1 reads as a string.
-"""
+"""Pretraining of an encoder or control: next-item prediction over all prefixes, at the learning rate that suits it."""
 from __future__ import annotations
 
 import time
@@ -28,18 +22,20 @@ from llmgr.sessions.batching import alike
 from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.vectors import principal_components, shuffled
-from llmgr.training.engine import finish, fit
+from llmgr.training.engine import finish
 from llmgr.training.job import Loss, Progress
 from llmgr.training.precision import arithmetic, device_of
+from llmgr.training.rates import fit_best_rate
 
 if TYPE_CHECKING:
     from llmgr.encoders.layers import SessionEncoder
 
 
 
-def with_rate(training: Any, own: Any, text_lr: float | None = None) -> types.SimpleNamespace:
-    """`encoder.training` with the learning rate of an encoder's own section, or `text_lr`, as the engine reads it."""
-    return types.SimpleNamespace(**vars(training), lr=own.lr if text_lr is None else text_lr)
+def with_rate(training: Any, lr: float | str) -> types.SimpleNamespace:
+    """`encoder.training` as the engine reads it, its `rates` those to choose among: `lr` alone, or all for `auto`."""
+    rates = training.rates if lr == "auto" else [lr]
+    return types.SimpleNamespace(**vars(training) | {"rates": rates, "lr": rates[0]})
 
 
 PIECE = 512  # sessions that an encoder without padding reads at a time, so that their states stay in cache
@@ -59,17 +55,21 @@ def pretrain(params: Any, name: str, under: Callable[[Sessions], nn.Module] | No
                                                               *(["data/core/items.parquet"] if under else [])])
     train, valid = sessions_here(params)
     device = device_of()
-    model, settings = built(params, name, train)
+    model = built(params, name, train)
+    settings = with_rate(params.encoder.training,
+                         getattr(params.encoder, base).lr if text == "none" else params.encoder.text_lr)
     started = time.monotonic()
     if under is not None:
         model.linear_term = under(train).to(device)
         model.linear_term.start(train, params.seed)
     formed = time.monotonic() - started
     job = EncoderJob(model, train, valid, settings, arithmetic(settings.precision))
-    progress = fit(job, settings, seed=params.seed, resume=resume, name=name)
+    best = fit_best_rate(job, settings, seed=params.seed, resume=resume, name=name)
+    model.encoder.config["settings"]["lr"] = best.rate
     save_recommender(f"models/encoders/{name}", name, model)
-    write_json(f"reports/metrics/encoders/{name}.json", outcome(progress))
-    finish(progress, model, name=name, resume=resume, reports=Path("reports"), prepared=formed)
+    write_json(f"reports/metrics/encoders/{name}.json", outcome(best.progress) | {"lr": best.rate} | (
+        {"search": best.record} if len(settings.rates) > 1 else {}))
+    finish(best.progress, model, name=name, resume=resume, reports=Path("reports"), prepared=formed + best.seconds)
 
 
 def inputs(text: str) -> list[str]:
@@ -83,9 +83,9 @@ def sessions_here(params: Any) -> tuple[Sessions, Sessions]:
     return tuple(read_split(split, params.data.max_session)[0].to(device_of()) for split in ("train", "valid"))
 
 
-def built(params: Any, name: str, train: Sessions) -> tuple[Recommender, Any]:
-    """The untrained recommender `name`, drawn by the seed, where `train` is, and the settings of its training."""
-    base, text = family(name)
+def built(params: Any, name: str, train: Sessions) -> Recommender:
+    """The untrained recommender `name`, drawn by the seed, where `train` is."""
+    _, text = family(name)
     features = None
     if text != "none":
         vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"]
@@ -94,9 +94,7 @@ def built(params: Any, name: str, train: Sessions) -> tuple[Recommender, Any]:
     torch.manual_seed(params.seed)
     model = build_recommender(name, catalogue_size("data/core/items.parquet"), params.encoder, features,
                               users=int(train.user.max()), max_session=params.data.max_session)
-    settings = with_rate(params.encoder.training, getattr(params.encoder, base),
-                         params.encoder.text_lr if text != "none" else None)
-    return model.to(train.row.device), settings
+    return model.to(train.row.device)
 
 
 def outcome(progress: Progress) -> dict[str, Any]:

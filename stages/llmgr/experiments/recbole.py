@@ -159,7 +159,7 @@ def speed(params: Any, name: str, train: Sessions, items: int) -> dict[str, Any]
     torch.manual_seed(params.seed)
     model = build_recommender(name, items, params.encoder, None, users=int(train.user.max()),
                               max_session=params.data.max_session)
-    settings = with_rate(params.encoder.training, getattr(params.encoder, name))
+    settings = with_rate(params.encoder.training, getattr(params.encoder, name).lr)
     job = EncoderJob(model, train, train, settings, arithmetic(settings.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
     steps = job.steps(0, torch.Generator().manual_seed(params.seed))

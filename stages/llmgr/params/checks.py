@@ -32,6 +32,13 @@ def positive(section: Any, prefix: str, *names: str) -> None:
             raise UserError(f"{prefix}.{name}={getattr(section, name)} must be above 0")
 
 
+def rate(section: Any, key: str) -> None:
+    """Refuse a learning rate that is neither `auto` nor above zero; `key` is its whole name."""
+    value = getattr(section, key.rpartition(".")[2])
+    if value != "auto" and value <= 0:
+        raise UserError(f"{key}={value} must be above 0, or auto")
+
+
 def at_least(section: Any, prefix: str, name: str, low: float) -> None:
     """Refuse a value below `low`."""
     if getattr(section, name) < low:

@@ -83,7 +83,10 @@ def _coerced(hint: Any, value: Any, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None or value in ("null", ""):
             return None
-        return _coerced(next(a for a in arguments if a is not type(None)), value, key)
+        word = next((a for a in arguments if typing.get_origin(a) is Literal), None)
+        if word and value in typing.get_args(word):
+            return value
+        return _coerced(next(a for a in arguments if a not in (type(None), word)), value, key)
     if origin is list:
         if isinstance(value, (str, int, float)):
             value = [value]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmgr.params.checks import at_least, between, one_of, positive, seeds, share
+from llmgr.params.checks import at_least, between, one_of, positive, rate, seeds, share
 from llmgr.params.names import FLOORS, STAGES, START, TOWER, WHOLE
 from llmgr.runtime.errors import UserError
 
@@ -85,17 +85,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Fpmc:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
 
     def check(self) -> None:
-        positive(self, "encoder.fpmc", "lr")
+        rate(self, "encoder.fpmc.lr")
 
 
 @dataclass(frozen=True)
 class Caser:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     length: int
     """Last clicks that it reads (L), and the greatest height of a horizontal filter."""
     horizontal: int
@@ -104,27 +104,29 @@ class Caser:
     """Vertical filters."""
 
     def check(self) -> None:
-        positive(self, "encoder.caser", "lr", "length", "horizontal", "vertical")
+        rate(self, "encoder.caser.lr")
+        positive(self, "encoder.caser", "length", "horizontal", "vertical")
 
 
 @dataclass(frozen=True)
 class Gru4rec:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     hidden: int
     """Width of the GRU's state."""
     layers: int
     """Stacked GRU layers, 1 to 5."""
 
     def check(self) -> None:
-        positive(self, "encoder.gru4rec", "lr", "hidden")
+        rate(self, "encoder.gru4rec.lr")
+        positive(self, "encoder.gru4rec", "hidden")
         between(self, "encoder.gru4rec", "layers", 1, 5)
 
 
 @dataclass(frozen=True)
 class Narm:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     hidden: int
     """Width of the GRU's state."""
     layers: int
@@ -133,50 +135,52 @@ class Narm:
     """Dropout of the two encoders' joint output, before the decoder."""
 
     def check(self) -> None:
-        positive(self, "encoder.narm", "lr", "hidden")
+        rate(self, "encoder.narm.lr")
+        positive(self, "encoder.narm", "hidden")
         between(self, "encoder.narm", "layers", 1, 5)
         share(self, "encoder.narm", "session_dropout")
 
 
 @dataclass(frozen=True)
 class Stamp:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
 
     def check(self) -> None:
-        positive(self, "encoder.stamp", "lr")
+        rate(self, "encoder.stamp.lr")
 
 
 @dataclass(frozen=True)
 class Sasrec:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     layers: int
     """Self-attention blocks, 1 to 5."""
     heads: int
     """Heads of each block; divides encoder.dim."""
 
     def check(self) -> None:
-        positive(self, "encoder.sasrec", "lr", "heads")
+        rate(self, "encoder.sasrec.lr")
+        positive(self, "encoder.sasrec", "heads")
         between(self, "encoder.sasrec", "layers", 1, 5)
 
 
 @dataclass(frozen=True)
 class Srgnn:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: int
     """Propagation steps of the gated graph network, 1 to 5."""
 
     def check(self) -> None:
-        positive(self, "encoder.srgnn", "lr")
+        rate(self, "encoder.srgnn.lr")
         between(self, "encoder.srgnn", "gnn_layers", 1, 5)
 
 
 @dataclass(frozen=True)
 class Gcsan:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: int
     """Propagation steps of the gated graph network, 1 to 5."""
     attention_layers: int
@@ -189,14 +193,15 @@ class Gcsan:
     def check(self) -> None:
         for name in ("gnn_layers", "attention_layers"):
             between(self, "encoder.gcsan", name, 1, 5)
-        positive(self, "encoder.gcsan", "lr", "attention_heads")
+        rate(self, "encoder.gcsan.lr")
+        positive(self, "encoder.gcsan", "attention_heads")
         share(self, "encoder.gcsan", "omega")
 
 
 @dataclass(frozen=True)
 class Niser:
-    lr: float
-    """Peak learning rate of Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: int
     """Propagation steps of the gated graph network, 1 to 5."""
     sigma: float
@@ -205,14 +210,15 @@ class Niser:
     """Adds a learned vector for the position of a click, as NISER+."""
 
     def check(self) -> None:
-        positive(self, "encoder.niser", "lr", "sigma")
+        rate(self, "encoder.niser.lr")
+        positive(self, "encoder.niser", "sigma")
         between(self, "encoder.niser", "gnn_layers", 1, 5)
 
 
 @dataclass(frozen=True)
 class Hcgr:
-    lr: float
-    """Peak learning rate of Riemannian Adam."""
+    lr: float | Literal["auto"]
+    """Peak learning rate of Riemannian Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: int
     """Attention layers over the session graph, 1 to 5."""
     scale: float
@@ -225,7 +231,8 @@ class Hcgr:
     """Other items drawn for each session's ranking loss."""
 
     def check(self) -> None:
-        positive(self, "encoder.hcgr", "lr", "scale", "negatives")
+        rate(self, "encoder.hcgr.lr")
+        positive(self, "encoder.hcgr", "scale", "negatives")
         between(self, "encoder.hcgr", "gnn_layers", 1, 5)
         at_least(self, "encoder.hcgr", "contrast", 0)
         at_least(self, "encoder.hcgr", "margin", 0)
@@ -235,6 +242,11 @@ class Hcgr:
 class EncoderTraining:
     epochs: int
     """Most passes over all prefixes; the learning rate falls along a cosine over these."""
+    rates: list[float]
+    """Peak learning rates among which validation NDCG@20 chooses where an encoder's `lr`, or `encoder.text_lr`, is
+    `auto`: by successive halving, see llmgr.training.rates."""
+    rung: int
+    """Epochs that all of these rates are trained for; the better half goes on to twice as many, the last to the end."""
     patience: int
     """Epochs without a better validation NDCG@20 after which training stops."""
     batch_size: int
@@ -259,7 +271,9 @@ class EncoderTraining:
 
     def check(self) -> None:
         at_least(self, "encoder.training", "checkpoint_seconds", 0)
-        positive(self, "encoder.training", "epochs", "patience", "batch_size", "clip")
+        positive(self, "encoder.training", "epochs", "rung", "patience", "batch_size", "clip")
+        if not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates):
+            raise UserError(f"encoder.training.rates={self.rates} must hold one or more different rates above 0")
         at_least(self, "encoder.training", "weight_decay", 0)
         at_least(self, "encoder.training", "table_decay", 0)
         share(self, "encoder.training", "warmup_share", "dropout")
@@ -281,8 +295,9 @@ class Encoder:
     """Width d of item and session vectors."""
     text_dim: int
     """Principal components of the text vectors that a control reads."""
-    text_lr: float | None
-    """Peak learning rate of controls; null: the encoder's own. A text map wants smaller steps than an ID table."""
+    text_lr: float | Literal["auto"]
+    """Peak learning rate of controls; `auto` chooses one for each among encoder.training.rates. A text map often wants
+    smaller steps than an ID table."""
     training: EncoderTraining
     fpmc: Fpmc
     caser: Caser
@@ -297,8 +312,7 @@ class Encoder:
 
     def check(self) -> None:
         positive(self, "encoder", "dim", "text_dim")
-        if self.text_lr is not None:
-            positive(self, "encoder", "text_lr")
+        rate(self, "encoder.text_lr")
         for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
             if self.dim % heads:
                 raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
@@ -340,7 +354,7 @@ def rate_key(name: str) -> str:
     """
     base, hyphen, _ = name.split()[0].partition("-")
     own = {"backbone": "llm.scratch.lr"}.get(base, f"{base if base in STAGES else f'encoder.{base}'}.lr")
-    return f"encoder.text_lr ({own} where that is null)" if hyphen else own
+    return "encoder.text_lr" if hyphen else own
 
 
 @dataclass(frozen=True)

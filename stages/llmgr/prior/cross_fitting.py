@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from llmgr.encoders.pretraining import EncoderJob, built, inputs, outcome, sessions_here
+from llmgr.encoders.pretraining import EncoderJob, built, inputs, outcome, sessions_here, with_rate
 from llmgr.encoders.registry import family, load_encoder
 from llmgr.params.loading import flat
 from llmgr.runtime.artifacts import load_tensors, read_json, replacing_folder, save_tensors, write_json
@@ -44,8 +44,8 @@ def fold_of(users: int, folds: int, seed: int) -> Tensor:
 def train_folds(params: Any) -> None:
     """Train the base of models/embeddings without each of `tune.folds` parts of the users into models/folds/.
 
-    The folder says so and no more where there are none. The best pass is chosen on all validation sessions, as the
-    base's. UserError as `fit`, and where there are more folds than users.
+    The folder says so and no more where there are none. The learning rate is the base's, and the best pass is chosen on
+    all validation sessions, as the base's. UserError as `fit`, and where there are more folds than users.
     """
     config, folds = read_json(BASE), params.tune.folds
     name, models, ends = config["name"], [], []
@@ -54,12 +54,13 @@ def train_folds(params: Any) -> None:
         setattr(params.encoder, base, SimpleNamespace(**config["settings"]))
         resume = resume_folder("folds", flat(params), [BASE, *inputs(text)])
         train, valid = sessions_here(params)
+        settings = with_rate(params.encoder.training, config["settings"]["lr"])
         users = int(train.user.max())
         if folds > users:
             raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
         fold_U = fold_of(users, folds, params.seed)
     for fold in range(folds):
-        model, settings = built(params, name, train)
+        model = built(params, name, train)
         kept = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
         job = EncoderJob(model, train.subset(kept), valid, settings, arithmetic(settings.precision))
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold + 1),

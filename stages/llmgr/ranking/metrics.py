@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmgr.runtime.errors import UserError
+from llmgr.runtime.errors import Diverged
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ def ranks(scores_BV: torch.Tensor, targets_B: torch.Tensor, exclude: torch.Tenso
     """Rank of every target, int64 of shape (B,), 1 is best.
 
     Column 0 of the scores is padding and never counts. `exclude` holds item ids, (B, any width) padded with 0, that
-    leave the ranking; a target among them stays. UserError where a score is not a number.
+    leave the ranking; a target among them stays. Diverged where a score is not a number.
     """
     if exclude is not None:
         return ranks_both(scores_BV, targets_B, exclude)[1]
@@ -52,8 +52,8 @@ def _kept(scores_BV: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tenso
 
     items = scores_BV[:, 1:]
     if items.numel() and bool(items.amax().isnan()):  # a maximum passes NaN on
-        raise UserError("scores are not a number: the model diverged; lower its learning rate (the encoder's own lr, a "
-                        "control's encoder.text_lr, align.lr, tower.lr or tune.lr) or set its precision to fp32")
+        raise Diverged("scores are not a number: the model diverged; lower its learning rate (the encoder's own lr, a "
+                       "control's encoder.text_lr, align.lr, tower.lr or tune.lr) or set its precision to fp32")
     if bool((targets_B < 1).any()):
         raise ValueError("a target is 0, which is padding")
     own_B1 = scores_BV.gather(1, targets_B[:, None])

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """One sentence: what is wrong, the key or file, and how to mend it. Stages print it and exit with status 2."""
 
 
+class Diverged(UserError):
+    """A training's loss, gradients or scores stopped being finite: its learning rate is too high."""
+
+
 class WorkersFailed(Exception):
     """Workers that a stage started failed: what they said, and the exit status that says whose fault it is."""
 

@@ -20,7 +20,7 @@ from torch import nn
 from llmgr.params.schema import rate_key
 from llmgr.runtime.artifacts import write_json, write_text
 from llmgr.runtime.console import Bar, say
-from llmgr.runtime.errors import UserError
+from llmgr.runtime.errors import Diverged
 from llmgr.training.checkpoint import load_checkpoint, machine_of, resumed, save_checkpoint
 from llmgr.training.cost import cost
 from llmgr.training.distributed import added, from_first, partners, rank
@@ -30,13 +30,15 @@ from llmgr.training.optimizer import adamw, cosine
 CURVE_POINTS = 200
 
 
-def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy: str = "ddp") -> Progress:
+def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy: str = "ddp",
+        until: int | None = None) -> Progress:
     """Train `job.model` in place and return how it went; the best epoch's weights where `job.selects` is set.
 
     `settings` is a training section of params.yaml (epochs, lr, weight_decay, warmup_share, clip, precision,
     checkpoint_seconds, optionally patience); `strategy` is launch.strategy. A checkpoint is whole, so that any number
-    of processes goes on from it; the number that wrote it ends with the bytes of an undisturbed run. Raises UserError
-    where the loss stops being finite: the step is named and the last good checkpoint stays.
+    of processes goes on from it; the number that wrote it ends with the bytes of an undisturbed run. `until` stops
+    after so many epochs of the same schedule; another call goes on from there. Raises Diverged, a UserError, where the
+    loss stops being finite: the step is named and the last good checkpoint stays.
     """
     device = next(job.model.parameters()).device
     torch.manual_seed(seed + rank())  # dropout differs between processes
@@ -69,7 +71,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             progress.epoch_rows.append({"epoch": 0, "step": 0, **first})
         clock(training=False)
     bar = Bar(total, progress.step, name)
-    while progress.epoch < settings.epochs and not (job.selects and progress.stale(settings.patience)):
+    while progress.epoch < (until or settings.epochs) and not (job.selects and progress.stale(settings.patience)):
         steps = job.steps(progress.epoch, generator.manual_seed(seed + 1000 * progress.epoch))
         job.model.train()
         for micros in steps[progress.done:]:
@@ -87,8 +89,8 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             norm = workers.step()
             if not math.isfinite(progress.window[0] + norm):
                 kept = "the last good checkpoint is kept" if (resume / "state.pt").exists() else "no checkpoint yet"
-                raise UserError(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
-                                f"{rate_key(name)}; {kept}")
+                raise Diverged(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
+                               f"{rate_key(name)}; {kept}")
             progress.step += 1
             progress.done += 1
             if progress.step % every == 0 or progress.done == len(steps):

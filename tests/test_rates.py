@@ -1,0 +1,165 @@
+"""The learning rate chosen by successive halving: which rate, at what cost, and that interruptions change nothing."""
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from machine import stage
+from test_pretrain import ITEMS, set_up, write_data
+from test_training import Toy, bytes_of, settings, stop
+from torch import nn
+
+from llmgr.encoders.pretraining import EncoderJob
+from llmgr.prior import cross_fitting
+from llmgr.runtime.artifacts import digest, read_json, save_tensors
+from llmgr.runtime.errors import UserError
+from llmgr.training.engine import fit
+from llmgr.training.rates import fit_best_rate
+
+RATES = [1e-6, 0.003, 0.03, 0.1, 1e-5]
+
+
+class Accuracy(Toy):
+    """Classes of random points, selected by minus the loss; `limit` is the largest loss that stays finite."""
+
+    selects = "valid_score"
+
+    def __init__(self, limit: float = 1e9) -> None:
+        super().__init__(samples=48)
+        self.limit = limit
+
+    def loss(self, micro):
+        found = super().loss(micro)
+        return found if found.total < self.limit * len(micro) else found._replace(total=found.total * float("nan"))
+
+    @torch.no_grad()
+    def validate(self):
+        return {"valid_score": -float(nn.functional.cross_entropy(self.model(self.x), self.y))}
+
+
+def searched(**changes) -> SimpleNamespace:
+    return settings(**{"epochs": 6, "patience": 9, "rates": RATES, "rung": 1, "warmup_share": 0.0} | changes)
+
+
+def at_rate(rate: float, folder: Path, **changes) -> tuple[bytes, float]:
+    job = Accuracy()
+    progress = fit(job, searched(lr=rate, **changes), seed=7, resume=folder / f"alone{rate}", name="stamp")
+    return bytes_of(job), progress.best
+
+
+def test_the_chosen_rate_ends_as_a_training_at_that_rate_alone_and_the_others_cost_less_than_it(tmp_path):
+    alone = {rate: at_rate(rate, tmp_path) for rate in RATES}
+    job, asked = Accuracy(), searched()
+    found = fit_best_rate(job, asked, seed=7, resume=tmp_path / "search", name="stamp")
+    assert found.rate == asked.lr == max(RATES, key=lambda rate: alone[rate][1])
+    assert (bytes_of(job), found.progress.best) == alone[found.rate]
+    assert found.record["rates"] == RATES and sorted(found.record["epochs"]) == [1, 1, 2, 4, 6]
+    assert found.record["valid_score"][RATES.index(found.rate)] == found.progress.best
+    assert found.seconds > 0
+
+
+def test_a_rung_keeps_the_better_half(tmp_path):
+    found = fit_best_rate(Accuracy(), searched(), seed=7, resume=tmp_path, name="stamp").record
+    by_epochs = sorted(zip(found["epochs"], found["valid_score"]))
+    first = [score for epochs, score in by_epochs if epochs == 1]
+    assert max(first) < min(score for epochs, score in by_epochs if epochs > 1)
+    assert found["epochs"][0] == found["epochs"][-1] == 1, "those that hardly move"
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_where_the_rungs_reach_the_end_the_best_full_training_wins(tmp_path, epochs):
+    found = fit_best_rate(Accuracy(), searched(epochs=epochs, rung=epochs), seed=7, resume=tmp_path, name="stamp")
+    assert found.rate == max(RATES, key=lambda rate: at_rate(rate, tmp_path, epochs=epochs)[1])
+    assert found.record["epochs"] == [epochs] * len(RATES)
+
+
+def test_interrupted_anywhere_it_ends_with_the_same_bytes_and_the_same_record(tmp_path):
+    whole = Accuracy()
+    expected = fit_best_rate(whole, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / "whole", name="stamp")
+    for call in range(2, whole.calls, 5):
+        first = Accuracy()
+        first.broken = {call: stop}
+        with pytest.raises(InterruptedError):
+            fit_best_rate(first, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
+        torch.manual_seed(call)  # whatever the random state was
+        second = Accuracy()
+        found = fit_best_rate(second, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
+        assert bytes_of(second) == bytes_of(whole) and (found.rate, found.record) == (expected.rate, expected.record)
+        assert second.calls == whole.calls - call + 1, "no step is done twice"
+
+
+def test_a_rate_that_diverges_is_given_up(tmp_path, capsys):
+    found = fit_best_rate(Accuracy(limit=3), searched(rates=[3e8, 0.03, 0.003]), seed=7, resume=tmp_path, name="stamp")
+    assert found.rate == 0.03 and found.record["valid_score"][0] is None
+    assert "learning rate 3e+08 stopped being finite" in capsys.readouterr().err
+
+
+def test_where_the_best_diverges_later_the_next_takes_its_place(tmp_path):
+    job = Accuracy()
+    calls = itertools.count(1)
+    best = fit_best_rate(Accuracy(), searched(), seed=7, resume=tmp_path / "a", name="stamp").rate
+
+    def loss(micro, plain=job.loss):
+        found = plain(micro)
+        late = asked.lr == best and next(calls) > 5 * 3  # batches an epoch
+        return found._replace(total=found.total * float("nan")) if late else found
+
+    job.loss, asked = loss, searched()
+    found = fit_best_rate(job, asked, seed=7, resume=tmp_path / "b", name="stamp")
+    assert found.rate != best and found.progress.epoch == 6
+    assert bytes_of(job) == at_rate(found.rate, tmp_path)[0]
+
+
+def test_where_no_rate_stays_finite_it_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"encoder\.training\.rates=\[0\.1, 0\.2\]: add lower ones"):
+        fit_best_rate(Accuracy(limit=0.0), searched(rates=[0.1, 0.2]), seed=7, resume=tmp_path, name="stamp")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    set_up(tmp_path, encoder__gcsan__lr="auto", encoder__text_lr="auto", encoder__training__epochs=4,
+           encoder__training__rates=[0.0001, 0.02, 1e20], encoder__training__rung=1, encoder__training__clip=1e30,
+           tune__linear=True, tune__folds=2)
+    save_tensors(tmp_path / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["gcsan", "gcsan-text"])
+def test_pretraining_records_what_it_chose_and_goes_on_after_an_interruption(
+        place: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert stage("pretrain", "--encoder", name, root=place) == 0
+    folder, record = place / "models/encoders" / name, place / f"reports/metrics/encoders/{name}.json"
+    found, before = read_json(record), [digest(path) for path in sorted(folder.iterdir())]
+    assert found["lr"] == read_json(folder / "config.json")["settings"]["lr"] == 0.02
+    assert found["search"]["rates"] == [0.0001, 0.02, 1e20] and found["search"]["epochs"] == [2, 4, 0]
+    assert found["search"]["valid_ndcg_at_20"][1] == pytest.approx(found["valid"]["ndcg_at_20"], abs=1e-5)
+    plain, calls = EncoderJob.loss, itertools.count(1)
+
+    def loss(self, micro):
+        if next(calls) == 17:  # the second rate's training
+            raise InterruptedError
+        return plain(self, micro)
+
+    monkeypatch.setattr(EncoderJob, "loss", loss)
+    assert stage("pretrain", "--encoder", name, root=place) == 1
+    assert list((place / ".resume").rglob("state.pt"))
+    assert stage("pretrain", "--encoder", name, root=place) == 0
+    assert [digest(path) for path in sorted(folder.iterdir())] == before and read_json(record) == found
+
+
+def test_folds_learn_at_the_rate_that_the_base_chose(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stage("pretrain", "--encoder", "gcsan", root=place) == 0
+    assert stage("export", root=place) == 0
+    rates = []
+
+    def seen(job, settings, **options):
+        rates.append(settings.lr)
+        return fit(job, settings, **options)
+
+    monkeypatch.setattr(cross_fitting, "fit", seen)
+    assert stage("folds", root=place) == 0
+    assert rates == [0.02, 0.02]
