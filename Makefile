@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro test test-fast lint bench twins seeds results tables grid pick mlflow clean
+.PHONY: repro heal test test-fast lint bench twins seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +13,11 @@ $(VENV)/.installed: requirements.lock
 	touch $@
 
 repro: $(VENV)/.installed
+	@$(BIN)/python stages/heal.py --locks  # of a run that was killed
 	$(BIN)/dvc repro
+
+heal:  # what a killed dvc left: lock files, references of experiments, the branch
+	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) stages/heal.py
 
 test: $(VENV)/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
