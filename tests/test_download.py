@@ -35,7 +35,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {NAME: DATA}
-        self.plan: list[str | int] = []
+        self.plan: list[str | int | tuple[int, dict[str, str]]] = []
         self.seen: list[tuple[int, str | None]] = []
         self.etag: str | None = '"one"'
         self.ranges = True
@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         server: Server = self.server
         wrong = server.plan.pop(0) if server.plan else None
         content = server.files.get(self.path.rsplit("/", 1)[1])
+        if isinstance(wrong, tuple):
+            return self.lie(*wrong)
         asked = self.headers.get("Range")
         if isinstance(wrong, int) or content is None:
             server.seen.append((wrong or 404, asked))
@@ -68,6 +70,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if wrong == "stall":
             time.sleep(20)
+
+    def lie(self, status: int, headers: dict[str, str]) -> None:
+        """The whole file, whatever the status and the headers say."""
+        self.send_response(status)
+        for pair in headers.items():
+            self.send_header(*pair)
+        self.end_headers()
+        self.wfile.write(DATA)
+        self.close_connection = True
 
     def log_message(self, *_) -> None:
         pass
@@ -176,6 +187,54 @@ def test_a_silent_server_is_given_up(server):
     assert fetched(server, timeout=0.3) == DATA
     assert time.monotonic() - start < 5
     assert server.seen[1][0] == 206
+
+
+LENGTH = str(len(DATA))
+
+
+def test_the_same_length_given_twice_is_that_length(server):
+    server.plan = [(200, {"Content-Length": LENGTH, "content-length": LENGTH})]
+    assert fetched(server, retries=0) == DATA
+
+
+@pytest.mark.parametrize(("status", "headers"), [
+    (200, {"Content-Length": "many"}), (200, {"Content-Length": "-5"}), (200, {"Content-Length": "9" * 5000}),
+    (200, {"Content-Length": LENGTH, "content-length": "7"}),
+    (206, {}), (206, {"Content-Range": f"bytes 0-{len(DATA) - 1}/{LENGTH}"}),
+    (206, {"Content-Range": "bytes 5-9/" + "9" * 5000}),
+    (416, {}), (302, {"Location": "http://[::1/x"}), (302, {"Location": "http://host:99999/x"}),
+    (302, {"Location": "http://a..b/x"}), (302, {"Location": "ftp://me:hush@host/x"}), (302, {"Location": ""}),
+    (302, {"Location": "http://\u00ff\u00fe"}), (302, {}), (299, {"Content-Length": "3"}),
+])
+def test_a_server_that_lies_is_one_sentence(server, home, status, headers):
+    server.plan = [(status, headers)] * 20
+    with pytest.raises(UserError, match=r"data\.mirror|fetch it again") as refused:
+        fetched(server, retries=1)
+    assert NAME in str(refused.value) and "hush" not in str(refused.value)
+    server.plan = []
+    assert fetched(server) == DATA, "nothing of it stays"
+
+
+@pytest.mark.parametrize("mirror", [
+    "http://me:hush@[::1", "http://me:hush@host:port/x", "https://me:hush@/", "http://me:hush@a..b",
+    "ftp://me:hush@host/x", "http://me:hush/hush@127.0.0.1:9",
+])
+def test_addresses_that_cannot_be_read_are_one_sentence_without_their_password(mirror):
+    source = fetch.source(f"http://x/{NAME}", mirror, None, 0, 1)
+    with pytest.raises(UserError, match=r"data\.mirror") as refused, source:
+        pass
+    assert "hush" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"total": "x", "validator": null}', b"\xff",
+                                     b'{"total": -1, "validator": "y"}', b'{"total": 7, "validator": [1]}'])
+def test_a_state_that_cannot_be_read_is_absent(server, home, content):
+    server.plan = ["drop", 503, 503]
+    with pytest.raises(UserError, match="503"):
+        fetched(server, retries=1)
+    state, = home.rglob("state.json")
+    state.write_bytes(content)
+    assert fetched(server) == DATA
 
 
 def test_a_page_in_place_of_data_is_refused_and_forgotten(server, home):

@@ -42,12 +42,14 @@ def from_folder(mirror: str, name: str) -> tuple[Path, str | None]:
 
     A relative folder is looked up from the repository root first (experiments run in a copy elsewhere).
     """
+    given = masked(mirror, paths=False)
     folders = [base / Path(mirror).expanduser() for base in (resume.home(), Path())]
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
-        raise UserError(f"data.mirror={mirror} is no folder: give the folder or the URL that holds {name}")
+        raise UserError(f"data.mirror={given} is neither a folder nor an http address: give the "
+                        f"one that holds {name}")
     if not (folder / name).is_file():
-        raise UserError(f"data.mirror={mirror} does not hold {name}: put the file there under this name, or choose "
+        raise UserError(f"data.mirror={given} does not hold {name}: put the file there under this name, or choose "
                         "another data.dataset")
     sums = folder / "SHA256SUMS"
     listed = re.findall(r"^([0-9a-fA-F]{64}) [ *](\S+)$", sums.read_text(), re.M) if sums.is_file() else []
@@ -120,8 +122,9 @@ def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) ->
     with requests.Session() as session:
         while not _complete(part, state):
             try:
-                _transfer(session, url, name, part, state, timeout)
-                problem = "the connection closed early"
+                problem = _transfer(session, url, name, part, state, timeout)
+            except UserError:
+                raise
             except requests.HTTPError as error:
                 status = error.response.status_code
                 if status < 500 and status not in (408, 429):
@@ -130,10 +133,13 @@ def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) ->
                 problem = f"the server answers {status}"
             except (requests.Timeout, urllib3.exceptions.TimeoutError):
                 problem = "no answer in time"
-            except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
+            except requests.ConnectionError as error:
                 problem = _cause(error)
-            except requests.RequestException as error:
-                raise UserError(f"{shown(url)} cannot be fetched ({_cause(error)}): correct data.mirror") from None
+            except (requests.RequestException, ValueError, OverflowError) as error:  # an address nobody can read
+                raise UserError(f"{shown(url)} cannot be fetched, or leads to an address that cannot "
+                                f"({_cause(error)}): correct data.mirror") from None
+            except urllib3.exceptions.HTTPError as error:
+                problem = _cause(error)
             if _complete(part, state):
                 break
             size = part.stat().st_size if part.exists() else 0
@@ -147,27 +153,31 @@ def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) ->
     return part
 
 
-def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeout: float) -> None:
-    """One request: append to the part if the server continues the same file, start over if it does not."""
-    known = json.loads(state.read_text()) if state.exists() else {}
+def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeout: float) -> str:
+    """One request: append to the part if the server continues the same file, start over if it does not.
+
+    Returns what is wrong should the file not be complete now.
+    """
+    known = _known(state)
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if have and known.get("validator"):
         headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
     with session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-        if answer.status_code == 416:
-            return part.unlink()
-        answer.raise_for_status()
         etag = answer.headers.get("ETag", "")
         validator = etag if etag.startswith('"') else answer.headers.get("Last-Modified")
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        span = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", answer.headers.get("Content-Range", ""))
         offered = (int(span[1]), int(span[2]), validator) if span else None
-        if answer.status_code == 206 and offered != (have, known.get("total"), known.get("validator")):
-            return part.unlink()  # another file than the one that was begun
-        if answer.status_code != 206:
-            have = 0
-            length = answer.headers.get("Content-Length")
-            known = {"validator": validator, "total": int(length) if length else None}
+        asked = (have, known.get("total"), known.get("validator")) if "Range" in headers else ()
+        if answer.status_code == 416 or (answer.status_code == 206 and offered != asked):
+            part.unlink(missing_ok=True)  # another file than the one that was begun
+            return f"the server answers {answer.status_code} for a part that was not asked for"
+        answer.raise_for_status()
+        if answer.status_code not in (200, 206):
+            raise UserError(f"{shown(url)} answers {answer.status_code} and no file: set data.mirror to a folder or "
+                            f"URL that holds {name}")
+        if answer.status_code == 200:
+            have, known = 0, {"validator": validator, "total": _length(answer.headers.get("Content-Length"), url)}
             part.unlink(missing_ok=True)
             artifacts.write_json(state, known)
         # Bytes as they come: iter_content would lose a block that the connection breaks off in, and would unpack a file
@@ -179,12 +189,31 @@ def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeou
                 advance(len(block))
     if known["total"] is None:  # a server that names no length: the end of the stream is the end of the file
         artifacts.write_json(state, known | {"total": part.stat().st_size})
+    return "the connection closed early"
+
+
+def _length(header: str | None, url: str) -> int | None:
+    """Content-Length, which a server may give twice, in bytes; None where there is none."""
+    lengths = {part.strip() for part in header.split(",")} if header else set()
+    if len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", length) for length in lengths):
+        raise UserError(f"{shown(url)} gives its length as {header[:40]!r}, which is none: set data.mirror to another "
+                        "server, or to a folder that holds the file")
+    return int(lengths.pop()) if lengths else None
+
+
+def _known(state: Path) -> dict[str, Any]:
+    """What an earlier run wrote of the file that it began; nothing where that cannot be read."""
+    try:
+        known = json.loads(state.read_bytes())
+        total, validator = known["total"], known["validator"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    whole = total is None or (type(total) is int and total >= 0)
+    return known if whole and isinstance(validator, str | None) else {}
 
 
 def _complete(part: Path, state: Path) -> bool:
-    if not (part.exists() and state.exists()):
-        return False
-    return part.stat().st_size == json.loads(state.read_text())["total"]
+    return part.exists() and part.stat().st_size == _known(state).get("total")
 
 
 def _cause(error: Exception) -> str:
