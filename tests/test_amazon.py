@@ -172,6 +172,17 @@ def test_metadata_oddities_are_tolerated_and_counted(tmp_path):
         amazon.read_metadata(path, "2018", {"B1", "B2", "B3", "B5"}, 0.4)
 
 
+@pytest.mark.parametrize("value", ["{[1]: 2}", "{{}}", "{{1: 2}: 3}", "-" * 99_000 + "1", "(" * 99_000,
+                                   "[" * 50_000 + "]" * 50_000, "9" * 90_000,
+                                   "1 + 'a'", "'\\N{nothing}'", "lambda: 0", "f'{1}'", "'\ud800'"])
+def test_a_literal_that_cannot_be_built_is_a_malformed_line(tmp_path, value):
+    line = f"{{'asin': 'B1', 'title': {value}}}".encode("utf-8", "surrogatepass")
+    path = written(tmp_path / "m.json.gz", line, "{'asin': 'B2', 'title': 'Pen'}")
+    found, counts = amazon.read_metadata(path, "2014", {"B1", "B2"}, 0.5)
+    assert list(found) == ["B2"]
+    assert counts["malformed_by_reason"] == {"neither JSON nor a Python literal": 1}
+
+
 def test_code_in_metadata_is_not_run(tmp_path):
     trap = tmp_path / "ran"
     line = f"{{'asin': 'B1', 'title': open({str(trap)!r}, 'w').write('x')}}"

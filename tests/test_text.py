@@ -40,6 +40,8 @@ DIRT = {
     ("['First piece', '', \"Second's piece.\"]", "First piece. Second's piece."),
     ("['cut short, 'badly\" quoted", "cut short, 'badly\" quoted"),
     ("[]", ""),
+    ("['a', {[]: 1}]", "a'"),
+    ("['a', {{}}, 'b']", "a' , 'b"),
     ("Pens [12 Pack]", "Pens (12 Pack)"),
     ("a\x00b\u200bc\n\td", "a bc d"),
     ("line\\nbreak", "line break"),
@@ -85,6 +87,13 @@ def test_cleaning_takes_time_in_proportion_to_the_text(piece, end):
         return time.process_time() - begun
 
     assert seconds(160_000) < 16 * seconds(20_000) + 0.5
+
+
+@pytest.mark.parametrize("tail", ["-" * 90_000, "(" * 90_000, "[" * 90_000, "{" * 90_000, "9" * 90_000,
+                                  "1+1j+" * 9_000, "\\N{x}'", "\0'", "{1: {[1]: 2}}]", "f'{1}']", "b'\\xff']",
+                                  "..." * 30_000, "'' " * 30_000])
+def test_a_list_literal_that_cannot_be_read_is_text(tail):
+    assert cleaning.clean(f"['Fine wool', {tail}").startswith("Fine wool")
 
 
 def test_bullets_part_sentences():

@@ -23,8 +23,6 @@ from llmgr.runtime.errors import UserError
 if TYPE_CHECKING:
     import polars as pl
 
-
-
 MAX_LINE = 4_000_000
 """Bytes; a longer line is malformed, so that a file without line ends cannot fill the memory."""
 MAX_LITERAL = 1_000_000
@@ -200,7 +198,7 @@ def read_metadata(
             continue
         try:
             record = _record(line)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except Exception:  # whatever a line makes literal_eval raise, such as TypeError for a list as a key
             bad["neither JSON nor a Python literal"] += 1
             continue
         item = record.get(form.item) if type(record) is dict else None

@@ -121,7 +121,7 @@ def _flattened(text: str) -> str:
         return text
     try:
         parts = ast.literal_eval(text) if len(text) <= MAX_LITERAL else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except Exception:  # whatever a text makes literal_eval raise
         parts = None
     if not isinstance(parts, list):  # cut short, or badly quoted
         inner = re.sub(r"""^\[\s*['"]?""", "", text).removesuffix("]").rstrip()
