@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro heal test test-fast lint bench twins seeds results tables grid pick mlflow clean
+.PHONY: repro heal experiments test test-fast lint bench twins seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ test-fast: $(VENV)/.installed lint  # without the files that run the DAG, start 
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check stages tests
+
+experiments: $(VENV)/.installed  # what experiments changed, and LLMGR's figures in each; `dvc metrics diff` has 40 of them
+	$(BIN)/dvc exp show --only-changed --drop 'baselines|.*(unseen|mrr|memory)'
 
 results: $(VENV)/.installed  # keep the current results under reports/results/<dataset>/
 	$(BIN)/python stages/record.py

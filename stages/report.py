@@ -1,8 +1,11 @@
-"""Write the report: one page that opens from the file system, without a network.
+"""Write the report: one page that opens from the file system, and the figures that DVC compares.
 
 Reads:  reports/metrics/, reports/curves/, reports/{twins,seeds}.json (what
         stages/{twins,seeds}.py collected)
 Writes: reports/index.html, and its figures as reports/figures/{buckets,differences,curves,cost}.svg
+        reports/metrics.json            LLMGR and the main baselines, what `dvc metrics` and `dvc exp show` read
+        reports/plots/losses.csv        training losses by part and step, for `dvc plots`
+        reports/plots/validation.csv    what chose each part's epoch, for `dvc plots`
 Params: all that decides a result (shown on the page)
 """
 from __future__ import annotations
@@ -18,15 +21,18 @@ READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder
 
 
 def main(params: Any) -> None:
-    from llmgr.reporting import evidence, report
-    from llmgr.runtime.artifacts import replacing_folder, write_text
+    from llmgr.reporting import evidence, page, summary
+    from llmgr.runtime.artifacts import replacing_folder, write_json, write_table, write_text
 
     found = evidence.evidence(Path("reports"))
-    drawn = report.draw(found, params)
+    drawn = page.draw(found, params)
+    write_json("reports/metrics.json", summary.summary(found, params))
+    write_table("reports/plots/losses.csv", summary.losses(found["steps"]))
+    write_table("reports/plots/validation.csv", summary.validation(found["epochs"]))
     with replacing_folder("reports/figures") as folder:
         for name, svg in drawn.items():
             write_text(folder / f"{name}.svg", svg)
-    write_text("reports/index.html", report.render(found, params, drawn))
+    write_text("reports/index.html", page.render(found, params, drawn))
     console.say("reports/index.html is ready")
 
 

@@ -217,7 +217,7 @@ def test_the_resume_folder_follows_the_code(tmp_path):
 
     before = folder()
     assert folder() == before
-    page, encoder = copy / "llmgr/reporting/report.py", copy / "llmgr/encoders/gcsan.py"
+    page, encoder = copy / "llmgr/reporting/page.py", copy / "llmgr/encoders/gcsan.py"
     page.write_text(page.read_text() + "\n")
     assert folder() == before, "what the stage cannot reach is no reason to start anew"
     encoder.write_text(encoder.read_text() + "\n")

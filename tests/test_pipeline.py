@@ -89,7 +89,8 @@ def locked(root: Path) -> dict[str, str]:
     """MD5 by path of what the stages wrote, from dvc.lock, but for what holds times: costs, and what shows them."""
     lock = yaml.safe_load((root / "dvc.lock").read_text())
     found = {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
-    timed = ("reports/metrics/cost/", "reports/index.html", "reports/figures", "reports/mlflow_run.json")
+    timed = ("reports/metrics/cost/", "reports/metrics.json", "reports/index.html", "reports/figures",
+             "reports/mlflow_run.json")
     return {path: md5 for path, md5 in found.items() if not path.startswith(timed)}
 
 

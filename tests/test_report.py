@@ -19,7 +19,7 @@ import report as stage
 from llmgr.experiments.records import Record
 from llmgr.params import names
 from llmgr.params.loading import load
-from llmgr.reporting import buckets, evidence, figures, report
+from llmgr.reporting import buckets, cost, evidence, figures, naming, page, verdicts
 from llmgr.runtime.artifacts import write_json, write_table
 from llmgr.runtime.errors import UserError
 
@@ -173,8 +173,8 @@ def test_the_page_shows_the_figures_of_the_metrics(project: Path) -> None:
 def test_the_headline_follows_the_numbers(tmp_path: Path, gain: float, words: str) -> None:
     write_reports(tmp_path, gain=gain)
     found = evidence.evidence(tmp_path / "reports")
-    text = Page(report.render(found, VIEW, {"buckets": "", "differences": ""})).text()
-    assert {v["model"] for v in report.verdicts(found, VIEW)} >= {"gcsan", "gcsan-text"}
+    text = Page(page.render(found, VIEW, {"buckets": "", "differences": ""})).text()
+    assert {v["model"] for v in verdicts.verdicts(found, VIEW)} >= {"gcsan", "gcsan-text"}
     assert words in text and "No clear difference" not in text
 
 
@@ -185,25 +185,26 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
     for base in ("gcsan", "gcsan-text"):
         view = PARAMS.view(stage.READS)
         view.model = dataclasses.replace(PARAMS.model, base=base)
-        first, *_ = said = report.verdicts(found, view)
+        first, *_ = said = verdicts.verdicts(found, view)
         assert first["model"] == "gcsan-text" and {v["model"] for v in said} >= {"gcsan", "gcsan-text"}
-        text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+        text = Page(page.render(found, view, {"buckets": "", "differences": ""})).text()
         assert f"Does LLMGR beat the text control? {word}LLMGR ranks the next item" in text
     assert "no difference can be called one" not in text
     assert "which the control lacks" not in text
     (gap,) = (v["unseen"]["gaps"]["all"]["ndcg_at_20"] for v in said if v["model"] == "gcsan-text")
     assert f"NDCG@20 {figures.signed(100 * gap['relative'], '.1f')}%, Holm p" in text
     turned = dict(said[0], unseen={**said[0]["unseen"], "word": "no clear difference"})
-    assert report.answer([turned], view) == f"With seen items kept {word.lower()[:-2]}, with them excluded not clearly"
+    assert verdicts.answer([turned], view) == (
+        f"With seen items kept {word.lower()[:-2]}, with them excluded not clearly")
     view.tune = dataclasses.replace(PARAMS.tune, linear=True)
-    text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+    text = Page(page.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "which the control lacks. A control over the same linear model tells the two apart" in text
     view.tune = dataclasses.replace(view.tune, folds=2)
-    text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+    text = Page(page.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "what LLMGR gains on top of all that, alone in the tables as llmgr-start" in text
     assert "over the same linear model" not in text
     view.bucket = dataclasses.replace(PARAMS.bucket, resamples=100)
-    text = Page(report.render(found, view, {"buckets": "", "differences": ""})).text()
+    text = Page(page.render(found, view, {"buckets": "", "differences": ""})).text()
     assert "With bucket.resamples=100 no difference can be called one" in text, "a verdict that could not be another"
 
 
@@ -214,53 +215,53 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     assert list(found["buckets"]) == list(found["intervals"]) == [
         "pop", "text-knn", "gcsan", "gcsan-text", "gated-gcsan-text", "gated-llmgr", "llmgr"]
     took = {"text-knn": 1.0, "gcsan-text": 2.0, "llmgr": 4.0, "gated-llmgr": 0.5}
-    spent = report.ranking_seconds({"cost": {"evaluate": {"seconds_by_model": took}}}, VIEW)
+    spent = cost.ranking_seconds({"cost": {"evaluate": {"seconds_by_model": took}}}, VIEW)
     assert spent == took | {"gated-llmgr": 5.5}
-    assert {model: report.describe(model, VIEW) for model in models[2:4]} == {
+    assert {model: naming.describe(model, VIEW) for model in models[2:4]} == {
         "gated-gcsan-text": "gate over gcsan-text, text-knn", "gated-llmgr": "gate over llmgr, text-knn"}
     with_term = dataclasses.replace(VIEW.tune, linear=True)
     folder = dataclasses.replace(VIEW.llm, name="/somewhere/all-MiniLM-L6-v2")
     other = SimpleNamespace(**vars(VIEW) | {"tune": with_term, "llm": folder})
-    assert report.describe("llmgr", other) == (
+    assert naming.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors and a linear model of clicks and words")
-    assert report.describe("llmgr-start", other) == (
+    assert naming.describe("llmgr-start", other) == (
         "what LLMGR's logits start from: a linear model of clicks and words, no language model tuned")
     other.tune = dataclasses.replace(with_term, folds=4)
-    assert report.describe("llmgr", other) == (
+    assert naming.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors, its scores and a linear model of clicks and "
         "words")
-    assert report.describe("llmgr-start", other) == (
+    assert naming.describe("llmgr-start", other) == (
         "what LLMGR's logits start from: a linear model of clicks and words and gcsan, no language model tuned")
     other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="tokens")
     start = "what LLMGR's logits start from: a linear model of clicks and words and gcsan and tower"
-    assert report.describe("llmgr-start", other) == start + ", no language model tuned"
-    assert report.describe("tower", other).endswith("no language model")
+    assert naming.describe("llmgr-start", other) == start + ", no language model tuned"
+    assert naming.describe("tower", other).endswith("no language model")
     other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="language-model")
-    assert report.describe("llmgr-start", other) == start
-    assert "language model, tuned" in report.describe("tower", other)
-    assert report.describe("llmgr", other).endswith("its scores and a linear model of clicks and words and the tower's "
+    assert naming.describe("llmgr-start", other) == start
+    assert "language model, tuned" in naming.describe("tower", other)
+    assert naming.describe("llmgr", other).endswith("its scores and a linear model of clicks and words and the tower's "
                                                     "scores")
     hub = dataclasses.replace(VIEW.llm, name="sentence-transformers/all-MiniLM-L6-v2")
-    assert [report.llm_name(SimpleNamespace(llm=llm)) for llm in (folder, hub)] == [
+    assert [naming.llm_name(SimpleNamespace(llm=llm)) for llm in (folder, hub)] == [
         "all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"]
-    assert report.describe("gcsan-text", VIEW) == "gcsan with item texts: the control"
-    assert report.describe("gcsan-shuffled", VIEW) == "gcsan with other items' texts"
-    assert report.describe("gcsan-linear", VIEW) == (
+    assert naming.describe("gcsan-text", VIEW) == "gcsan with item texts: the control"
+    assert naming.describe("gcsan-shuffled", VIEW) == "gcsan with other items' texts"
+    assert naming.describe("gcsan-linear", VIEW) == (
         "gcsan with item texts, over the linear model of clicks and words: no language model tuned")
 
 
 def test_a_difference_is_one_only_where_the_corrected_p_is_small() -> None:
-    assert report.call({"difference": 0.002, "p": 0.001, "p_holm": 0.02}) == "better"
-    assert report.call({"difference": -0.002, "p": 0.001, "p_holm": 0.02}) == "worse"
-    assert report.call({"difference": 0.002, "p": 0.01, "p_holm": 0.05}) == "no clear difference"
-    assert report.call({"difference": 0.0, "p": 1.0, "p_holm": 1.0}) == "no clear difference"
+    assert verdicts.call({"difference": 0.002, "p": 0.001, "p_holm": 0.02}) == "better"
+    assert verdicts.call({"difference": -0.002, "p": 0.001, "p_holm": 0.02}) == "worse"
+    assert verdicts.call({"difference": 0.002, "p": 0.01, "p_holm": 0.05}) == "no clear difference"
+    assert verdicts.call({"difference": 0.0, "p": 1.0, "p_holm": 1.0}) == "no clear difference"
 
 
 def test_p_that_the_resamples_cannot_resolve_is_a_bound() -> None:
     least = 2 / 5001
-    assert report.p_text({"p": float(f"{least:.6g}"), "p_holm": 9 * least}, 5000) == ("≤ 0.0004", "≤ 0.0036")
-    assert report.p_text({"p": 2 * least, "p_holm": 0.0234}, 5000) == ("0.0008", "0.023")
-    assert report.p_text({"p": 0.61, "p_holm": 1.0}, 5000) == ("0.61", "1")
+    assert verdicts.p_text({"p": float(f"{least:.6g}"), "p_holm": 9 * least}, 5000) == ("≤ 0.0004", "≤ 0.0036")
+    assert verdicts.p_text({"p": 2 * least, "p_holm": 0.0234}, 5000) == ("0.0008", "0.023")
+    assert verdicts.p_text({"p": 0.61, "p_holm": 1.0}, 5000) == ("0.61", "1")
 
 
 def test_the_page_holds_with_many_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,22 +269,22 @@ def test_the_page_holds_with_many_models(tmp_path: Path, monkeypatch: pytest.Mon
     models = (*names.FLOORS, *(name for e in [*encoders, "gcsan"] for name in (e, f"{e}-text")), "llmgr")
     write_reports(tmp_path, models=models, sessions=400)
     found = evidence.evidence(tmp_path / "reports")
-    chosen = report.highlights(found, VIEW)
+    chosen = page.highlights(found, VIEW)
     others = {m: by["test"]["all"]["ndcg_at_20"] for m, by in found["buckets"].items() if m.startswith("net")}
     strongest = sorted(others, key=others.get)[-3:]
-    assert set(chosen) == {*names.FLOORS, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == report.DRAWN
+    assert set(chosen) == {*names.FLOORS, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == page.DRAWN
     assert chosen == [m for m in models if m in chosen]
-    drawn = report.draw(found, VIEW)
+    drawn = page.draw(found, VIEW)
     weakest = min(others, key=others.get)
     assert all(f">{m}<" in drawn["buckets"] for m in chosen) and f">{weakest}<" not in drawn["buckets"]
     assert f"{weakest}: training" not in drawn["curves"] and "tune: training" in drawn["curves"]
     assert all(f">{m}<" in drawn["cost"] and f"against {m}<" in drawn["differences"] for m in models[:-1])
-    text = Page(report.render(found, VIEW, drawn)).text()
+    text = Page(page.render(found, VIEW, drawn)).text()
     for convention, bucket in (("test", "all"), ("test", "cold"), ("test_unseen", "trained_5_9")):
         for metric, value in found["buckets"][weakest][convention][bucket].items():
             low, high = found["intervals"][weakest][convention][bucket].get(metric, (0, 0))
             assert metric == "n" or f"{value:.4f} {low:.4f}–{high:.4f}" in text
-    assert len(report.verdicts(found, VIEW)) == len({"gcsan", "gcsan-text", max(others, key=others.get)})
+    assert len(verdicts.verdicts(found, VIEW)) == len({"gcsan", "gcsan-text", max(others, key=others.get)})
 
 
 def test_real_data_bear_no_banner(project: Path) -> None:
@@ -315,7 +316,7 @@ def test_missing_metrics_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
     found = evidence.evidence(written / "reports")
     took = {name: cost["seconds"] for name, cost in found["cost"].items()}
-    spent = report.training_seconds(found, VIEW)
+    spent = cost.training_seconds(found, VIEW)
     assert spent["gcsan"] == took["gcsan"] and spent["gcsan-text"] == took["gcsan-text"] + took["backbone"]
     assert spent["llmgr"] == pytest.approx(sum(took[part] for part in ("gcsan", "backbone", "align", "tune")))
     assert "pop" not in spent
@@ -326,10 +327,10 @@ def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
     started = {**found, "cost": {**found["cost"], "folds": {"seconds": 40.0}, "tune": took_both},
                "buckets": {**found["buckets"], "llmgr-start": found["buckets"]["llmgr"]}}
     folded = SimpleNamespace(**vars(VIEW) | {"tune": dataclasses.replace(VIEW.tune, linear=True, folds=2)})
-    assert report.training_seconds(started, folded)["llmgr-start"] == pytest.approx(spent["gcsan"] + 43)
-    assert report.training_seconds(started, folded)["llmgr"] == pytest.approx(spent["llmgr"] + 40)
-    assert report.training_seconds({**started, "cost": found["cost"] | {"tune": took_both}}, VIEW)["llmgr-start"] == 3
-    fitted = report.training_seconds(more, VIEW)
+    assert cost.training_seconds(started, folded)["llmgr-start"] == pytest.approx(spent["gcsan"] + 43)
+    assert cost.training_seconds(started, folded)["llmgr"] == pytest.approx(spent["llmgr"] + 40)
+    assert cost.training_seconds({**started, "cost": found["cost"] | {"tune": took_both}}, VIEW)["llmgr-start"] == 3
+    fitted = cost.training_seconds(more, VIEW)
     assert fitted["gated-llmgr"] == pytest.approx(spent["llmgr"] + 1.5) and fitted["llmgr"] == spent["llmgr"]
 
 

@@ -29,6 +29,11 @@ class Repository:
         self.base = self.state("main", {}, {"gcsan": 0.2, "narm": 0.3}, trained=("gcsan", "narm"))
         self.experiments: list[dict] = []
 
+    def file(self, revision: str, path: str) -> dict:
+        states = [self.base, *self.experiments]
+        found = next((state["files"] for state in states if state["rev"] == revision), {})
+        return found.get(path, {})
+
     def state(self, name: str, settings: dict[str, Any], ndcg: dict[str, float], trained: tuple[str, ...]) -> dict:
         content, revision = changed(CONTENT, settings), f"{name}-revision"
         data = f"sessions of {content['data']['dataset']} by {content['split']}"
@@ -42,11 +47,11 @@ class Repository:
                                            "encoder.gcsan": content["encoder"]["gcsan"]}},
                 "outs": [{"path": f"models/encoders/{model}", "md5": "weights"}]}
         self.locks[revision] = {"schema": "2.0", "stages": stages}
-        metrics = {METRICS.format(model): {"data": {"best_epoch": 5, "epochs": 9, "valid": {
-            "hr_at_20": 2 * value, "ndcg_at_20": value, "mrr_at_20": value / 2}}} for model, value in ndcg.items()}
-        metrics["reports/metrics/cost/gcsan.json"] = {"data": {"seconds": 12.345}}
-        return {"rev": revision, "name": name, "error": None, "experiments": None,
-                "data": {"params": {"params.yaml": {"data": content}}, "metrics": metrics}}
+        metrics = {METRICS.format(model): {"best_epoch": 5, "epochs": 9, "valid": {
+            "hr_at_20": 2 * value, "ndcg_at_20": value, "mrr_at_20": value / 2}} for model, value in ndcg.items()}
+        metrics["reports/metrics/cost/gcsan.json"] = {"seconds": 12.345}
+        return {"rev": revision, "name": name, "error": None, "experiments": None, "files": metrics,
+                "data": {"params": {"params.yaml": {"data": content}}}}
 
     def run(self, name: str, settings: dict[str, Any], ndcg: float, trained: tuple[str, ...] = ("gcsan",)) -> None:
         """An experiment; what it did not train keeps the figures of the commit."""
@@ -73,9 +78,10 @@ LR, LAYERS = "encoder.gcsan.lr", "encoder.gcsan.gnn_layers"
 
 
 @pytest.fixture
-def grid() -> Repository:
+def grid(monkeypatch: pytest.MonkeyPatch) -> Repository:
     """A grid over two keys on office; DVC wrote one value as YAML 1.1 reads a string."""
     made = Repository()
+    monkeypatch.setattr(search, "file_of", made.file)
     for number, (lr, layers, ndcg) in enumerate([(0.001, 1, 0.051), ("1e-05", 2, 0.055), (0.001, 2, 0.053)]):
         made.run(f"exp-{number}", {LR: lr, LAYERS: layers, "data.dataset": "office"}, ndcg)
     return made

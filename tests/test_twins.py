@@ -18,10 +18,11 @@ from machine import DEFAULTS
 
 from llmgr.experiments import ablations, search
 from llmgr.params.loading import changed, load
-from llmgr.reporting import buckets, evidence, report, seeds
+from llmgr.reporting import buckets, evidence, naming, seeds, tables
 from llmgr.runtime.artifacts import read_json, write_json, write_table
 from llmgr.runtime.errors import UserError
 
+FILES: dict[str, dict] = {}  # buckets.json by revision
 BASE = yaml.safe_load(DEFAULTS.read_text())
 
 
@@ -31,9 +32,14 @@ def figures(hit: float) -> dict:
 
 
 def state(name: str, content: dict, hit: float) -> dict:
-    return {"rev": name, "name": name, "data": {
-        "params": {"params.yaml": {"data": content}},
-        "metrics": {"reports/metrics/buckets.json": {"data": {"llmgr": figures(hit), "pop": figures(0.0)}}}}}
+    FILES[name] = {"llmgr": figures(hit), "pop": figures(0.0)}
+    return {"rev": name, "name": name, "data": {"params": {"params.yaml": {"data": content}}}}
+
+
+@pytest.fixture(autouse=True)
+def files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experiments' JSON files are those that their states carry."""
+    monkeypatch.setattr(ablations, "file_of", lambda revision, path: FILES.get(revision, {}))
 
 
 def lock(content: dict) -> dict:
@@ -146,8 +152,7 @@ def test_seeds_are_told_from_other_changes():
     states = [state("workspace", BASE, 0.9), state("abc", BASE, 0.3), state("exp-7", second, 0.4),
               state("exp-8", gate, 0.5), state("exp-9", other, 0.6), state("exp-10", stale, 0.7)]
     for s in states:
-        buckets = s["data"]["metrics"]["reports/metrics/buckets.json"]["data"]
-        buckets["gated-llmgr"] = figures(0.8)
+        FILES[s["rev"]]["gated-llmgr"] = figures(0.8)
     locks = {"abc": lock(BASE), "exp-7": lock(second), "exp-8": lock(gate), "exp-9": lock(other), "exp-10": lock(BASE)}
     collected = ablations.at_seeds(states, BASE, locks.get)
     assert {seed: revision for seed, (revision, _) in collected.items()} == {
@@ -175,15 +180,15 @@ def test_the_report_shows_seeds_of_these_results_alone(tmp_path):
     write_json(tmp_path / "seeds.json", {**whole, "figures": {"3": found["3"]}})
     assert evidence.own_seeds(tmp_path / "seeds.json", buckets) == {}, "one seed is no spread"
     params = load(DEFAULTS)
-    (first, _, means), (_, _, gaps) = report.seed_tables(whole, params)
+    (first, _, means), (_, _, gaps) = tables.seed_tables(whole, params)
     assert "2 seeds (1, 3)" in first and means["llmgr"][0] == "0.5000 ± 0.3536" and means["llmgr"][-1] == "–"
     assert list(gaps) == ["pop"] and gaps["pop"][0] == "+0.3750 [+0.1250, +0.6250]"
     gap = {"difference": 0.01, "low": 0.002, "high": 0.02, "p": 0.03, "p_holm": 0.06, "relative": 0.1}
     paired = {"pop": {c: dict.fromkeys(("hr_at_20", "ndcg_at_20", "mrr_at_20"), gap) for c in ("test", "test_unseen")}}
-    *_, (kept, _, _), (unseen, head, cells) = report.seed_tables({**whole, "differences": paired}, params)
+    *_, (kept, _, _), (unseen, head, cells) = tables.seed_tables({**whole, "differences": paired}, params)
     assert "seen items kept" in kept and "seen items excluded" in unseen and head == ["HR@20", "NDCG@20", "MRR@20"]
     assert cells == {"pop": ["+0.0100 [+0.0020, +0.0200], +10.0%, p 0.03, Holm 0.06"] * 3}
-    assert len(report.seed_tables({**whole, "ours": "pop", "differences": paired}, params)) == 2, "another model's"
+    assert len(tables.seed_tables({**whole, "ours": "pop", "differences": paired}, params)) == 2, "another model's"
 
 
 def test_the_scripts_collect_figures_and_ranks_from_experiments(tmp_path, monkeypatch, capsys):
@@ -252,8 +257,5 @@ def test_the_report_shows_twins_of_these_results_alone(tmp_path):
     assert list(evidence._own_twins(tmp_path / "twins.json", main)) == ["llmgr", "without-lora"]
     assert evidence._own_twins(tmp_path / "twins.json", figures(0.4)) == {}
     assert evidence._own_twins(tmp_path / "none.json", main) == {}
-    none = copy.deepcopy(content)
-    none["without-lora"]["figures"]["test"]["cold"] = {"n": 0}
-    assert "| 0.2000 | 0.1000 | – | – |" in report._twins({"twins": none}, load(DEFAULTS))
-    text = report._twins({"twins": content}, load(DEFAULTS))
-    assert "| without-lora | model.lora_r=0 | 0.2000 | 0.1000 |" in text and "| llmgr | – | 0.3000 |" in text
+    assert (naming.four(0.2), naming.four(None)) == ("0.2000", "–"), "a bucket without sessions"
+    assert [naming.changes(twin) for twin in content.values()] == ["–", "model.lora_r=0"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llmgr.experiments.search import LATER, LISTS, TUNED, digests, finished, is_means, trained
+from llmgr.experiments.search import LATER, LISTS, TUNED, digests, file_of, finished, is_means, trained
 from llmgr.params.loading import build, changed, flat
 from llmgr.params.schema import Params
 from llmgr.reporting.buckets import COMPARED
@@ -87,7 +87,7 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any], a
     found: dict[str, dict[str, Any]] = {}
     for state in _comparable(states, content, lock):
         own = state["data"]["params"].get("params.yaml", {}).get("data")
-        figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data", {}).get(TUNED)
+        figures = file_of(state["rev"], "reports/metrics/buckets.json").get(TUNED)
         if not own or not figures:
             continue
         parameters = decisive(own)
@@ -112,7 +112,7 @@ def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
     expected, found = _fixed(content), {}
     for state in _comparable(states, content, lock):
         own = state["data"]["params"].get("params.yaml", {}).get("data")
-        figures = state["data"]["metrics"].get("reports/metrics/buckets.json", {}).get("data")
+        figures = file_of(state["rev"], "reports/metrics/buckets.json")
         if not own or not figures or _fixed(own) != expected or not trained(lock(state["rev"]), "bucket", own):
             continue
         if _encoders_since(lock(state["rev"]), start):

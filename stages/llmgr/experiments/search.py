@@ -56,6 +56,13 @@ def lock_of(revision: str) -> dict[str, Any]:
     return yaml.safe_load(done.stdout) if done.returncode == 0 else {}
 
 
+@functools.cache
+def file_of(revision: str, path: str) -> dict[str, Any]:
+    """A JSON file of an experiment; empty where it has none."""
+    done = _said("git", "show", f"{revision}:{path}")
+    return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
 def ranks_of(revision: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Test targets and their ranks by model and convention, as an experiment left them in DVC's cache."""
     import polars as pl
@@ -95,12 +102,14 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
     for state in finished(states):
         data = state["data"]
         content = data["params"].get("params.yaml", {}).get("data")
-        metrics = data["metrics"].get(f"reports/metrics/{part}.json", {}).get("data")
-        if not content or content["data"]["dataset"] != dataset or not metrics or "valid" not in metrics:
+        if not content or content["data"]["dataset"] != dataset:
+            continue
+        metrics = file_of(state["rev"], f"reports/metrics/{part}.json")
+        if "valid" not in metrics:
             continue
         if trained(lock(state["rev"]), stage_of(model), content):
             data_of = digests(lock(state["rev"]))
-            cost = data["metrics"].get(f"reports/metrics/cost/{Path(part).name}.json", {}).get("data") or {}
+            cost = file_of(state["rev"], f"reports/metrics/cost/{Path(part).name}.json")
             found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
                                {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
                                 "seconds": cost.get("seconds")}, data_of))
