@@ -38,6 +38,7 @@ tables: $(VENV)/.installed  # the tables of README.md and reports/*.md from the 
 	$(BIN)/python stages/tables.py
 
 grid: $(VENV)/.installed  # search a model's parameters in the background: make grid MODEL=gcsan DATASET=office SET="-S ..."
+	@$(BIN)/python stages/heal.py --queue
 	@test -f stages/presets/grid/$(MODEL).txt || { echo "error: MODEL=$(MODEL) has no grid; there are $$(ls stages/presets/grid | sed 's/.txt//' | xargs)" >&2; exit 2; }
 	@test -n "$(DATASET)" || { echo "error: DATASET is not given, such as DATASET=office" >&2; exit 2; }
 	$(BIN)/dvc exp run --queue pretrain@$(MODEL) $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
@@ -48,12 +49,14 @@ pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the b
 	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
 
 twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/twins.py
+	@$(BIN)/python stages/heal.py --queue
 	for twin in stages/presets/twins/*.txt; do \
 		changed=$$($(BIN)/python stages/twins.py --options $$twin) && \
 		$(BIN)/dvc exp run --queue bucket $$changed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 
 seeds: $(VENV)/.installed  # the same at other seeds, in the background: make seeds SEEDS="1 2"; then python stages/seeds.py
+	@$(BIN)/python stages/heal.py --queue
 	@test -n "$(SEEDS)" || { echo "error: SEEDS is not given, such as SEEDS=\"1 2\"" >&2; exit 2; }
 	for seed in $(SEEDS); do $(BIN)/dvc exp run --queue bucket -S seed=$$seed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1

@@ -2,6 +2,7 @@
 
     make heal                        # or: python stages/heal.py
     python stages/heal.py --locks    # what keeps `dvc repro` from starting alone; `make repro` does so by itself
+    python stages/heal.py --queue    # whether experiments can be queued here; `make grid`, `twins` and `seeds` ask
 
 Needs git and Python's standard library alone. Changes in the working tree stay. Nothing is done while DVC or git runs
 here.
@@ -15,15 +16,25 @@ from pathlib import Path
 from llmgr.runtime import healing
 
 
+def fail(said: str) -> None:
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--locks", action="store_true", help="DVC's lock files and dvc.lock alone; quiet where whole")
-    only_locks = parser.parse_args().locks
+    parser.add_argument("--queue", action="store_true", help="put nothing right: say why no experiment can be queued")
+    asked, root = parser.parse_args(), Path(__file__).resolve().parent.parent
+    if asked.queue:
+        if hindrance := healing.queue_hindrance(root):
+            fail(hindrance)
+        return
     try:
-        done = (healing.heal_locks if only_locks else healing.heal)(Path(__file__).resolve().parent.parent)
+        done = (healing.heal_locks if asked.locks else healing.heal)(root)
     except healing.AtWork as busy:
-        sys.exit(f"error: {busy}")
-    for line in done or ([] if only_locks else ["nothing to put right"]):
+        fail(str(busy))
+    for line in done or ([] if asked.locks else ["nothing to put right"]):
         print(line, file=sys.stderr, flush=True)
 
 

@@ -190,3 +190,11 @@ def test_a_lock_file_is_left_to_a_dvc_that_writes_it(root: Path, monkeypatch: py
             healing.heal_locks(root)
         assert time.monotonic() - start < 5 and (root / ".dvc/tmp/rwlock").exists()
     assert healing.heal_locks(root)
+
+
+def test_where_experiments_cannot_be_queued_it_is_said_before(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(STAGES, root / "stages")
+    assert run(root, sys.executable, "stages/heal.py", "--queue") == ""
+    moved = root.rename(tmp_path / "häuser")
+    said = run(moved, sys.executable, "stages/heal.py", "--queue", status=2)
+    assert said.startswith("error: ") and len(said.splitlines()) == 1 and "--queue" in said

@@ -62,6 +62,17 @@ def heal_locks(root: Path) -> list[str]:
     return done + _dvc_lock(root)
 
 
+def queue_hindrance(root: Path) -> str:
+    """Why experiments cannot be queued in `root`, in one sentence; '' where they can.
+
+    DVC writes the cache's path into the queue's copies in ASCII: every queued (or `--temp`) experiment would fail.
+    """
+    path = str(root.resolve())
+    return "" if path.isascii() else (
+        f"{path} has letters that are not ASCII, where DVC's queue fails: move the repository to another folder, or "
+        "run the experiments one by one without --queue")
+
+
 def at_work(root: Path) -> str:
     """The command line of a DVC or git at work in `root` or below, if there is one ('' where none can be seen)."""
     root = root.resolve()
