@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_output(tmp_path, kind):
     assert len(done.stderr.splitlines()) == 1
     assert "disk is full" in done.stderr
     assert (tmp_path / "out").read_text() == "old"
-    assert names(tmp_path) == ["full.py", "out", "params.yaml"]
+    assert names(tmp_path) == [".resume", "full.py", "out", "params.yaml"]
 
 
 def test_json_keeps_order_and_six_digits_and_refuses_what_json_has_not(tmp_path):

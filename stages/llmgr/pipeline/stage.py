@@ -11,6 +11,8 @@ from pathlib import Path
 from llmgr.runtime.console import WORKERS
 from llmgr.runtime.errors import UserError, WorkersFailed, disk_is_full, out_of_memory
 from llmgr.runtime.masking import masked
+from llmgr.runtime.ownership import alone, follow_dvc
+from llmgr.runtime.resume import home
 
 
 def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict[str, str] | None = None, *,
@@ -30,11 +32,13 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
     for name, text in (optional or {}).items():
         parser.add_argument(f"--{name}", help=text)
     arguments = vars(parser.parse_args())
+    follow_dvc()
     try:
         from llmgr.params.loading import load
 
         filled = {name: value.partition("-")[0] for name, value in arguments.items() if value is not None}
         params = load("params.yaml").view([key.format(**filled) for key in reads])
+        alone(home())
         if workers:
             from llmgr.training.launcher import processes
 

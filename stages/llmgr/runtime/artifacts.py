@@ -29,12 +29,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `replacing` left in `folder` in a process that is no more; another run may be writing there."""
-    for leftover in folder.glob(".*.tmp"):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what `replacing` and `replacing_folder` left of `name` in `folder` in a process that is no more; another
+    run may be writing there."""
+    for leftover in folder.glob(f".{name}.tmp"):
         writer = leftover.name.split(".")[-2]
         if writer == str(os.getpid()) or not (writer.isdigit() and _runs(int(writer))):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
@@ -52,9 +56,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, whole, when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, former = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.former.tmp")
-    for leftover in (temporary, former):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(path.parent, f"{path.name}*")
+    temporary, former = (path.with_name(f".{path.name}{kind}.{os.getpid()}.tmp") for kind in ("", ".former"))
     temporary.mkdir()
     try:
         yield temporary

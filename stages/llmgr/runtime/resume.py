@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.runtime.artifacts import digest, require
+from llmgr.runtime.console import first, say
+from llmgr.runtime.ownership import hold
 from llmgr.runtime.reach import LIBRARY, reached
 
 UNFINISHED_KEPT = 5
@@ -29,8 +31,8 @@ def resume_folder(stage: str, params: dict[str, Any], inputs: Iterable[str | Pat
     The folder's name is a fingerprint of everything that decides the outcome: the parameters read, the inputs'
     contents, the code that the running script can reach. Thread and process counts (`launch`) decide rounding alone:
     they stand in the checkpoint, any number goes on from it, and one that differs says so. The folder lies outside
-    DVC's outs. What waits there for parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT`
-    newer ones.
+    DVC's outs; of two runs of the same work at the same time the second gets a folder of its own. What waits there for
+    parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT` newer ones.
     """
     print_of = hashlib.sha256()
     deciding = {key: value for key, value in params.items() if not key.startswith("launch.")}
@@ -39,7 +41,11 @@ def resume_folder(stage: str, params: dict[str, Any], inputs: Iterable[str | Pat
         print_of.update(f"{path}\0{digest(require(path))}\n".encode())
     for file in reached(sys.argv[0]):
         print_of.update(f"{file.relative_to(LIBRARY).as_posix()}\0{digest(file)}\n".encode())
-    return waiting(stage, print_of.hexdigest()[:16])
+    name = print_of.hexdigest()[:16]
+    if first() and not hold(home() / ".resume" / stage / f"{name}.lock"):
+        say("another run does the same work: this one keeps checkpoints of its own")
+        name += f"-{os.getpid()}"
+    return waiting(stage, name)
 
 
 def waiting(stage: str, name: str) -> Path:

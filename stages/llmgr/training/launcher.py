@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import distributed
 
 from llmgr.runtime.console import PARENT, WORKERS, say
 from llmgr.runtime.errors import UserError, WorkersFailed
+from llmgr.runtime.ownership import leave_when, parent_gone
 
 
 def device(settings: Any) -> torch.device:
@@ -64,17 +64,10 @@ def _join(chosen: torch.device) -> None:
     if folder := os.environ.get(WORKERS):
         method = {"init_method": f"file://{folder}/store", "rank": int(os.environ["RANK"]),
                   "world_size": int(os.environ["WORLD_SIZE"])}
-        threading.Thread(target=_leave_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+        leave_when(parent_gone(int(os.environ[PARENT])))  # however it went, and were it before this was asked
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     distributed.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl", **method)
-
-
-def _leave_with(parent: int) -> None:
-    """End this process when the one that started it has gone, however it went and were it before this was asked."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _supervise(count: int) -> None:
