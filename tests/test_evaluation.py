@@ -15,7 +15,7 @@ from llmgr.encoders.registry import build_recommender, save_recommender
 from llmgr.evaluation import baselines, models
 from llmgr.evaluation.gate import Gate, bands
 from llmgr.params.loading import load
-from llmgr.params.names import FLOORS
+from llmgr.params.names import FLOORS, SERVED
 from llmgr.runtime.artifacts import save_tensors, write_json
 from llmgr.runtime.errors import UserError
 from llmgr.sessions import reading
@@ -105,7 +105,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                        names=["gcsan"], controls=["gcsan"], control_texts=["text"],
                                        linear_controls=[]))
     found = models.scorers(params, CPU)
-    assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr"]
+    assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr", SERVED]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(len(sessions))
     with torch.no_grad():

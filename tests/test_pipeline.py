@@ -44,7 +44,7 @@ SMALL = {
     "bucket.resamples": 100,
 }
 LAST = {"gate", "evaluate", "bucket", "report", "track"}
-TUNING = {"align", "tune", *LAST}
+TUNING = {"align", "tune", "package", *LAST}
 CONTROLS = {"control@gcsan-text", "control@gcsan-shuffled", "linear@gcsan"}
 LEARNING = {"pretrain@gcsan", *CONTROLS, "export", "folds", "tower", *TUNING}
 WEIGHTS = CHECKPOINTS / "stories260K"
@@ -166,14 +166,14 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     ("track.experiment", "other", {"track"}),
     ("bucket.resamples", 150, {"bucket", "report", "track"}),
     ("evaluate.decay", 0.5, LAST),
-    ("tune.lr", 5e-4, {"tune", *LAST}),
+    ("tune.lr", 5e-4, {"tune", "package", *LAST}),
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
     ("model.base", "gcsan-text", {"check", *LEARNING} - {"tower"}),  # as --force-downstream has it; see the next test
-    ("tune.folds", 3, {"folds", "tower", "tune", *LAST}),
-    ("tower.lr", 5e-4, {"tower", "tune", *LAST}),
-    ("tower.decay", 0.5, {"tower", "tune", *LAST}),
-    ("slit.ridge", 50.0, {"linear@gcsan", "tune", *LAST}),
+    ("tune.folds", 3, {"folds", "tower", "tune", "package", *LAST}),
+    ("tower.lr", 5e-4, {"tower", "tune", "package", *LAST}),
+    ("tower.decay", 0.5, {"tower", "tune", "package", *LAST}),
+    ("slit.ridge", 50.0, {"linear@gcsan", "tune", "package", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),
     ("llm.scratch.epochs", 2, {"backbone", "folds", "tower", *CONTROLS, *TUNING}),
     ("encoder.gcsan.lr", 5e-4, LEARNING - {"tower"}),
@@ -229,7 +229,7 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
     evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
                                  for name in ("evaluate", "buckets", "differences"))
     assert set(evaluated) == set(bucketed) == {*FLOORS, "tower", "gcsan", "gcsan-text", "gcsan-shuffled",
-                                               "gcsan-linear", "llmgr", "llmgr-start", "gated-gcsan-text",
+                                               "gcsan-linear", "llmgr", "llmgr-start", "served", "gated-gcsan-text",
                                                "gated-llmgr", "gated-both"}
     for model in evaluated:
         table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")

@@ -9,7 +9,7 @@ import pytest
 from llmgr.runtime.reach import FRAME, LIBRARY, imported
 
 ORDER = ("runtime", "params", "data", "sessions", "text", "ranking", "training", "language_model", "encoders", "prior",
-         "model", "evaluation", "reporting", "experiments", "pipeline")
+         "model", "serving", "evaluation", "reporting", "experiments", "pipeline")
 FILES = sorted(LIBRARY.rglob("*.py"))
 
 

@@ -24,7 +24,7 @@ from llmgr.evaluation.baselines import (
     word_knn,
 )
 from llmgr.evaluation.gate import REPEAT, Gate, bands
-from llmgr.params.names import START, TOWER
+from llmgr.params.names import SERVED, START, TOWER
 from llmgr.params.schema import trained
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
@@ -32,6 +32,8 @@ from llmgr.prior.weighted_sum import LinearTerm, linear_term
 from llmgr.ranking.loop import Score
 from llmgr.runtime.artifacts import load_tensors, read_json
 from llmgr.runtime.errors import UserError
+from llmgr.serving.package import FOLDER, load_package
+from llmgr.serving.scoring import Scorer
 from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
@@ -66,6 +68,7 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     if params.tune.linear:
         found[START] = lambda: started(params, device, formed)
     found["llmgr"] = lambda: llmgr(params, device, formed)
+    found[SERVED] = lambda: served(items)
     return found
 
 
@@ -130,6 +133,21 @@ def started(params: Any, device: torch.device, formed: Formed) -> Over:
                         "repro` to train it anew")
     term.load_state_dict(kept)
     return lambda sessions: lambda samples: term(sessions, samples)
+
+
+def served(items: int) -> Over:
+    """Scores of the package in models/recommender, which knows no user, on the CPU as it is served."""
+    package = load_package(FOLDER)
+    if len(package.items) != items:
+        raise UserError(f"{FOLDER} has {len(package.items)} items, the catalogue {items}: run `dvc repro` to write it "
+                        "anew")
+    scorer = Scorer(package)
+
+    def over(sessions: Sessions) -> Score:
+        here = sessions.to("cpu")
+        return lambda samples: scorer(here.graphs(samples.cpu())).to(samples.device)
+
+    return over
 
 
 def parts(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llmgr.params.names import FLOORS, START
+from llmgr.params.names import FLOORS, SERVED, START
 from llmgr.ranking import metrics
 from llmgr.reporting import significance
 from llmgr.runtime.artifacts import read_table
@@ -24,7 +24,7 @@ def order(models: Sequence[str], ours: str) -> list[str]:
     """Models as every table has them: untrained floors, encoders by name, each before its controls, LLMGR, `ours`."""
     place = {name: number for number, name in enumerate(FLOORS)}
     return sorted(models, key=lambda name: (
-        name == ours, name == "llmgr", name == START, place.get(name, len(FLOORS)), name.split("-")))
+        name == ours, name == "llmgr", name == SERVED, name == START, place.get(name, len(FLOORS)), name.split("-")))
 
 
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:

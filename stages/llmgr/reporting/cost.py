@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmgr.params.names import START, TOWER
+from llmgr.params.names import SERVED, START, TOWER
 from llmgr.reporting.evidence import MAIN
 
 
@@ -26,6 +26,8 @@ def training_parts(found: Mapping[str, Any], params: Any) -> dict[str, set[str]]
         needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", *tower, "align", "tune"]
     if START in found["buckets"]:
         needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds", *tower]
+    if SERVED in found["buckets"]:
+        needs[SERVED] = [*needs.get(MAIN, []), "package"]
     for gate, fused in params.gate.fuse.items():
         if gate in found["buckets"]:
             needs[gate] = ["backbone"] * ("text-knn" in fused) + [p for name in fused for p in needs.get(name, ())]

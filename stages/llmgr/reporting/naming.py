@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmgr.params.names import START, TOWER
+from llmgr.params.names import SERVED, START, TOWER
 from llmgr.ranking.metrics import names
 from llmgr.reporting.evidence import MAIN
 from llmgr.reporting.figures import count, pretty
@@ -17,7 +17,8 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "text-knn": "items with the most similar texts to the language model, untrained",
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
-         "slit-text": "the same, shrunk to the likeness of the items' words"}
+         "slit-text": "the same, shrunk to the likeness of the items' words",
+         SERVED: "what the package for production answers: no language model, no knowledge of the user"}
 TOWERS = {"tokens": "items with the most similar texts to a mean of token vectors, tuned on which texts follow which; "
                     "no language model",
           "language-model": "items with the most similar texts to the language model, tuned on which texts follow "

@@ -12,6 +12,7 @@ from llmgr.sessions.clicks import click_weights
 from llmgr.text.items import deal
 
 if TYPE_CHECKING:
+    from llmgr.sessions.graphs import GraphBatch
     from llmgr.sessions.tensors import Sessions
 
 
@@ -91,8 +92,11 @@ def shuffled(vectors_VH: Tensor, seed: int) -> Tensor:
     return torch.cat((vectors_VH[:1], vectors_VH[1:][deal(len(vectors_VH) - 1, seed)]))
 
 
+def click_sum(graphs: GraphBatch, vectors_VH: Tensor, decay: float) -> Tensor:
+    """The clicks' vectors, summed with the weights of `click_weights`, [B, H]."""
+    return (vectors_VH[graphs.items_BS] * click_weights(graphs, decay)[..., None]).sum(1)
+
+
 def likeness(sessions: Sessions, samples: Tensor, vectors_VH: Tensor, decay: float) -> Tensor:
     """Scores [B, V+1]: cosines of item vectors to those of the clicks, summed with their weights."""
-    graphs = sessions.graphs(samples)
-    weight_BS = click_weights(graphs, decay)
-    return (vectors_VH[graphs.items_BS] * weight_BS[..., None]).sum(1) @ vectors_VH.T
+    return click_sum(sessions.graphs(samples), vectors_VH, decay) @ vectors_VH.T

@@ -1,0 +1,118 @@
+"""A package made of what the pipeline trained."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmgr.encoders.registry import load_encoder
+from llmgr.prior.weighted_sum import BANDS, linear_term
+from llmgr.ranking.metrics import metrics, ranks
+from llmgr.runtime.artifacts import digest, load_tensors, read_json, read_table
+from llmgr.runtime.errors import UserError
+from llmgr.serving.package import Package
+from llmgr.serving.scoring import Scorer
+
+if TYPE_CHECKING:
+    from llmgr.prior.weighted_sum import LinearTerm
+    from llmgr.sessions.tensors import Sessions
+
+ENTRIES = (50, 100, 200, 400, 800)  # strongest entries kept of a row of the item-item matrix, the fewest that suffice
+COST = 0.01  # share of NDCG@20 on validation that pruning may cost
+DRAWN = 4096  # validation sessions at most that say what pruning costs
+SOURCES = ("data/core/items.parquet", "models/embeddings", "models/tower", "models/tuned")
+
+
+def built(params: Any, prior: LinearTerm | None, valid: Sessions) -> tuple[Package, dict[str, Any]]:
+    """The package of the prior whose weights are loaded, or of the base encoder alone where there is none.
+
+    And what pruning the item-item matrix costs on validation sessions of strangers, for the metrics.
+    """
+    table = read_table("data/core/items.parquet").sort("item_id")
+    base, _ = load_encoder("models/embeddings", len(table))
+    tensors: dict[str, Tensor] = {}
+    config = {"max_session": params.data.max_session, "decay": params.slit.decay, "edges": list(BANDS),
+              "encoder": {key: value for key, value in read_json("models/embeddings/config.json").items()
+                          if key != "items"},
+              "tower": None, "entries": 0, "student": False,
+              "made_of": {path: digest(path) for path in SOURCES if Path(path).exists()}}
+    if prior is None:
+        count = np.bincount(read_table("data/sessions/train.parquet", ["target"])["target"],
+                            minlength=len(table) + 1)
+        bands = torch.ones(len(BANDS) + 1)
+        tensors |= {"weights.bias": 0 * bands, "weights.base_weight": bands, "weights.clicked": torch.zeros(1)}
+    else:
+        count = prior.count.cpu().numpy()
+        tensors |= {f"weights.{name}": value.clone() for name, value in prior.state_dict().items()}
+        if prior.tower is not None:
+            tensors["tower"] = prior.tower.vectors[0].cpu()
+            config["tower"] = {"decay": prior.tower.decay, "scale": prior.tower.scale}
+    if prior is None or prior.base is not None:
+        tensors["base"] = load_encoder("models/embeddings", len(table))[1]
+        tensors |= {f"encoder.{name}": value for name, value in base.state_dict().items()}
+    items = table.select("item", "title").with_columns(
+        count=count[1:].astype(np.int32), blocked=np.zeros(len(table), bool))
+    package = Package(config, items, tensors)
+    if prior is None:
+        return package, {}
+    entries, valid_metrics = chosen_entries(package, prior.model.matrix * np.float32(prior.scale), valid, params.seed)
+    pruned = rows_of(prior.model.matrix * np.float32(prior.scale), entries)
+    return Package(config | {"entries": entries}, items, tensors | pruned), {
+        "entries": entries, "valid": {str(name): by for name, by in valid_metrics.items()}}
+
+
+def tuned_from(params: Any, train: Sessions) -> LinearTerm:
+    """The prior that LLMGR's logits started from, with its weights; UserError where it has other parts than asked."""
+    prior = linear_term(params, train, torch.device("cpu"))
+    weights = load_tensors("models/tuned/start.safetensors")
+    if weights.keys() != prior.state_dict().keys():
+        raise UserError("models/tuned started from other scores than tune.folds and tower.enabled ask for: run `dvc "
+                        "repro` to train it anew")
+    prior.load_state_dict(weights)
+    return prior
+
+
+def rows_of(matrix: np.ndarray, entries: int) -> dict[str, Tensor]:
+    """The `entries` entries of largest absolute value of every row of [V+1, V+1], in rows, by column."""
+    values, items, counts = [], [], []
+    for rows in torch.from_numpy(matrix).split(1024):
+        strongest = rows.abs().topk(min(entries, rows.shape[1]), 1).indices.sort(1).values
+        value = rows.gather(1, strongest)
+        real = value != 0
+        values.append(value[real])
+        items.append(strongest[real].int())
+        counts.append(real.sum(1))
+    start = torch.cat((torch.zeros(1, dtype=torch.long), torch.cat(counts).cumsum(0)))
+    return {"transitions.value": torch.cat(values), "transitions.item": torch.cat(items),
+            "transitions.start": start.int()}
+
+
+@torch.inference_mode()
+def chosen_entries(package: Package, matrix: np.ndarray, valid: Sessions, seed: int
+                   ) -> tuple[int, dict[Any, dict[str, float]]]:
+    """The fewest of ENTRIES whose NDCG@20 on validation is at most COST below that of the whole matrix, else the most.
+
+    And the metrics of the whole matrix and of each count tried.
+    """
+    drawn = torch.randperm(len(valid), generator=torch.Generator().manual_seed(seed))[:DRAWN]
+    batches = drawn[torch.argsort(valid.length[drawn], stable=True)].split(256)
+    scorer = Scorer(package)
+    scorer.matrix = matrix
+    rest, ranked = [], []
+    for samples in batches:
+        parts = scorer.parts(valid.graphs(samples))
+        rest.append(sum(part for name, part in parts.items() if name != "transitions"))
+        ranked.append(ranks(rest[-1] + parts["transitions"], valid.target[samples]))
+    whole = metrics(torch.cat(ranked))
+    tried: dict[Any, dict[str, float]] = {"whole": whole}
+    for entries in ENTRIES:
+        few = Scorer(Package(package.config, package.items, package.tensors | rows_of(matrix, entries)))
+        tried[entries] = metrics(torch.cat([
+            ranks(other + few.transitions(valid.graphs(samples)), valid.target[samples])
+            for other, samples in zip(rest, batches)]))
+        if tried[entries]["ndcg_at_20"] >= (1 - COST) * whole["ndcg_at_20"]:
+            break
+    return entries, tried

@@ -1,0 +1,158 @@
+"""Recommendations for sessions of item ids: `Recommender.load(folder).recommend(sessions)`."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmgr.runtime.errors import UserError
+from llmgr.serving.package import FOLDER, Package, load_package
+from llmgr.serving.scoring import PARTS, Scorer
+from llmgr.sessions.tensors import Sessions
+
+if TYPE_CHECKING:
+    import polars as pl
+    from torch import Tensor
+
+    from llmgr.sessions.graphs import GraphBatch
+
+CELLS = 2**22  # scores held at a time, so that a batch of any size fits
+MOST = 512  # sessions scored at a time
+
+
+@dataclass(frozen=True)
+class Read:
+    """A session's clicks as item numbers, and what the catalogue does not know of it."""
+
+    numbers: list[int]
+    unknown: list[str]
+
+
+class Recommender:
+    """Ranks the items of a package for sessions. Threads may share it: a request reads one state from first to last."""
+
+    def __init__(self, package: Package) -> None:
+        self.scorer = Scorer(package)
+        items = package.items
+        self.ids, self.titles = items["item"].to_list(), items["title"].to_list()
+        self.number = {item: number for number, item in enumerate(self.ids, 1)}
+        blocked = torch.from_numpy(items["blocked"].to_numpy().copy())
+        self.never = torch.cat((torch.ones(1, dtype=torch.bool), blocked))
+        self.popular = torch.cat((torch.zeros(1), torch.from_numpy(items["count"].to_numpy().copy()).float()))
+        self.longest = package.config["max_session"]
+
+    @classmethod
+    def load(cls, folder: str | Path = FOLDER) -> Recommender:
+        """The recommender of a folder that the stage `package` wrote; UserError as `load_package`."""
+        return cls(load_package(folder))
+
+    def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20, exclude_seen: bool = True,
+                  explain: bool = False) -> pl.DataFrame:
+        """The `k` best items for each session of item ids, oldest click first; a row a session.
+
+        Columns items, titles and scores (lists, best first; fewer than `k` where the catalogue ends), unknown (ids that
+        the catalogue lacks; the other clicks count) and popular (true where no click is known: then the most popular
+        items, scored by how often training had them as targets). With `exclude_seen` no clicked item is among them.
+        With `explain` also a list a part of the score, in `llmgr.serving.scoring.PARTS`, which add up to it, and
+        because: the click that adds most to transitions and text, "" where none does. UserError where a session is no
+        list of ids, or k is no whole number above 0.
+        """
+        import polars as pl
+
+        check_k(k)
+        read = [self._read(session) for session in checked(sessions)]
+        size = max(1, min(MOST, CELLS // len(self.popular)))
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(read), size):
+            rows += self._rows(read[start:start + size], k, exclude_seen, explain)
+        scores = {name: pl.List(pl.Float64) for name in PARTS}
+        more = {"because": pl.List(pl.String), **{name: scores[name] for name in PARTS}} if explain else {}
+        return pl.DataFrame(rows, {"items": pl.List(pl.String), "titles": pl.List(pl.String),
+                                   "scores": pl.List(pl.Float64), "unknown": pl.List(pl.String),
+                                   "popular": pl.Boolean, **more})
+
+    def _read(self, session: Sequence[str]) -> Read:
+        numbers = [self.number.get(item, 0) for item in session]
+        unknown = dict.fromkeys(item for item, number in zip(session, numbers) if not number)
+        return Read([number for number in numbers if number], list(unknown))
+
+    @torch.inference_mode()
+    def _rows(self, read: list[Read], k: int, exclude_seen: bool, explain: bool) -> list[dict[str, Any]]:
+        warm = [place for place, session in enumerate(read) if session.numbers]
+        scores, parts, graphs = self.popular.repeat(len(read), 1), {}, None
+        if warm:
+            graphs = self._graphs([read[place].numbers for place in warm])
+            if explain:
+                parts = self.scorer.parts(graphs)
+                made = sum(parts.values())
+            else:
+                made = self.scorer(graphs)
+            scores = made if len(warm) == len(read) else scores.index_copy(0, torch.tensor(warm), made)
+        scores[:, self.never] = -torch.inf
+        if exclude_seen:
+            pairs = [(row, number) for row, session in enumerate(read) for number in session.numbers]
+            if pairs:
+                scores[tuple(torch.tensor(pairs).T)] = -torch.inf
+        best, item = scores.topk(min(k, scores.shape[1] - 1), 1)
+        rows = [self._row(session, best[row], item[row]) for row, session in enumerate(read)]
+        if explain:
+            self._explain(rows, read, warm, graphs, item, parts)
+        return rows
+
+    def _graphs(self, numbers: list[list[int]]) -> GraphBatch:
+        recent = [session[-self.longest:] for session in numbers]
+        length = torch.tensor([len(session) for session in recent])
+        items = torch.zeros(len(recent), int(length.max()), dtype=torch.int32)
+        for row, session in enumerate(recent):
+            items[row, :len(session)] = torch.tensor(session)
+        row = torch.arange(len(recent))
+        return Sessions(items, row, length, torch.ones_like(row)).graphs(row)
+
+    def _row(self, session: Read, best: Tensor, item: Tensor) -> dict[str, Any]:
+        real = int((best > -torch.inf).sum())
+        numbers = item[:real].tolist()
+        return {"items": [self.ids[number - 1] for number in numbers],
+                "titles": [self.titles[number - 1] for number in numbers], "scores": best[:real].tolist(),
+                "unknown": session.unknown, "popular": not session.numbers}
+
+    def _explain(self, rows: list[dict[str, Any]], read: list[Read], warm: list[int], graphs: GraphBatch | None,
+                 item: Tensor, parts: dict[str, Tensor]) -> None:
+        for row in rows:
+            zeros = [0.0] * len(row["items"])
+            row |= {"because": [""] * len(zeros), **dict.fromkeys(PARTS, zeros), "popularity": row["scores"]}
+        if not warm:
+            return
+        item = item[torch.tensor(warm)]
+        because = self.scorer.because(graphs, item).tolist()
+        by_part = {name: part.gather(1, item).tolist() for name, part in parts.items()}
+        for place, row in enumerate(warm):
+            size = len(rows[row]["items"])
+            rows[row] |= {name: values[place][:size] for name, values in by_part.items()}
+            rows[row]["because"] = [self.ids[number - 1] if number else "" for number in because[place][:size]]
+
+
+def check_k(k: Any) -> None:
+    """Raise UserError where `k` is no whole number above 0."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise UserError(f"k={k!r} must be a whole number of at least 1")
+
+
+def checked(sessions: Any) -> list[list[str]]:
+    """Sessions as lists of ids, whole numbers read as ids; UserError names the first that is none."""
+    if isinstance(sessions, (str, bytes)) or not isinstance(sessions, (list, tuple)):
+        raise UserError('sessions must be a list of sessions, each a list of item ids, such as [["B0001", "B0002"]]')
+    return [_ids(session, place) for place, session in enumerate(sessions, 1)]
+
+
+def _ids(session: Any, place: int) -> list[str]:
+    if isinstance(session, (str, bytes)) or not isinstance(session, (list, tuple)):
+        raise UserError(f"session {place} must be a list of item ids, not {type(session).__name__}")
+    ids = []
+    for item in session:
+        if isinstance(item, bool) or not isinstance(item, (str, int)):
+            raise UserError(f"session {place} holds {str(item)[:40]!r}, which is no item id: ids are texts")
+        ids.append(str(item))
+    return ids

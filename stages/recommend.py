@@ -1,0 +1,77 @@
+"""Recommend items: for the item ids of one session, or for a file of sessions.
+
+  python stages/recommend.py B0001 B0002 --k 10 --explain
+  python stages/recommend.py --sessions sessions.parquet --out recommended.parquet
+
+A file of sessions is Parquet or JSON lines with a list `items`, or CSV whose `items` are parted by spaces; what is
+written is Parquet or JSON lines. The same command goes on where it was killed.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="*", help="the session's item ids, oldest click first")
+    parser.add_argument("--k", type=int, default=20, help="how many items to recommend")
+    parser.add_argument("--keep-seen", action="store_true", help="recommend clicked items, too")
+    parser.add_argument("--explain", action="store_true", help="say which parts the scores are made of")
+    parser.add_argument("--sessions", type=Path, help="a file of sessions")
+    parser.add_argument("--out", type=Path, help="the file to write their recommendations to")
+    parser.add_argument("--package", type=Path, default=Path("models/recommender"), help="the package's folder")
+    arguments = parser.parse_args()
+
+    from llmgr.runtime.errors import UserError
+
+    try:
+        _work(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    from llmgr.runtime.errors import UserError
+    from llmgr.serving.bulk import recommend_file
+    from llmgr.serving.recommender import Recommender
+
+    given = (bool(arguments.items), arguments.sessions is not None)
+    if sum(given) != 1 or (arguments.sessions is None) != (arguments.out is None):
+        raise UserError("name the item ids of one session, or both --sessions and --out")
+    if arguments.sessions:
+        number = recommend_file(arguments.package, arguments.sessions, arguments.out, arguments.k,
+                                not arguments.keep_seen)
+        print(f"{number:,} sessions, recommendations in {arguments.out}")
+        return
+    answer = Recommender.load(arguments.package).recommend([arguments.items], arguments.k, not arguments.keep_seen,
+                                                           arguments.explain)
+    _show(answer.row(0, named=True), arguments.explain)
+
+
+def _show(answer: dict, explain: bool) -> None:
+    from llmgr.serving.scoring import PARTS
+
+    if answer["unknown"]:
+        print(f"not in the catalogue: {', '.join(answer['unknown'])}", file=sys.stderr)
+    if answer["popular"]:
+        print("no click is known: these are the most popular items", file=sys.stderr)
+    names = ["because", *PARTS] if explain else []
+    rows = [[str(place), *map(str, values[:2]), *(v if isinstance(v, str) else f"{v:.3f}" for v in values[2:])]
+            for place, values in enumerate(zip(answer["items"], [title[:60] for title in answer["titles"]],
+                                               answer["scores"], *(answer[name] for name in names)), 1)]
+    table = [["", "item", "title", "score", *names], *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table:
+        print("  ".join(cell.ljust(width) if column < 3 or (names and column == 4) else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(row, widths))).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A package of twelve items, made of tensors, that the tests of serving share."""
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+import torch
+from tiny import DIM, ITEMS, prefixes
+from torch.nn import functional as F
+
+from llmgr.encoders.registry import build_encoder
+from llmgr.prior.left_out import LeftOut
+from llmgr.prior.weighted_sum import BANDS, LinearTerm
+from llmgr.serving.building import rows_of
+from llmgr.serving.package import Package
+from llmgr.sessions.graphs import GraphBatch
+from llmgr.sessions.tensors import Sessions
+from llmgr.text.vectors import likeness
+
+IDS = [f"B{number:04d}" for number in range(1, ITEMS + 1)]
+ENCODER = {"name": "gcsan", "dim": DIM, "dropout": 0.0, "settings": {
+    "gnn_layers": 1, "attention_layers": 1, "attention_heads": 1, "omega": 0.6, "users": 5, "max_session": 6}}
+TOWER = {"decay": 0.7, "scale": 1.5}
+
+
+def prior(seed: int = 0) -> tuple[LinearTerm, Any]:
+    """A prior with a base and a tower, every weight its own, and the base's encoder."""
+    torch.manual_seed(seed)
+    encoder = build_encoder("gcsan", DIM, 0.0, ENCODER["settings"]).eval()
+    base, tower = (F.pad(torch.randn(ITEMS, width), (0, 0, 1, 0)) for width in (DIM, 5))
+
+    def scores(sessions: Sessions, samples: torch.Tensor, trained: bool) -> torch.Tensor:
+        return encoder(sessions.graphs(samples), base) @ base.T
+
+    def cosines(sessions: Sessions, samples: torch.Tensor, trained: bool) -> torch.Tensor:
+        return likeness(sessions, samples, tower, TOWER["decay"]) * TOWER["scale"]
+
+    train = prefixes()
+    train.user = torch.arange(1, len(train.items) + 1)
+    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), scores, cosines)
+    with torch.no_grad():
+        for parameter in term.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    term.vectors = {"base": base, "tower": tower}
+    return term, encoder
+
+
+def package(term: LinearTerm | None = None, encoder: Any = None, entries: int = ITEMS + 1, **config: Any) -> Package:
+    """The package of a prior, all entries of its item-item matrix in it."""
+    if term is None:
+        term, encoder = prior()
+    items = pl.DataFrame({"item": IDS, "title": [f"title of {item}" for item in IDS],
+                          "count": term.count[1:].int().numpy(), "blocked": [False] * ITEMS})
+    tensors = {**{f"weights.{name}": value.detach().clone() for name, value in term.named_parameters()},
+               **{f"encoder.{name}": value for name, value in encoder.state_dict().items()},
+               **rows_of(term.model.matrix * term.scale, entries), **term.vectors}
+    return Package({"max_session": 6, "decay": 0.7, "edges": list(BANDS), "encoder": ENCODER, "tower": TOWER,
+                    "student": False} | config, items, tensors)
+
+
+def graphs(lists: list[list[int]]) -> GraphBatch:
+    """The session graphs of lists of item numbers, of strangers."""
+    items = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int32)
+    for row, clicks in enumerate(lists):
+        items[row, :len(clicks)] = torch.tensor(clicks)
+    row = torch.arange(len(lists))
+    return Sessions(items, row, torch.tensor([len(clicks) for clicks in lists]), row + 1).graphs(row)
