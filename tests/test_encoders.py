@@ -20,10 +20,10 @@ from llmgr.training.engine import fit
 
 ITEMS, DIM, USERS, LONGEST = 12, 8, 4, 10
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
-RATES = {"hcgr": 0.1, "sasrec": 0.08, "stamp": 0.03, "gcsan": 0.08}
+RATES = {"hcgr": 0.1, "sasrec": 0.08, "bsarec": 0.08, "stamp": 0.03, "gcsan": 0.08}
 """Learning rates of the Markov chain below, where they are not 0.02."""
-HITS = {"sasrec": 0.8}
-"""Hit rates of the Markov chain to pass, where they are not 0.9: SASRec starts from much smaller weights."""
+HITS = {"sasrec": 0.8, "bsarec": 0.8}
+"""Hit rates of the Markov chain to pass, where they are not 0.9: these start from much smaller weights."""
 
 
 def sessions(lists: list[list[int]] = LISTS, users: list[int] | None = None) -> Sessions:

@@ -86,6 +86,8 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__gcsan__gnn_layers": 6}, ("encoder.gcsan.gnn_layers=6", "1 and 5")),
     ({"encoder__gcsan__attention_heads": 7}, ("encoder.gcsan.attention_heads=7", "encoder.dim=64")),
     ({"encoder__sasrec__heads": 5}, ("encoder.sasrec.heads=5", "encoder.dim=64")),
+    ({"encoder__bsarec__heads": 5}, ("encoder.bsarec.heads=5", "encoder.dim=64")),
+    ({"encoder__bsarec__alpha": 2}, ("encoder.bsarec.alpha=2", "0 and 1")),
     ({"encoder__gru4rec__layers": 0}, ("encoder.gru4rec.layers=0", "1 and 5")),
     ({"encoder__narm__session_dropout": -0.1}, ("encoder.narm.session_dropout=-0.1", "0 and 1")),
     ({"encoder__stamp__lr": 0}, ("encoder.stamp.lr=0", "above 0")),

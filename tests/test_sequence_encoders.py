@@ -1,4 +1,4 @@
-"""GRU4Rec, NARM, STAMP, SASRec and Caser against their equations, their invariances, and that they learn."""
+"""GRU4Rec, NARM, STAMP, SASRec, BSARec and Caser against their equations, their invariances, and that they learn."""
 from __future__ import annotations
 
 import dataclasses
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmgr.encoders.bsarec import Bsarec, low_pass
 from llmgr.encoders.caser import Caser, Horizontal
 from llmgr.encoders.gru4rec import Gru4rec
 from llmgr.encoders.layers import AttentionBlock
@@ -27,6 +28,7 @@ SETTINGS = {
     "narm": {"hidden": 16, "layers": 1, "session_dropout": 0.5},
     "stamp": {},
     "sasrec": {"layers": 2, "heads": 2},
+    "bsarec": {"layers": 2, "heads": 2, "alpha": 0.7, "c": 3},
     "caser": {"length": 5, "horizontal": 3, "vertical": 2},
 }
 BUILT = {"users": USERS, "max_session": 12}
@@ -38,8 +40,8 @@ def made(name: str, seed: int = 0, **changes) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(seed)
     model = build_encoder(name, DIM, 0.3, SETTINGS[name] | BUILT | changes).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.5, 0.5)
+        for key, parameter in model.named_parameters():
+            parameter.uniform_(-0.5, 0.5).add_(1.0 if "norm" in key and "weight" in key else 0.0)
         if name == "caser":
             model.user.weight[0] = 0
     return model, F.pad(torch.randn(ITEMS, DIM), (0, 0, 1, 0))
@@ -99,20 +101,50 @@ def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     return (x - x.mean()) / (x.var(correction=0) + layer.eps).sqrt() * layer.weight + layer.bias
 
 
+def attention(block: AttentionBlock, x: list[Tensor]) -> list[Tensor]:
+    """SASRec's causal self-attention with residual and norm, click by click."""
+    (wk, wv), (bk, bv) = block.key_value.weight.chunk(2), block.key_value.bias.chunk(2)
+    width, after = DIM // block.heads, []
+    for i, own in enumerate(x):
+        query, heads = block.query.weight @ own + block.query.bias, []
+        for part in torch.arange(DIM).split(width):
+            scores = torch.stack([query[part] @ (wk @ v + bk)[part] / math.sqrt(width) for v in x[:i + 1]])
+            heads.append(sum(a * (wv @ v + bv)[part] for a, v in zip(scores.softmax(0), x)))
+        after.append(norm(block.norm_attention, own + block.out.weight @ torch.cat(heads) + block.out.bias))
+    return after
+
+
+def feed_forward(block: AttentionBlock, x: Tensor) -> Tensor:
+    inner = F.gelu(block.inner[0].weight @ x + block.inner[0].bias)
+    return norm(block.norm_inner, x + block.inner[2].weight @ inner + block.inner[2].bias)
+
+
+def positioned(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
+    return [norm(model.norm, v + model.position.weight[len(x) - 1 - i]) for i, v in enumerate(x)]
+
+
 def sasrec(model: Sasrec, x: list[Tensor], user: int) -> Tensor:
-    x = [norm(model.norm, v + model.position.weight[len(x) - 1 - i]) for i, v in enumerate(x)]
+    x = positioned(model, x)
     for block in model.blocks:
-        (wk, wv), (bk, bv) = block.key_value.weight.chunk(2), block.key_value.bias.chunk(2)
-        width, after = DIM // block.heads, []
-        for i, own in enumerate(x):
-            query, heads = block.query.weight @ own + block.query.bias, []
-            for part in torch.arange(DIM).split(width):
-                scores = torch.stack([query[part] @ (wk @ v + bk)[part] / math.sqrt(width) for v in x[:i + 1]])
-                heads.append(sum(a * (wv @ v + bv)[part] for a, v in zip(scores.softmax(0), x)))
-            own = norm(block.norm_attention, own + block.out.weight @ torch.cat(heads) + block.out.bias)
-            inner = F.gelu(block.inner[0].weight @ own + block.inner[0].bias)
-            after.append(norm(block.norm_inner, own + block.inner[2].weight @ inner + block.inner[2].bias))
-        x = after
+        x = [feed_forward(block, v) for v in attention(block, x)]
+    return x[-1]
+
+
+def lowest(x: Tensor, components: int) -> Tensor:
+    """The part of a series [n, D] that its lowest Fourier components make, by the transform itself."""
+    spectrum = torch.fft.rfft(x, dim=0, norm="ortho")
+    spectrum[components:] = 0
+    return torch.fft.irfft(spectrum, n=len(x), dim=0, norm="ortho")
+
+
+def bsarec(model: Bsarec, x: list[Tensor], user: int) -> Tensor:
+    x = positioned(model, x)
+    for block in model.blocks:
+        rescaler, whole = block.rescaler, torch.stack(x)
+        low = lowest(whole, model.config["settings"]["c"] // 2 + 1)
+        rescaled = whole + low + rescaler.root_D ** 2 * (whole - low)
+        x = [feed_forward(block, block.alpha * norm(rescaler.norm, f) + (1 - block.alpha) * a)
+             for f, a in zip(rescaled, attention(block, x))]
     return x[-1]
 
 
@@ -132,12 +164,13 @@ def caser(model: Caser, x: list[Tensor], user: int) -> Tensor:
     return model.out.weight @ torch.cat((z, model.user.weight[user])) + model.out.bias
 
 
-BY_HAND = {"gru4rec": gru4rec, "narm": narm, "stamp": stamp, "sasrec": sasrec, "caser": caser}
+BY_HAND = {"gru4rec": gru4rec, "narm": narm, "stamp": stamp, "sasrec": sasrec, "bsarec": bsarec, "caser": caser}
 
 
 @pytest.mark.parametrize(("name", "changes"), [
     ("gru4rec", {}), ("gru4rec", {"layers": 2}), ("narm", {}), ("narm", {"layers": 2}), ("stamp", {}),
-    ("sasrec", {}), ("sasrec", {"layers": 1, "heads": 1}), ("caser", {}), ("caser", {"length": 1}),
+    ("sasrec", {}), ("sasrec", {"layers": 1, "heads": 1}), ("bsarec", {}), ("bsarec", {"c": 1, "layers": 1}),
+    ("bsarec", {"c": 6}), ("bsarec", {"alpha": 1.0}), ("caser", {}), ("caser", {"length": 1}),
     ("caser", {"length": 12})])
 def test_forward_is_the_papers_equations(name, changes):
     model, vectors = made(name, **changes)
@@ -202,7 +235,8 @@ def test_what_each_encoder_reads_of_a_session():
 
 
 @pytest.mark.parametrize(("name", "deviation"), [
-    ("gru4rec", (2 / (2000 + DIM)) ** 0.5), ("narm", (2 / (2000 + DIM)) ** 0.5), ("sasrec", 0.02), ("caser", 1 / DIM)])
+    ("gru4rec", (2 / (2000 + DIM)) ** 0.5), ("narm", (2 / (2000 + DIM)) ** 0.5), ("sasrec", 0.02),
+    ("bsarec", 0.02), ("caser", 1 / DIM)])
 def test_first_values_are_those_of_the_source(name, deviation):
     torch.manual_seed(0)
     encoder = build_encoder(name, DIM, 0.3, SETTINGS[name] | BUILT)
@@ -240,6 +274,17 @@ def test_one_convolution_is_all_heights(length):
         torch.testing.assert_close(layer(x), torch.cat(expected, 1))
     bound = torch.cat([torch.full((h,), (h * DIM) ** -0.5) for h in range(1, length + 1)])[:, None, None]
     assert (layer.weight.abs() <= bound).all() and (layer.weight.abs() > 0.5 * bound).any()
+
+
+@pytest.mark.parametrize("components", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 12])
+def test_the_low_pass_is_the_fourier_transform_cut_off(components, length):
+    kernel = low_pass(components, 12)[length]
+    place = torch.arange(length)
+    x = torch.randn(length, DIM)
+    expected = lowest(x, components)
+    torch.testing.assert_close(kernel[(place[:, None] - place).abs()] @ x, expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(expected, x, atol=1e-5) == (components > length // 2)
 
 
 def test_a_causal_block_sees_no_click_that_follows():

@@ -162,6 +162,10 @@ class AttentionBlock(nn.Module):
         self.norm_attention, self.norm_inner = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, last_B: Tensor | None = None) -> Tensor:
+        return self.fed(self.attended(x_BSD, mask_BS, last_B))
+
+    def attended(self, x_BSD: Tensor, mask_BS: Tensor, last_B: Tensor | None) -> Tensor:
+        """Self-attention, dropout, residual and layer norm: [B, S, D], or [B, 1, D] for the click `last_B` alone."""
         asked = x_BSD if last_B is None else at(x_BSD, last_B)[:, None]
         split = (len(x_BSD), -1, self.heads, x_BSD.shape[2] // self.heads)
         key, value = (t.reshape(split).transpose(1, 2) for t in self.key_value(x_BSD).chunk(2, -1))
@@ -171,7 +175,10 @@ class AttentionBlock(nn.Module):
             query, key, value, None if triangle else mask_BS[:, None, None],
             dropout_p=self.attention_dropout if self.training else 0.0, is_causal=triangle)
         attended = self.out(attended.transpose(1, 2).flatten(2))
-        x = self.norm_attention(asked + self.dropout(attended))
+        return self.norm_attention(asked + self.dropout(attended))
+
+    def fed(self, x: Tensor) -> Tensor:
+        """The feed-forward layer, dropout, residual and layer norm: [B, any, D] -> the same."""
         return self.norm_inner(x + self.dropout(self.inner(x)))
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 REGISTRY = {
     "fpmc": "Fpmc", "caser": "Caser", "gru4rec": "Gru4rec", "narm": "Narm", "stamp": "Stamp", "sasrec": "Sasrec",
-    "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
+    "bsarec": "Bsarec", "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
 """Class by encoder; the file has the encoder's name."""
 TEXTS = ("text", "shuffled", "linear")
 """What a control reads: its own texts, those of other items, or its own with LLMGR's linear start."""

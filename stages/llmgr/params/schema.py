@@ -166,6 +166,26 @@ class Sasrec:
 
 
 @dataclass(frozen=True)
+class Bsarec:
+    lr: float | Literal["auto"]
+    """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
+    layers: int
+    """Blocks, 1 to 5."""
+    heads: int
+    """Heads of each block's self-attention; divides encoder.dim."""
+    alpha: float
+    """Weight of the frequency rescaler against self-attention (paper eq. 6)."""
+    c: int
+    """The lowest c // 2 + 1 Fourier components of a session are its low frequencies."""
+
+    def check(self) -> None:
+        rate(self, "encoder.bsarec.lr")
+        positive(self, "encoder.bsarec", "heads", "c")
+        between(self, "encoder.bsarec", "layers", 1, 5)
+        share(self, "encoder.bsarec", "alpha")
+
+
+@dataclass(frozen=True)
 class Srgnn:
     lr: float | Literal["auto"]
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
@@ -305,6 +325,7 @@ class Encoder:
     narm: Narm
     stamp: Stamp
     sasrec: Sasrec
+    bsarec: Bsarec
     srgnn: Srgnn
     gcsan: Gcsan
     niser: Niser
@@ -313,7 +334,8 @@ class Encoder:
     def check(self) -> None:
         positive(self, "encoder", "dim", "text_dim")
         rate(self, "encoder.text_lr")
-        for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads)):
+        for key, heads in (("gcsan.attention_heads", self.gcsan.attention_heads), ("sasrec.heads", self.sasrec.heads),
+                           ("bsarec.heads", self.bsarec.heads)):
             if self.dim % heads:
                 raise UserError(f"encoder.{key}={heads} does not divide encoder.dim={self.dim}; choose a divisor")
         if self.training.weight_decay and "hcgr" in (*self.names, *self.controls, *self.linear_controls):

@@ -1,0 +1,109 @@
+"""BSARec: An Attentive Inductive Bias for Sequential Recommendation beyond the Self-Attention (Shin et al., AAAI 2024,
+arXiv 2312.10325).
+
+SASRec whose blocks mix self-attention A(X) with a frequency rescaler F(X): alpha F(X) + (1 - alpha) A(X) (equation 6).
+Self-attention smooths a session, the rescaler gives its quick changes back: with the discrete Fourier transform over
+the clicks, LFC(X) what its lowest c // 2 + 1 components make and HFC(X) = X - LFC(X) the rest,
+F(X) = LFC(X) + beta HFC(X) (equation 7), beta learned for each channel.
+
+Deviation: the transform is over a session's own clicks; the paper's runs over its left padding to 50 positions, whose
+content it mixes in. So a session of up to c clicks has no high frequencies.
+Deviation: beta is the square of what is learned, drawn from N(0, 1), and dropout, residual and layer norm follow the
+rescaler, as in the authors' code.
+Deviation: positions count back from the last click, which the paper's left padding comes to. As with the other
+encoders every prefix is a sample; the loss is the paper's, cross-entropy over all items.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder, at
+from llmgr.sessions.graphs import GraphBatch
+
+
+class FrequencyRescaler(nn.Module):
+    """LFC(X) + beta (X - LFC(X)) with dropout, residual and layer norm: clicks [B, S, D] -> the same."""
+
+    def __init__(self, dim: int, components: int, longest: int, dropout: float) -> None:
+        super().__init__()
+        self.root_D = nn.Parameter(torch.randn(dim))
+        self.dropout, self.norm = Dropout(dropout), nn.LayerNorm(dim)
+        self.register_buffer("kernel_NS", low_pass(components, longest), persistent=False)
+
+    def forward(self, x_BSD: Tensor, length_B: Tensor, last: bool) -> Tensor:
+        """All clicks, or the last alone [B, 1, D]."""
+        place_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        query_BR = (length_B - 1)[:, None] if last else place_S.expand(len(x_BSD), -1)
+        kernel_BS = self.kernel_NS[length_B, :len(place_S)]
+        distance_BRS = (query_BR[:, :, None] - place_S).abs()
+        low_pass_BRS = kernel_BS[:, None].expand(-1, query_BR.shape[1], -1).gather(2, distance_BRS)
+        low_BRD = (low_pass_BRS * (place_S < length_B[:, None])[:, None]) @ x_BSD
+        x_BRD = at(x_BSD, length_B - 1)[:, None] if last else x_BSD
+        return self.norm(x_BRD + self.dropout(low_BRD + self.root_D.square() * (x_BRD - low_BRD)))
+
+
+def low_pass(components: int, longest: int) -> Tensor:
+    """What clicks so many places away contribute to the lowest Fourier components of a session: [longest + 1, longest],
+    by the session's length and the places between.
+
+    Transform, cut and inverse are one circulant matrix: sum_f w_f cos(2 pi f d / n) / n over f < `components`, where
+    w_f counts f and its mirror image n - f.
+    """
+    length_N11 = torch.arange(longest + 1, dtype=torch.double)[:, None, None].clamp(min=1)
+    distance_S1, f = torch.arange(longest, dtype=torch.double)[:, None], torch.arange(components, dtype=torch.double)
+    weight_N1F = (2.0 - (f == 0).double() - (2 * f == length_N11).double()) * (2 * f <= length_N11)
+    return ((2 * torch.pi * f * distance_S1 / length_N11).cos() * weight_N1F / length_N11).sum(2).float()
+
+
+class Block(AttentionBlock):
+    """A block of SASRec whose self-attention is mixed with the frequency rescaler."""
+
+    def __init__(self, dim: int, settings: Any, dropout: float) -> None:
+        super().__init__(dim, settings.heads, dropout, causal=True, attention_dropout=dropout, activation=nn.GELU)
+        self.alpha = settings.alpha
+        self.rescaler = FrequencyRescaler(dim, settings.c // 2 + 1, settings.max_session, dropout)
+
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, last_B: Tensor | None = None) -> Tensor:
+        rescaled = self.rescaler(x_BSD, mask_BS.sum(1), last_B is not None)
+        return self.fed(self.alpha * rescaled + (1 - self.alpha) * self.attended(x_BSD, mask_BS, last_B))
+
+
+class Bsarec(SessionEncoder):
+    """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
+
+    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+        super().__init__(dim)
+        self.position = nn.Embedding(settings.max_session, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, settings, dropout) for _ in range(settings.layers))
+
+    @torch.no_grad()
+    def initialise(self, items: ItemVectors) -> None:
+        """The authors': N(0, 0.02) for the ID embeddings and all matrices, biases 0, N(0, 1) for the roots of beta."""
+        super().initialise(items)
+        nn.init.normal_(items.table.weight[1:], std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+            elif isinstance(layer, FrequencyRescaler):
+                nn.init.normal_(layer.root_D)
+
+    def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
+        mask, last = batch.mask_BS(), batch.length_B - 1
+        back_BS = last[:, None] - torch.arange(mask.shape[1], device=mask.device)
+        x_BSD = F.embedding(batch.items_BS, vectors_VD) + self.position(back_BS.clamp(min=0))
+        x_BSD = self.dropout(self.norm(x_BSD))
+        for block in self.blocks[:-1]:
+            x_BSD = block(x_BSD, mask)
+        return self.blocks[-1](x_BSD, mask, last)[:, 0]
+
+    def readout_parameters(self) -> Iterator[nn.Parameter]:
+        """What `tune.train_encoder=partial` trains: the last block."""
+        return self.blocks[-1].parameters()
