@@ -14,7 +14,7 @@ from llmgr.runtime import console
 
 
 def main(params: Any) -> None:
-    from llmgr.experiments.tables import Tables, pages
+    from llmgr.experiments.pages import Tables, pages
     from llmgr.runtime.artifacts import write_text
 
     tables = Tables(Path("reports/results"))

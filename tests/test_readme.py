@@ -9,7 +9,7 @@ import pytest
 import yaml
 from machine import ROOT
 
-from llmgr.experiments.tables import BLOCK, Tables, pages
+from llmgr.experiments.pages import BLOCK, Tables, pages
 
 PAGES = [page.relative_to(ROOT) for page in pages(ROOT)]
 TYPED = [*PAGES, Path("CONTRIBUTING.md")]

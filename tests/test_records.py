@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmgr.experiments.pages import Tables, percent, shown_p
 from llmgr.experiments.records import METRICS, Record, write
-from llmgr.experiments.tables import Tables, percent, shown_p
 from llmgr.runtime.errors import UserError
 
 FIGURES = {"gcsan": {1: 0.1, 2: 0.12}, "llmgr": {1: 0.14, 2: 0.16}}
