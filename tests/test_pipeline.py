@@ -162,6 +162,17 @@ def test_a_second_repro_runs_nothing(reproduced: Path) -> None:
     assert not RAN.findall(said) and "up to date" in said
 
 
+def test_a_remote_brings_back_every_output(copy: Path, tmp_path: Path) -> None:
+    run(copy, "dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    run(copy, "dvc", "push")
+    tuned = {path.name: digest(path) for path in (copy / "models/tuned").iterdir()}
+    for folder in (".dvc/cache", "models", "data"):
+        shutil.rmtree(copy / folder)
+    run(copy, "dvc", "pull")
+    assert {path.name: digest(path) for path in (copy / "models/tuned").iterdir()} == tuned
+    assert "up to date" in run(copy, "dvc", "status")
+
+
 @pytest.mark.parametrize(("key", "value", "expected"), [
     ("track.experiment", "other", {"track"}),
     ("bucket.resamples", 150, {"bucket", "report", "track"}),
