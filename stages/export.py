@@ -1,12 +1,12 @@
 """Export what the tuning needs of a pretrained encoder: its item vectors and its session graph network.
 
-Reads:  models/encoders/BASE/ where BASE is model.base
+Reads:  models/encoders/BASE/ where BASE is model.base, or the encoder that stands in where that is not trained
 Writes: models/embeddings/ (items.safetensors: vectors [V+1, d], row 0 pads; encoder.safetensors; config.json)
-Params: model.base
+Params: model.base, encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
 """
 from llmgr.pipeline.stage import run
 
-READS = ("model.base",)
+READS = ("model.base", "encoder.names", "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:

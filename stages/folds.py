@@ -4,11 +4,11 @@ Reads:  models/embeddings/config.json (which base, its own settings), data/sessi
         data/core/items.parquet (their number); models/backbone/item_text.safetensors where the base is a control
 Writes: models/folds/ (K.safetensors: encoder and item vectors of the base trained without fold K; config.json; nothing
         else where tune.folds is 0), reports/metrics/folds.json, reports/metrics/cost/folds.json
-Params: seed, data.max_session, tune.folds, encoder.dim, encoder.text_dim, encoder.training
+Params: seed, data.max_session, tune.folds, tune.linear, encoder.dim, encoder.text_dim, encoder.training
 """
 from llmgr.pipeline.stage import run
 
-READS = ("seed", "data.max_session", "tune.folds", "encoder.dim", "encoder.text_dim", "encoder.training")
+READS = ("seed", "data.max_session", "tune.folds", "tune.linear", "encoder.dim", "encoder.text_dim", "encoder.training")
 
 
 def main(params) -> None:

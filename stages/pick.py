@@ -30,8 +30,7 @@ def main(params: Any, model: str, dataset: str) -> None:
 
     from llmgr.encoders.registry import family
     from llmgr.experiments import search
-    from llmgr.params.loading import build, flat
-    from llmgr.params.schema import Params
+    from llmgr.params.loading import flat, whole
     from llmgr.reporting import tracking
     from llmgr.runtime.artifacts import write_text
 
@@ -44,12 +43,12 @@ def main(params: Any, model: str, dataset: str) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     text, best = Path("params.yaml").read_text(), result.trials[0].parameters
     chosen = {key: best[key] for key in result.keys}
-    for key, value in flat(build(Params, yaml.safe_load(text), "")).items():
+    for key, value in flat(whole(yaml.safe_load(text)).params).items():
         if key not in chosen and not key.startswith("data.") and best.get(key, value) != value and search.role(
                 key, model, [best["model.base"]]) != "ignored":
             console.say(f"warning: the trials had {key}={best[key]}, which was not searched; params.yaml keeps {value}")
     changed = search.rewritten(text, chosen)
-    build(Params, yaml.safe_load(changed), "")
+    whole(yaml.safe_load(changed))
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
     record = f"reports/results/{dataset.replace(':', '-')}/search-{model}.csv"

@@ -4,11 +4,11 @@ Reads:  models/backbone/, data/sessions/{train,valid}.parquet, data/core/items.p
 Writes: models/tower/ (whole.safetensors: item vectors [V+1, H] tuned over all users; K.safetensors: without fold K;
         tower.safetensors: the first one's weights; config.json; nothing else where tower.enabled is false),
         reports/metrics/tower.json, reports/metrics/cost/tower.json, reports/curves/tower_{steps,epochs}.csv
-Params: seed, data.max_session, model.weights, model.texts, tower, tune.folds
+Params: seed, data.max_session, model.weights, model.texts, tower, tune.folds, tune.linear
 """
 from llmgr.pipeline.stage import run
 
-READS = ("seed", "data.max_session", "model.weights", "model.texts", "tower", "tune.folds")
+READS = ("seed", "data.max_session", "model.weights", "model.texts", "tower", "tune.folds", "tune.linear")
 
 
 def main(params) -> None:

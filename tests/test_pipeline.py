@@ -26,6 +26,7 @@ import yaml
 from machine import DEFAULTS, small_disk, stage, within
 from tiny import CHECKPOINTS, language_model, tokenizer
 
+from llmgr.experiments.ablations import changes
 from llmgr.params import checks, loading
 from llmgr.params.names import FLOORS
 from llmgr.prior.weighted_sum import linear_term
@@ -134,10 +135,41 @@ def copy(reproduced: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def planned(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which nothing runs, whatever its parameters: each test puts them back."""
+    """A copy in which no model is trained, whatever its parameters: each test puts them back.
+
+    `export` is told which encoder it reads, as it finds out when it runs: what is exported stays the same where another
+    encoder changes, so that nothing after it runs, but `--force-downstream` would have it all run.
+    """
     root = tmp_path_factory.mktemp("planned") / "llmgr"
     subprocess.run(["cp", "-a", reproduced, root], check=True)
+    dag, lock = (yaml.safe_load((root / name).read_text()) for name in ("dvc.yaml", "dvc.lock"))
+    base = yaml.safe_load((root / "params.yaml").read_text())["model"]["base"]
+    (own,) = [out for stage in lock["stages"].values() for out in stage["outs"]
+              if out["path"] == f"models/encoders/{base}"]
+    deps = dag["stages"]["export"]["deps"]
+    deps[deps.index("models/encoders")] = own["path"]
+    lock["stages"]["export"]["deps"] = [own if dep["path"] == "models/encoders" else dep
+                                        for dep in lock["stages"]["export"]["deps"]]
+    for name, content in (("dvc.yaml", dag), ("dvc.lock", lock)):
+        (root / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    assert "up to date" in run(root, "dvc", "repro", "--dry")
     return root
+
+
+def would_run(root: Path, **changes: Any) -> set[str]:
+    """The stages that `dvc repro` would run with these parameters but for `check`, which runs here where it would.
+
+    Its output is always the same, but `--force-downstream` has everything after it run.
+    """
+    before = {name: (root / name).read_text() for name in ("params.yaml", "dvc.lock")}
+    change(root, **changes)
+    if any(name.replace("__", ".") in yaml.safe_load((root / "dvc.yaml").read_text())["stages"]["check"]["params"]
+           for name in changes):
+        run(root, "dvc", "repro", "check")
+    said = run(root, "dvc", "repro", "--dry", "--force-downstream", status=None)
+    for name, text in before.items():
+        (root / name).write_text(text)
+    return set(RAN.findall(said))
 
 
 # ------------------------------------------------------------------------------------------------------- the whole DAG
@@ -180,7 +212,9 @@ def test_a_remote_brings_back_every_output(copy: Path, tmp_path: Path) -> None:
     ("tune.lr", 5e-4, {"tune", "package", *LAST}),
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
-    ("model.base", "gcsan-text", {"check", *LEARNING} - {"tower"}),  # as --force-downstream has it; see the next test
+    ("model.base", "gcsan-text", {"export", "folds", *TUNING}),
+    ("encoder.linear_controls", [], LAST),
+    ("bucket.ours", "gcsan", {"bucket", "report", "track"}),
     ("tune.folds", 3, {"folds", "tower", "tune", "package", *LAST}),
     ("tower.lr", 5e-4, {"tower", "tune", "package", *LAST}),
     ("tower.decay", 0.5, {"tower", "tune", "package", *LAST}),
@@ -193,23 +227,30 @@ def test_a_remote_brings_back_every_output(copy: Path, tmp_path: Path) -> None:
     ("filter.core", 4, {"filter", "split", "backbone", *LEARNING}),
 ], ids=lambda value: value if isinstance(value, str) and "." in value else "to")
 def test_a_parameter_reruns_what_it_touches(planned: Path, key: str, value: Any, expected: set[str]) -> None:
-    before = (planned / "params.yaml").read_text()
-    change(planned, **{key.replace(".", "__"): value})
-    said = run(planned, "dvc", "repro", "--dry", "--force-downstream", status=None)
-    (planned / "params.yaml").write_text(before)
-    assert set(RAN.findall(said)) == expected, said
+    assert would_run(planned, **{key.replace(".", "__"): value}) == expected
 
 
-def test_another_base_is_checked_and_no_encoder_trained_anew(planned: Path) -> None:
+def test_a_base_that_is_no_encoder_is_refused_before_any_work(planned: Path) -> None:
     before = (planned / "params.yaml").read_text()
-    change(planned, model__base="gcsan-text")
-    ran = set(RAN.findall(run(planned, "dvc", "repro", "--dry", status=None)))
     change(planned, model__base="gcsn")
     said = run(planned, "dvc", "repro", status=255)
     (planned / "params.yaml").write_text(before)
     run(planned, "dvc", "checkout", "data/checked")
-    assert {"check", "export"} <= ran and not ran & {"pretrain@gcsan", *CONTROLS}
-    assert "error: model.base=gcsn is not trained: choose one of" in said and "Errno" not in said
+    assert "error: model.base names gcsn, which is no encoder; the nearest is gcsan\n" in said and "Errno" not in said
+
+
+def test_other_encoders_without_controls_simply_work(copy: Path) -> None:
+    said = run(copy, "dvc", "exp", "run", "-S", "encoder.names=[sasrec,gru4rec]", "-S", "encoder.controls=[]")
+    lines = [line for line in said.splitlines() if "left out" in line or "in place of" in line]
+    assert [line.split(":")[0] for line in lines] == [
+        "model.base=sasrec in place of gcsan, which encoder.names, encoder.controls and encoder.control_texts do not "
+        "train", "gate gated-gcsan-text left out", "gate gated-both left out"]
+    assert set(read_json(copy / "reports/metrics/evaluate.json")) == {
+        *FLOORS, "tower", "sasrec", "gru4rec", "gcsan-linear", "llmgr-start", "llmgr", "gated-llmgr",
+        "served"}
+    assert read_json(copy / "models/folds/config.json")["base"]["name"] == "sasrec"
+    assert set(RAN.findall(said)) >= {"check", "pretrain@sasrec", "pretrain@gru4rec", "export", "folds", "tune"}
+    assert "tower" not in RAN.findall(said)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -375,15 +416,14 @@ def test_an_experiment_in_a_temporary_copy_shares_store_and_code(copy: Path) -> 
 
 
 def test_the_papers_literal_form_runs_to_the_report(copy: Path, tmp_path: Path) -> None:
-    preset = dict(line.removeprefix("-S ").split("=", 1) for line in (ROOT / "stages/presets/paper.txt").read_text()
-                  .splitlines() if line)
-    assert preset["model.output"] == "linear" and preset["tune.targets"] == "prefix" and preset["tune.epochs"] == "3"
-    small = {"llm.name": WEIGHTS, "tune.samples": 128, "tune.valid_sessions": 20}
+    preset = changes(ROOT / "stages/presets/paper.txt")
+    assert preset["model.output"] == "linear" and preset["tune.targets"] == "prefix" and preset["tune.epochs"] == 3
+    small = {"llm.name": str(WEIGHTS), "tune.samples": 128, "tune.valid_sessions": 20}
     if not WEIGHTS.is_dir():
-        small["llm.name"] = tmp_path / "llama"
+        small["llm.name"] = str(tmp_path / "llama")
         language_model("llama").save_pretrained(tmp_path / "llama")
         tokenizer().save_pretrained(tmp_path / "llama")
-    change(copy, **{key.replace(".", "__"): yaml.safe_load(str(value)) for key, value in (preset | small).items()},
+    change(copy, **{key.replace(".", "__"): value for key, value in (preset | small).items()},
            gate__fuse={"gated-gcsan-text": ["gcsan-text", "text-knn"]})
     for name in ("backbone", "align", "tune", "gate", "evaluate", "bucket", "report"):
         assert stage(name, root=copy) == 0, name

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmgr.params.names import REPEAT
 from llmgr.ranking.metrics import metrics, ranks_both
 from llmgr.runtime.artifacts import read_json, write_json
 from llmgr.runtime.console import Bar
@@ -27,7 +28,6 @@ CHUNK = 256  # sessions whose scores of all items are held at a time
 CACHED = 2**19  # of these scores on a CPU, so that its cache holds what sums are formed of
 RIDGE = 1e-4  # keeps bands without a target finite, and the common constant of the biases fixed
 STEPS = 30
-REPEAT = "repeat"  # the scorer that marks clicked items; a gate alone can use it
 DONE = 1e-7  # Newton decrement, in nats a session
 ROUNDING = 1e-6  # what a loss of float32 scores is known to: a step that raises it by less is no worse
 

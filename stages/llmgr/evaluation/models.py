@@ -23,8 +23,8 @@ from llmgr.evaluation.baselines import (
     training_interactions,
     word_knn,
 )
-from llmgr.evaluation.gate import REPEAT, Gate, bands
-from llmgr.params.names import SERVED, START, TOWER
+from llmgr.evaluation.gate import Gate, bands
+from llmgr.params.names import REPEAT, SERVED, START, TOWER
 from llmgr.params.schema import trained
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from llmgr.experiments.search import LATER, LISTS, TUNED, digests, file_of, finished, is_means, trained
-from llmgr.params.loading import build, changed, flat
+from llmgr.params.loading import build, changed, flat, whole
 from llmgr.params.schema import Params
 from llmgr.reporting.buckets import COMPARED
 from llmgr.reporting.seeds import Figures
@@ -46,7 +46,7 @@ def options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that decide LLMGR's figures, by dotted key; of a tower that is not enabled no others."""
-    every = flat(build(Params, dict(content), ""))
+    every = flat(whole(dict(content)).params)
     idle = {key for key in every if key.startswith("tower.") and key != "tower.enabled" and not every["tower.enabled"]}
     return {key: value for key, value in every.items()
             if key in COUNTED or (key.split(".")[0] not in LATER and not is_means(key) and key not in idle)}
@@ -68,6 +68,10 @@ def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, T
     for path in sorted(presets.glob("*.txt")):
         values = options(path, content)
         try:
+            params, lines = whole(changed(content, values))
+            every, asked = flat(params), flat(build(Params, changed(content, values), ""))
+            if any(every[key] != asked[key] for key in values):
+                raise UserError("; ".join(lines))
             twin = Twin(values, decisive(changed(content, values)))
         except UserError as error:
             say(f"warning: {path.stem} is no twin of these parameters: {error}")
@@ -147,6 +151,6 @@ def _encoders_since(lock: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
 
 
 def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
-    scored = {key: value for key, value in flat(build(Params, dict(content), "")).items()
+    scored = {key: value for key, value in flat(whole(dict(content)).params).items()
               if key.startswith("evaluate.") and key != "evaluate.batch_size"}
     return scored | {key: value for key, value in decisive(content).items() if key not in ("seed", *LISTS)}

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from llmgr.params.loading import build, flat
-from llmgr.params.schema import Params
+from llmgr.params.loading import flat, whole
 from llmgr.runtime.errors import UserError
 
 SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs
@@ -110,7 +109,7 @@ def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: 
         if trained(lock(state["rev"]), stage_of(model), content):
             data_of = digests(lock(state["rev"]))
             cost = file_of(state["rev"], f"reports/metrics/cost/{Path(part).name}.json")
-            found.append(Trial(state.get("name") or state["rev"][:7], flat(build(Params, content, "")),
+            found.append(Trial(state.get("name") or state["rev"][:7], flat(whole(content).params),
                                {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
                                 "seconds": cost.get("seconds")}, data_of))
     return found

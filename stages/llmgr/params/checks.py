@@ -18,11 +18,11 @@ def check_pairs(items: int) -> None:
                         "encoder.linear_controls=[]")
 
 
-def one_of(known: Sequence[str], name: str, key: str, wrong: str, other: str = "") -> None:
+def one_of(known: Sequence[str], name: str, key: str, wrong: str) -> None:
+    """Refuse a name that is not known, with the nearest one that is."""
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-        raise UserError(f"{key} names {name}, {wrong}; the nearest is {near}: encoders must stand in encoder.names or "
-                        f"encoder.controls{other}")
+        raise UserError(f"{key} names {name}, {wrong}; the nearest is {near}")
 
 
 def positive(section: Any, prefix: str, *names: str) -> None:

@@ -9,11 +9,17 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from llmgr.params.derived import Derived, derived
 from llmgr.params.schema import Params
 from llmgr.runtime.errors import UserError
 
 
 def load(path: str | Path) -> Params:
+    """The parameters of a file that can be carried out (`llmgr.params.derived`)."""
+    return read(path).params
+
+
+def read(path: str | Path) -> Derived:
     """Read and check a parameter file; UserError names the key as one types it after `-S`."""
     import yaml
 
@@ -25,7 +31,12 @@ def load(path: str | Path) -> Params:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no sections: restore it with `git checkout {path}`")
-    return build(Params, content, "")
+    return whole(content)
+
+
+def whole(content: dict[str, Any]) -> Derived:
+    """The parameters of a file's content, checked, with what follows from them."""
+    return derived(build(Params, content, ""))
 
 
 def build(kind: type, content: dict[str, Any], prefix: str) -> Any:

@@ -7,6 +7,7 @@ FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "sli
 TOWER = "tower"  # the text encoder tuned on item texts, by itself
 START = "llmgr-start"  # what LLMGR's logits start from, alone, before stage 2
 SERVED = "served"  # what the package of models/recommender answers, without a language model or knowledge of users
+REPEAT = "repeat"  # a scorer of gates alone: it marks what the session has clicked
 WHOLE = {"fpmc": "has something of each user", "caser": "has something of each user",
          "hcgr": "has its items on a curved space"}  # bases that tune.folds cannot divide
 STAGES = ("backbone", "folds", "tower", "align", "tune", "gate", "package", "evaluate")

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmgr.params.checks import at_least, between, one_of, positive, rate, seeds, share
-from llmgr.params.names import FLOORS, STAGES, START, TOWER, WHOLE
+from llmgr.params.checks import at_least, between, positive, rate, seeds, share
+from llmgr.params.names import STAGES
 from llmgr.runtime.errors import UserError
 
 
@@ -302,7 +302,8 @@ class EncoderTraining:
 @dataclass(frozen=True)
 class Encoder:
     names: list[str]
-    """Session encoders that learn from item ids alone."""
+    """Session encoders that learn from item ids alone. What needs a model that is trained nowhere is left out, with a
+    line that says so (`llmgr.params.derived`): gates, the base (another one stands in), folds, tower."""
     controls: list[str]
     """Encoders that are trained once more with item vectors that add a linear map of the item's text vector."""
     control_texts: list[Literal["text", "shuffled"]]
@@ -568,9 +569,6 @@ class Tune(Training):
         at_least(self, "tune", "folds", 0)
         if self.folds == 1:
             raise UserError("tune.folds=1 leaves all users out of the one training: set it to 0, or at least to 2")
-        if self.folds and not self.linear:
-            raise UserError(f"tune.folds={self.folds} adds to what tune.linear starts from: set tune.linear=true, or "
-                            "tune.folds=0")
         positive(self, "tune", "title_tokens")
         if self.edges and self.prompt != "paper":
             raise UserError("tune.edges=true needs tune.prompt=paper: the slot prompt has no place for edges")
@@ -587,8 +585,8 @@ class Tower(Training):
     too. In one process."""
     encoder: Literal["tokens", "language-model"]
     """language-model: the mean of the backbone's last hidden states; of MiniLM's size minutes on a GPU, a day on a
-    CPU's core. tokens: the mean of vectors of the text's tokens, drawn at random whatever `model.weights`: the control
-    without a language model, minutes on a CPU, with other rates (stages/presets/twins/token-tower.txt)."""
+    CPU's core, with other rates (stages/presets/language-model-tower.txt). tokens: the mean of vectors of the text's
+    tokens, drawn at random whatever `model.weights`, without a language model: minutes on a CPU."""
     batch_size: int
     """Training prefixes a micro-batch, those of a session together; the targets of one are told from each other."""
     max_text_tokens: int
@@ -753,34 +751,9 @@ class Params:
 
     def check(self) -> None:
         seeds(self, "", "seed")
-        if self.model.base not in trained(self.encoder):
-            known = ", ".join(trained(self.encoder))
-            raise UserError(f"model.base={self.model.base} is not trained: choose one of {known}, or add it to "
-                            "encoder.names or encoder.controls")
-        base, _, text = self.model.base.partition("-")
-        if self.tune.folds and (text == "linear" or base in WHOLE):
-            reason = WHOLE.get(base, "has a linear start of its own")
-            raise UserError(f"tune.folds={self.tune.folds} cannot stand for model.base={self.model.base}, which "
-                            f"{reason}: set tune.folds=0 or choose another base")
-        if self.tower.enabled and self.tune.linear and not self.tune.folds:
-            raise UserError("tower.enabled=true needs tune.folds: scores of the sessions that a tower was tuned on "
-                            "would mislead what LLMGR starts from; set tune.folds to at least 2, or tune.linear=false")
         if self.tower.enabled and self.tower.batch_size <= self.data.max_session:
             raise UserError(f"tower.batch_size={self.tower.batch_size} may hold one session alone, whose targets are "
                             f"not told from each other: set more than data.max_session={self.data.max_session}")
-        models = [*FLOORS, *([TOWER] if self.tower.enabled else []), *trained(self.encoder),
-                  *([START] if self.tune.linear else []), "llmgr"]
-        for name, parts in self.gate.fuse.items():
-            if name in (*models, "repeat", *STAGES):
-                raise UserError(f"gate.fuse names a gate {name}, which is a model or a stage already: choose another "
-                                "name")
-            for part in parts:
-                if part == TOWER and not self.tower.enabled:
-                    raise UserError(f"gate.fuse.{name} fuses the tower, and there is none: set tower.enabled=true, or "
-                                    f"leave the gate out with -S '~gate.fuse.{name}'")
-                one_of([*models, "repeat"], part, f"gate.fuse.{name}", "which scores nothing here",
-                        f", or leave the gate out with -S '~gate.fuse.{name}'")
-        one_of([*models, *self.gate.fuse], self.bucket.ours, "bucket.ours", "which is not among the models compared")
 
     def view(self, keys: Sequence[str]) -> Any:
         """The parameters under `keys` (`seed`, `tune`, `data.max_session`) and no others, by attribute."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmgr.encoders.pretraining import EncoderJob, built, inputs, outcome, sessions_here, with_rate
 from llmgr.encoders.registry import family, load_encoder
+from llmgr.params.derived import cross_fits
 from llmgr.params.loading import flat
 from llmgr.runtime.artifacts import load_tensors, read_json, replacing_folder, save_tensors, write_json
 from llmgr.runtime.errors import UserError
@@ -44,11 +45,13 @@ def fold_of(users: int, folds: int, seed: int) -> Tensor:
 def train_folds(params: Any) -> None:
     """Train the base of models/embeddings without each of `tune.folds` parts of the users into models/folds/.
 
-    The folder says so and no more where there are none. The learning rate is the base's, and the best pass is chosen on
-    all validation sessions, as the base's. UserError as `fit`, and where there are more folds than users.
+    The folder says so and no more where there are none, or where the base cannot be trained so. The learning rate is
+    the base's, and the best pass is chosen on all validation sessions, as the base's. UserError as `fit`, and where
+    there are more folds than users.
     """
-    config, folds = read_json(BASE), params.tune.folds
+    config = read_json(BASE)
     name, models, ends = config["name"], [], []
+    folds = params.tune.folds if cross_fits(name) else 0
     if folds:
         base, text = family(name)
         setattr(params.encoder, base, SimpleNamespace(**config["settings"]))

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.prior.cross_fitting import OutOfFold
+from llmgr.params.derived import cross_fits
+from llmgr.prior.cross_fitting import BASE, OutOfFold
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
+from llmgr.runtime.artifacts import read_json
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
 
@@ -100,6 +102,6 @@ def linear_term(params: Any, train: Sessions | None, place: torch.device, formed
     `params` has the seed and the model, tune, tower and slit sections; what is `formed` already needs no sessions.
     """
     model = left_out(params.slit, train, texts_shuffled(params)) if formed is None else formed
-    base = OutOfFold(params, model.items, place) if params.tune.folds else None
+    base = OutOfFold(params, model.items, place) if params.tune.folds and cross_fits(read_json(BASE)["name"]) else None
     tower = Tower(params, model.items, place) if params.tower.enabled else None
     return LinearTerm(model, base, tower).to(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llmgr.params.derived import base_scores
 from llmgr.params.names import SERVED, START, TOWER
 from llmgr.reporting.evidence import MAIN
 
@@ -25,7 +26,7 @@ def training_parts(found: Mapping[str, Any], params: Any) -> dict[str, set[str]]
     if MAIN in found["buckets"]:
         needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", *tower, "align", "tune"]
     if START in found["buckets"]:
-        needs[START] = ["start", *(needs.get(params.model.base, []) if params.tune.folds else []), "folds", *tower]
+        needs[START] = ["start", *(needs.get(params.model.base, []) if base_scores(params) else []), "folds", *tower]
     if SERVED in found["buckets"]:
         needs[SERVED] = [*needs.get(MAIN, []), "package"]
     for gate, fused in params.gate.fuse.items():

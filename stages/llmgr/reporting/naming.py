@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmgr.params.derived import base_scores
 from llmgr.params.names import SERVED, START, TOWER
 from llmgr.ranking.metrics import names
 from llmgr.reporting.evidence import MAIN
@@ -43,12 +44,12 @@ def describe(model: str, params: Any) -> str:
     if model == TOWER:
         return TOWERS[params.tower.encoder]
     if model == START:
-        parts = [*([params.model.base] if params.tune.folds else []), *([TOWER] if params.tower.enabled else [])]
+        parts = [*([params.model.base] if base_scores(params) else []), *([TOWER] if params.tower.enabled else [])]
         rest = "" if tuned_tower(params) else ", no language model tuned"
         return f"what LLMGR's logits start from: {' and '.join(['a linear model of clicks and words', *parts])}{rest}"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
-        beside = f", its scores{beside}" if params.tune.folds else beside
+        beside = f", its scores{beside}" if base_scores(params) else beside
         beside += " and the tower's scores" if params.tower.enabled and params.tune.linear else ""
         return f"language model ({llm_name(params).rsplit('/', 1)[-1]}) over {params.model.base}'s item vectors{beside}"
     if hyphen and text in CONTROLS:
