@@ -12,6 +12,7 @@ from machine import DEFAULTS
 
 from llmgr.encoders import pretraining
 from llmgr.encoders.registry import REGISTRY
+from llmgr.experiments import ablations
 from llmgr.params import loading, schema
 from llmgr.runtime.errors import UserError
 
@@ -27,13 +28,13 @@ def changed(**settings: object) -> dict:
 
 def refused(**settings: object) -> str:
     with pytest.raises(UserError) as caught:
-        loading.build(schema.Params, changed(**settings), "")
+        loading.whole(changed(**settings))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def loaded(**settings: object) -> schema.Params:
-    return loading.build(schema.Params, changed(**settings), "")
+    return loading.whole(changed(**settings)).params
 
 
 def test_the_projects_own_parameters_are_valid_and_the_tests_have_the_same():
@@ -104,22 +105,15 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__controls": ["gsan"]}, ("encoder.controls holds gsan, which is no encoder; the nearest is gcsan",)),
     ({"encoder__names": ["gcsan", "gcsan"]}, ("encoder.names=[gcsan, gcsan]", "twice")),
     ({"encoder__control_texts": ["texts"]}, ("encoder.control_texts=texts", "text, shuffled")),
-    ({"model__base": "narm"}, ("model.base=narm is not trained", "gcsan, gcsan-text, gcsan-shuffled")),
-    ({"model__base": "gcsan-textt"}, ("model.base=gcsan-textt is not trained",)),
+    ({"model__base": "gcsan-textt"}, ("model.base names gcsan-textt, which is no encoder; the nearest is gcsan-text",)),
+    ({"encoder__names": [], "encoder__controls": [], "encoder__linear_controls": []}, ("encoder.names is empty",)),
     ({"tune__linear": True, "tune__folds": 1}, ("tune.folds=1", "at least to 2")),
     ({"tune__linear": True, "tune__folds": -1}, ("tune.folds=-1", "at least 0")),
-    ({"tune__linear": False, "tune__folds": 2}, ("tune.folds=2", "set tune.linear=true")),
-    ({"tune__linear": True, "tower__enabled": True}, ("tower.enabled=true needs tune.folds", "at least 2")),
     ({"tune__linear": True, "tune__folds": 2, "tower__enabled": True, "tower__batch_size": 50}, (
         "tower.batch_size=50", "more than data.max_session=50")),
     ({"tower__encoder": "minilm"}, ("tower.encoder=minilm", "tokens, language-model")),
     ({"tower__enabled": True, "tower__encoder": "tokens", "tower__gradient_checkpointing": True}, (
         "spares nothing", "tower.encoder=tokens")),
-    ({"gate__fuse": {"mine": ["llmgr", "tower"]}}, ("gate.fuse.mine fuses the tower", "tower.enabled=true")),
-    ({"tune__linear": True, "tune__folds": 2, "model__base": "gcsan-linear"}, (
-        "cannot stand for model.base=gcsan-linear, which has a linear start", "tune.folds=0")),
-    ({"tune__linear": True, "tune__folds": 2, "encoder__names": ["gcsan", "hcgr"], "model__base": "hcgr"}, (
-        "model.base=hcgr, which has its items on a curved space", "choose another base")),
     ({"tune__edges": True, "tune__prompt": "slot"}, ("tune.edges", "tune.prompt=paper")),
     ({"tune__edges": True, "tune__prompt": "paper", "tune__targets": "positions"},
      ("tune.edges", "tune.targets=prefix")),
@@ -127,10 +121,9 @@ def test_every_committed_key_arrives_with_its_value():
     ({"align__lr": -1}, ("align.lr=-1",)),
     ({"llm__scratch__heads": 3}, ("llm.scratch.heads=3", "llm.scratch.width=128")),
     ({"track__experiment": ""}, ("track.experiment",)),
-    ({"gate__fuse": {"mine": ["item-kn"]}}, ("gate.fuse.mine names item-kn, which scores nothing here", "is item-knn")),
+    ({"gate__fuse": {"mine": ["item-kn"]}}, ("gate.fuse.mine names item-kn, which is no model", "is item-knn")),
     ({"gate__fuse": {"pop": ["item-knn"]}}, ("gate.fuse names a gate pop, which is a model or a stage already",)),
     ({"gate__fuse": {"tune": ["item-knn"]}}, ("gate.fuse names a gate tune, which is a model or a stage already",)),
-    ({"encoder__controls": ["sasrec"]}, ("gate.fuse.gated-gcsan-text names gcsan-text", "~gate.fuse.gated-gcsan-text")),
     ({"gate__sessions": 1}, ("gate.sessions=1 cannot be halved", "0 for all")),
     ({"bucket__practice": []}, ("bucket.practice=[] must rise: one edge at least",)),
     ({"launch__compile": True, "launch__strategy": "zero3"},
@@ -247,31 +240,24 @@ def test_every_key_is_documented_below_its_field():
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
-def test_every_preset_names_known_keys_and_loads(preset):
-    settings = {}
-    for line in preset.read_text().split("\n"):
-        if line:
-            option, assignment = line.split(" ", 1)
-            assert option == "-S"
-            key, value = assignment.split("=", 1)
-            new = key.startswith("++gate.fuse.")  # adds a key, or sets it where an earlier run has
-            assert (key in loading.flat(loaded())) != new, f"{preset.name}: {key}"
-            settings[key.lstrip("+").replace(".", "__")] = yaml.safe_load(value)
-    flat = loading.flat(loaded(**settings))
-    for key, value in settings.items():
-        section, _, gate = key.replace("__", ".").rpartition("gate.fuse.")
-        assert str(flat["gate.fuse"][gate] if gate in flat["gate.fuse"] else flat[section + gate]) == str(value)
-
-
-def test_a_preset_leaves_nothing_of_the_one_before():
-    keys = [{line.removeprefix("-S ").split("=")[0] for line in p.read_text().splitlines()} for p in PRESETS]
-    one, *others = [{key for key in found if not key.startswith("++gate.fuse.")} for found in keys]
-    assert others and all(other == one for other in others)
+def test_a_preset_holds_what_differs_from_the_recommended_run_and_no_more(preset):
+    settings, own = ablations.changes(preset), yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert len(preset.read_text().splitlines()) <= 10
+    before, derived = loading.flat(loading.load(ROOT / "params.yaml")), loading.whole(loading.changed(own, settings))
+    assert [key for key, value in settings.items() if before[key] == value] == []
+    assert {key: loading.flat(derived.params)[key] for key in settings} == settings
+    assert [line for line in derived.lines if not line.startswith("gate ")] == []
 
 
 def test_the_paper_preset_is_the_papers_configuration():
-    assert "paper" in [p.stem for p in PRESETS]
-    text = (ROOT / "stages/presets/paper.txt").read_text()
-    for setting in ("meta-llama/Llama-2-7b-hf", "tune.targets=prefix", "tune.epochs=3", "align.epochs=1",
-                    "tune.batch_size=16", "model.output=linear"):
-        assert setting in text
+    own, preset = yaml.safe_load((ROOT / "params.yaml").read_text()), ROOT / "stages/presets/paper.txt"
+    paper = loading.flat(loading.whole(loading.changed(own, ablations.changes(preset))).params)
+    assert {key: paper[key] for key in (
+        "llm.name", "model.base", "model.output", "model.attention", "model.readout", "align.epochs", "tune.epochs",
+        "tune.targets", "tune.prompt", "tune.edges", "tune.batch_size", "tune.linear", "tune.folds", "tower.enabled",
+        "tune.text_smoothing", "tune.recency", "model.node_text")} == {
+        "llm.name": "meta-llama/Llama-2-7b-hf", "model.base": "gcsan", "model.output": "linear",
+        "model.attention": "native", "model.readout": "last", "align.epochs": 1, "tune.epochs": 3,
+        "tune.targets": "prefix", "tune.prompt": "paper", "tune.edges": True, "tune.batch_size": 16,
+        "tune.linear": False, "tune.folds": 0, "tower.enabled": False, "tune.text_smoothing": 0.0,
+        "tune.recency": 1.0, "model.node_text": False}
