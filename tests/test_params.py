@@ -97,6 +97,7 @@ def test_every_committed_key_arrives_with_its_value():
     ({"encoder__gcsan__lr": 0}, ("encoder.gcsan.lr=0", "above 0, or auto")),
     ({"encoder__gcsan__lr": "automatic"}, ("encoder.gcsan.lr=automatic", "a number")),
     ({"encoder__training__rates": []}, ("encoder.training.rates=[]",)),
+    ({"encoder__training__rungs": [4, 2]}, ("encoder.training.rungs=[4, 2]", "rise")),
     ({"encoder__training__rates": [0.1, -1]}, ("encoder.training.rates=[0.1, -1.0]",)),
     ({"encoder__names": ["gcsan-text"]}, ("encoder.names holds gcsan-text", "put gcsan into encoder.controls")),
     ({"encoder__linear_controls": ["gcsam"]}, ("encoder.linear_controls holds gcsam", "the nearest is gcsan")),

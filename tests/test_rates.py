@@ -1,4 +1,4 @@
-"""The learning rate chosen by successive halving: which rate, at what cost, and that interruptions change nothing."""
+"""The learning rate chosen by successive rejects: which rate, at what cost, and that interruptions change nothing."""
 from __future__ import annotations
 
 import itertools
@@ -41,12 +41,13 @@ class Accuracy(Toy):
 
 
 def searched(**changes) -> SimpleNamespace:
-    return settings(**{"epochs": 6, "patience": 9, "rates": RATES, "rung": 1, "warmup_share": 0.0} | changes)
+    return settings(**{"epochs": 6, "patience": 9, "rates": RATES, "rungs": [1, 2, 3, 4],
+                       "warmup_share": 0.0} | changes)
 
 
-def at_rate(rate: float, folder: Path, **changes) -> tuple[bytes, float]:
+def at_rate(rate: float, folder: Path, until: int | None = None, **changes) -> tuple[bytes, float]:
     job = Accuracy()
-    progress = fit(job, searched(lr=rate, **changes), seed=7, resume=folder / f"alone{rate}", name="stamp")
+    progress = fit(job, searched(lr=rate, **changes), seed=7, resume=folder / f"alone{rate}", name="stamp", until=until)
     return bytes_of(job), progress.best
 
 
@@ -56,30 +57,39 @@ def test_the_chosen_rate_ends_as_a_training_at_that_rate_alone_and_the_others_co
     found = fit_best_rate(job, asked, seed=7, resume=tmp_path / "search", name="stamp")
     assert found.rate == asked.lr == max(RATES, key=lambda rate: alone[rate][1])
     assert (bytes_of(job), found.progress.best) == alone[found.rate]
-    assert found.record["rates"] == RATES and sorted(found.record["epochs"]) == [1, 1, 2, 4, 6]
+    assert found.record["rates"] == RATES and sorted(found.record["epochs"]) == [1, 2, 3, 4, 6]
     assert found.record["valid_score"][RATES.index(found.rate)] == found.progress.best
     assert found.seconds > 0
 
 
-def test_a_rung_keeps_the_better_half(tmp_path):
-    found = fit_best_rate(Accuracy(), searched(), seed=7, resume=tmp_path, name="stamp").record
-    by_epochs = sorted(zip(found["epochs"], found["valid_score"]))
-    first = [score for epochs, score in by_epochs if epochs == 1]
-    assert max(first) < min(score for epochs, score in by_epochs if epochs > 1)
-    assert found["epochs"][0] == found["epochs"][-1] == 1, "those that hardly move"
+@pytest.mark.parametrize(("rungs", "epochs"), [([1], [1] * 4 + [6]), ([1, 3], [1, 3, 3, 3, 6])])
+def test_a_rung_gives_up_the_worst_and_the_last_rung_all_but_the_best(tmp_path, rungs, epochs):
+    found = fit_best_rate(Accuracy(), searched(rungs=rungs), seed=7, resume=tmp_path, name="stamp").record
+    assert sorted(found["epochs"]) == epochs
+    if len(rungs) > 1:
+        assert found["epochs"][0] == 1, "the lowest rate, which hardly moves"
+    given_up = [score for n, score in zip(found["epochs"], found["valid_score"]) if n == max(rungs)]
+    winner = at_rate(found["rates"][found["epochs"].index(6)], tmp_path, until=max(rungs))
+    assert winner[1] > max(given_up)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_where_the_rungs_reach_the_end_the_best_full_training_wins(tmp_path, epochs):
-    found = fit_best_rate(Accuracy(), searched(epochs=epochs, rung=epochs), seed=7, resume=tmp_path, name="stamp")
+    found = fit_best_rate(Accuracy(), searched(epochs=epochs, rungs=[epochs]), seed=7, resume=tmp_path, name="stamp")
     assert found.rate == max(RATES, key=lambda rate: at_rate(rate, tmp_path, epochs=epochs)[1])
     assert found.record["epochs"] == [epochs] * len(RATES)
+
+
+def test_fewer_rates_take_the_later_rungs(tmp_path):
+    for rates, epochs in ((RATES[1:4], [3, 4, 6]), (RATES[1:3], [4, 6]), (RATES[1:2], [6])):
+        found = fit_best_rate(Accuracy(), searched(rates=rates), seed=7, resume=tmp_path / str(rates), name="stamp")
+        assert sorted(found.record["epochs"]) == epochs
 
 
 def test_interrupted_anywhere_it_ends_with_the_same_bytes_and_the_same_record(tmp_path):
     whole = Accuracy()
     expected = fit_best_rate(whole, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / "whole", name="stamp")
-    for call in range(2, whole.calls, 5):
+    for call in range(2, whole.calls, 8):
         first = Accuracy()
         first.broken = {call: stop}
         with pytest.raises(InterruptedError):
@@ -122,7 +132,7 @@ def test_where_no_rate_stays_finite_it_says_what_to_do(tmp_path):
 def place(tmp_path: Path) -> Path:
     write_data(tmp_path)
     set_up(tmp_path, encoder__gcsan__lr="auto", encoder__text_lr="auto", encoder__training__epochs=4,
-           encoder__training__rates=[0.0001, 0.02, 1e20], encoder__training__rung=1, encoder__training__clip=1e30,
+           encoder__training__rates=[0.0001, 0.02, 1e20], encoder__training__rungs=[1, 2], encoder__training__clip=1e30,
            tune__linear=True, tune__folds=2)
     save_tensors(tmp_path / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
     return tmp_path

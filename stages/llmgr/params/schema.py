@@ -264,9 +264,9 @@ class EncoderTraining:
     """Most passes over all prefixes; the learning rate falls along a cosine over these."""
     rates: list[float]
     """Peak learning rates among which validation NDCG@20 chooses where an encoder's `lr`, or `encoder.text_lr`, is
-    `auto`: by successive halving, see llmgr.training.rates."""
-    rung: int
-    """Epochs that all of these rates are trained for; the better half goes on to twice as many, the last to the end."""
+    `auto`: by successive rejects, see llmgr.training.rates."""
+    rungs: list[int]
+    """Epochs after each of which the worst of these rates is given up, after the last all but the best."""
     patience: int
     """Epochs without a better validation NDCG@20 after which training stops."""
     batch_size: int
@@ -291,9 +291,11 @@ class EncoderTraining:
 
     def check(self) -> None:
         at_least(self, "encoder.training", "checkpoint_seconds", 0)
-        positive(self, "encoder.training", "epochs", "rung", "patience", "batch_size", "clip")
+        positive(self, "encoder.training", "epochs", "patience", "batch_size", "clip")
         if not self.rates or min(self.rates) <= 0 or len(set(self.rates)) < len(self.rates):
             raise UserError(f"encoder.training.rates={self.rates} must hold one or more different rates above 0")
+        if not self.rungs or self.rungs[0] < 1 or self.rungs != sorted(set(self.rungs)):
+            raise UserError(f"encoder.training.rungs={self.rungs} must rise from 1 or more")
         at_least(self, "encoder.training", "weight_decay", 0)
         at_least(self, "encoder.training", "table_decay", 0)
         share(self, "encoder.training", "warmup_share", "dropout")

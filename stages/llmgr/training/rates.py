@@ -1,8 +1,12 @@
-"""The learning rate chosen by successive halving (Jamieson & Talwalkar, AISTATS 2016), as the beginning of a full run.
+"""The learning rate chosen by successive rejects (Audibert & Bubeck, COLT 2010), as the beginning of a full run.
 
-All candidates train for a few epochs; the better half, by the best validation figure so far, goes on to twice as many,
-and so forth; the last one goes on to the end. The schedule is that of the full length throughout, so that a candidate
-is the first part of its own full run: short schedules, which end before a low rate has come far, favour high rates.
+All candidates train for a few epochs, the worst by the best validation figure so far is given up, the others go on for
+some more, and so forth; the last one goes on to the end. The schedule is that of the full length throughout, so that a
+candidate is the first part of its own full run.
+
+A low rate starts slowly: halving the candidates after two epochs, or short schedules, would choose too high a rate. On
+half of Pantry GC-SAN validates at 0.003 / 0.01 / 0.03 with NDCG@20 of .0132 / .0180 / .0144 after two epochs, .0249 /
+.0260 / .0241 after four, .0286 / .0249 / .0247 after five and .0348 / .0327 / .0298 in the end.
 """
 from __future__ import annotations
 
@@ -31,11 +35,12 @@ class Chosen(NamedTuple):
 
 
 def fit_best_rate(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Chosen:
-    """`fit` at the one of `settings.rates` that validates best by `job.selects`; the first rung has `settings.rung`
-    epochs.
+    """`fit` at the one of `settings.rates` that validates best by `job.selects`.
 
-    Leaves the bytes of `fit` at the chosen rate, also where the search was interrupted and goes on. A rate whose loss
-    stops being finite is given up. UserError where none stays finite, and as `fit` where there is one rate alone.
+    After each of `settings.rungs` epochs the worst is given up, after the last of them all but the best; fewer rates
+    take the later rungs. Leaves the bytes of `fit` at the chosen rate, also where the search was interrupted and goes
+    on. A rate whose loss stops being finite is given up. UserError where none stays finite, and as `fit` where there is
+    one rate alone.
     """
     first = {key: p.detach().clone() for key, p in job.model.named_parameters() if p.requires_grad}
     progress = {rate: Progress() for rate in settings.rates}
@@ -56,12 +61,12 @@ def fit_best_rate(job: Job, settings: Any, *, seed: int, resume: Path, name: str
             say(f"{name}: the loss at learning rate {rate:g} stopped being finite: the rate is given up")
             lost.add(rate)
 
-    order, left, epochs = [*settings.rates], len(settings.rates), settings.rung
-    while left > 1:
+    order, left = [*settings.rates], len(settings.rates)
+    for epochs in settings.rungs[1 - left:] if left > 1 else ():
         for rate in order[:left]:
             train(rate, min(epochs, settings.epochs))
         order[:left] = sorted(order[:left], key=lambda rate: (rate in lost, -progress[rate].best))
-        left, epochs = (left + 1) // 2, 2 * epochs
+        left -= 1
     for rate in order:
         if rate not in lost:
             train(rate, settings.epochs)
