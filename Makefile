@@ -31,8 +31,8 @@ lint: $(VENV)/.installed
 experiments: $(VENV)/.installed  # what experiments changed, and LLMGR's figures in each; `dvc metrics diff` has 40 of them
 	$(BIN)/dvc exp show --only-changed --drop 'baselines|.*(unseen|mrr|memory)'
 
-results: $(VENV)/.installed  # keep the current results under reports/results/<dataset>/
-	$(BIN)/python stages/record.py
+results: $(VENV)/.installed  # keep the current results under reports/results/<dataset>/, or NAME=office-wide
+	$(BIN)/python stages/record.py $(if $(NAME),--name $(NAME))
 
 tables: $(VENV)/.installed  # the tables of README.md and reports/*.md from the records
 	$(BIN)/python stages/tables.py

@@ -339,6 +339,8 @@ def test_recorded_results_are_the_reports_numbers(project: Path) -> None:
     view = PARAMS.view(record.READS)
     record.main(view)
     folder = Path("reports/results/sample")
+    record.main(view, name="another")
+    assert (folder.parent / "another/metrics.csv").read_bytes() == (folder / "metrics.csv").read_bytes()
     assert {path.name for path in folder.iterdir()} == {"differences.csv", "metrics.csv", "params.yaml", "run.json"}
     assert (folder / "params.yaml").read_bytes() == Path("params.yaml").read_bytes()
     written, found = Record(folder), json.loads(Path("reports/metrics/buckets.json").read_text())
