@@ -92,7 +92,20 @@ def test_malformed_reviews_are_counted_by_reason(tmp_path):
     assert counts == {"lines": 13, "malformed": 11, "malformed_by_reason": {
         "asin empty": 1, "not JSON": 2, "not an object": 1, "reviewerID empty": 1, "reviewerID missing": 1,
         "reviewerID of a wrong type or range": 1, "unixReviewTime missing": 1,
-        "unixReviewTime of a wrong type or range": 3}}
+        "unixReviewTime of a wrong type or range": 3},
+        "times": {"unit": "order", "converted": {}, "no_date": 0, "future": 0}}
+
+
+def test_times_of_other_units_are_converted_and_zero_is_malformed(tmp_path):
+    start = 1_388_534_400
+    path = written(tmp_path / "r.json.gz", review(time=start), review(time=start * 1000 + 500), review(time=0),
+                   review(time=start + 1))
+    table, counts = amazon.read_reviews(path, "2014", 0.25)
+    assert table["timestamp"].to_list() == [start * 1000, start * 1000 + 500, start * 1000 + 1000]
+    assert counts["malformed_by_reason"] == {"unixReviewTime zero or no date": 1}
+    assert counts["times"] == {"unit": "ms", "converted": {"s": 2}, "no_date": 1, "future": 0}
+    with pytest.raises(UserError, match="zero or no date"):
+        amazon.read_reviews(path, "2014", 0.2)
 
 
 def test_too_many_malformed_lines_are_refused_with_their_counts(tmp_path):
@@ -166,7 +179,7 @@ def test_metadata_oddities_are_tolerated_and_counted(tmp_path):
         "B2": {"title": "", "brand": "", "category": "Pens", "description": ["d"]},
         "B3": {"title": "  ", "brand": "", "category": "", "description": []}}
     assert counts == {
-        "lines": 9, "malformed": 4, "repeated": 1, "titles_missing_or_no_text": 3,
+        "lines": 9, "malformed": 4, "repeated": 1, "titles_missing_or_no_text": 3, "other_item": "B4",
         "malformed_by_reason": {"asin missing or no text": 1, "neither JSON nor a Python literal": 3}}
     with pytest.raises(UserError, match="4 of 9 lines are malformed"):
         amazon.read_metadata(path, "2018", {"B1", "B2", "B3", "B5"}, 0.4)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmgr.data import times
 from llmgr.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def lines(path: Path) -> Iterator[bytes | None]:
 def read_reviews(path: Path, release: str, max_bad_share: float) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Interactions of a reviews file: user, item, timestamp (i64), rating (f32 or null), line (i64, 0-based).
 
-    Times are as the release has them, seconds or (2023) milliseconds: two clicks of one second keep their order. Also
-    the counts: lines, malformed by reason. UserError if more than `max_bad_share` of the lines are malformed.
+    Times are as the release has them, seconds or (2023) milliseconds: two clicks of one second keep their order. Where
+    a file mixes units they are in the finest. Also the counts: lines, malformed by reason, times (as
+    `times.in_one_unit` has them). UserError if more than `max_bad_share` of the lines are malformed.
     """
     import orjson
     import polars as pl
@@ -161,7 +163,7 @@ def read_reviews(path: Path, release: str, max_bad_share: float) -> tuple[pl.Dat
             bad[_fault(form.user, user)] += 1
         elif type(item) is not str or not item or item.isspace():
             bad[_fault(form.item, item)] += 1
-        elif type(time) is not int or not 0 <= time < 1 << 53:
+        elif type(time) is not int or not 0 <= time < 1 << 63:
             bad[_fault(form.time, time)] += 1
         else:
             rating = record.get(form.rating)
@@ -170,7 +172,16 @@ def read_reviews(path: Path, release: str, max_bad_share: float) -> tuple[pl.Dat
                 frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
                 rows.clear()
     frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
-    return pl.concat(frames, rechunk=True), _checked(path, total, bad, max_bad_share)
+    table, counts = dated(pl.concat(frames, rechunk=True), form.time, bad)
+    return table, checked(path, total, bad, max_bad_share) | {"times": counts}
+
+
+def dated(table: pl.DataFrame, name: str, bad: Counter[str]) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Interactions with their times in one unit, without those that have none, which `bad` counts; and the counts."""
+    unified, counts = times.in_one_unit(table["timestamp"])
+    if counts["no_date"]:
+        bad[f"{name} zero or no date"] += counts["no_date"]
+    return table.with_columns(timestamp=unified).filter(unified.is_not_null()), counts
 
 
 def read_metadata(
@@ -179,13 +190,15 @@ def read_metadata(
     """Raw title, brand, category (path below the root, joined by " > ") and description (list) of the `wanted` items.
 
     A field that is missing or no text is empty. Lines of other items are recognised by their id and not parsed; the
-    first line of an item counts. Also the counts: lines, malformed by reason, repeated, titles missing or no text.
+    first line of an item counts. Also the counts: lines, malformed by reason, repeated, titles missing or no text, and
+    `other_item`, the id of the first line of another item.
     """
     form = RELEASES[release]
     names = {name.encode() for name in wanted}
     found: dict[str, dict[str, Any]] = {}
     bad: Counter[str] = Counter()
     total = repeated = untitled = 0
+    other = ""
     for line in lines(path):
         if line is not None and line.isspace():
             continue
@@ -194,7 +207,8 @@ def read_metadata(
         if not ids:
             bad["too long" if line is None else f"{form.item} missing or no text"] += 1
             continue
-        if names.isdisjoint(ids) and not any(b"\\" in found for found in ids):  # an id may be escaped
+        if names.isdisjoint(ids) and not any(b"\\" in name for name in ids):  # an id may be escaped
+            other = other or ids[0].decode(errors="replace")
             continue
         try:
             record = _record(line)
@@ -206,7 +220,9 @@ def read_metadata(
             bad[f"{form.item} missing or no text"] += 1
         elif item in found:
             repeated += 1
-        elif item in wanted:
+        elif item not in wanted:
+            other = other or item
+        else:
             title = record.get("title")
             untitled += type(title) is not str or not title.strip()
             found[item] = {
@@ -215,8 +231,8 @@ def read_metadata(
                 "category": _category(record.get(form.categories), record.get("main_category")),
                 "description": [text for field in form.descriptions for text in _texts(record.get(field))],
             }
-    counts = _checked(path, total, bad, max_bad_share)
-    return found, counts | {"repeated": repeated, "titles_missing_or_no_text": untitled}
+    counts = checked(path, total, bad, max_bad_share)
+    return found, counts | {"repeated": repeated, "titles_missing_or_no_text": untitled, "other_item": other}
 
 
 def _record(line: bytes) -> Any:
@@ -252,7 +268,8 @@ def _fault(field: str, value: Any) -> str:
     return f"{field} empty" if isinstance(value, str) and not value.strip() else f"{field} of a wrong type or range"
 
 
-def _checked(path: Path, total: int, bad: Counter[str], max_bad_share: float) -> dict[str, Any]:
+def checked(path: Path, total: int, bad: Counter[str], max_bad_share: float) -> dict[str, Any]:
+    """The counts of a file's lines; UserError where there are none, or too many are malformed."""
     if not total:
         raise UserError(f"{path} holds no lines: run `dvc repro -f download`, or look at data.mirror")
     if bad.total() > max_bad_share * total:
