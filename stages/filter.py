@@ -4,9 +4,10 @@ Reads:  data/raw/ (found through data/raw/source.json)
 Writes: data/core/interactions.parquet (user, item, timestamp as the release has it, rating, line; by user, time, line),
         data/core/items.parquet (item_id from 1 in the order of the item strings, item, title, brand, category,
         description, text, count); reports/metrics/filter.json
-Params: filter
+Params: filter, data.columns, data.session
 
-Malformed lines are counted by reason and skipped, up to filter.max_bad_share of a file.
+Malformed lines are counted by reason and skipped, up to filter.max_bad_share of a file. The summary that it prints, of
+rows, users, items, days, texts, what was dropped and ten examples, is there to be read before anything is trained.
 """
 from __future__ import annotations
 
@@ -15,26 +16,32 @@ from pathlib import Path
 from llmgr.pipeline import stage
 from llmgr.runtime import console
 
-READS = ("filter",)
+READS = ("filter", "data.columns", "data.session")
 
 
 def main(params) -> None:
     """Read, drop duplicates, take the core to its fixed point, attach texts, describe the result."""
     import polars as pl
 
-    from llmgr.data import amazon, cleaning, interactions
+    from llmgr.data import cleaning, interactions, summary
+    from llmgr.data.times import remarks
     from llmgr.runtime.artifacts import read_json, require, write_json, write_table
     from llmgr.runtime.errors import UserError
 
     options = params.filter
     source = read_json("data/raw/source.json")
     reviews_file, meta_file = (require(Path("data/raw", source["files"][role]["name"])) for role in ("reviews", "meta"))
-    raw, read = amazon.read_reviews(reviews_file, source["release"], options.max_bad_share)
+    read_reviews, read_metadata = readers(source, params.data, options.max_bad_share)
+    raw, read = read_reviews(reviews_file)
+    for remark in remarks(reviews_file.name, read["times"]):
+        console.say(remark)
     unique = interactions.without_duplicates(raw, options.duplicates)
     core, rounds = interactions.k_core(unique, options.core)
-    metadata, meta_read = amazon.read_metadata(meta_file, source["release"], set(core["item"]), options.max_bad_share)
+    metadata, meta_read = read_metadata(meta_file, set(core["item"])) if len(core) else ({}, {})
     items = cleaning.item_texts(core["item"].unique().sort().to_list(), metadata, options.template_items,
                                 options.max_chars)
+    summary.check_texts(items, set(metadata), meta_read.pop("other_item", ""), meta_file.name,
+                        options.max_textless_share)
     textless = [row["item"] for row in items if not row["text"]]
     if options.textless == "drop" and textless:
         # The core of a subset lies inside the core of the whole, so that dropping afterwards is the same as before.
@@ -53,17 +60,17 @@ def main(params) -> None:
     write_table("data/core/interactions.parquet", core)
     write_table("data/core/items.parquet", table)
 
-    def size(frame: pl.DataFrame) -> dict[str, int]:
-        return {"users": frame["user"].n_unique(), "items": frame["item"].n_unique(), "interactions": frame.height}
-
     after = size(core)
+    repeated = raw.height - unique.height
+    left_textless = int(table["item"].is_in(textless).sum())
+    overview = summary.summary(raw, core, table, read, repeated, left_textless)
     write_json("reports/metrics/filter.json", {
         "dataset": source["dataset"],
         "before": size(raw),
         "after": after,
         "published": source["published"],
         "rounds": rounds,
-        "duplicates_dropped": raw.height - unique.height,
+        "duplicates_dropped": repeated,
         "reviews": read,
         "metadata": meta_read,
         "items_without_metadata": sum(row["item"] not in metadata for row in items),
@@ -72,9 +79,33 @@ def main(params) -> None:
         "mean_text_chars": table["text"].str.len_chars().mean(),
         "mean_session_length": core.height / after["users"],
         "sparsity": 1 - core.height / (after["users"] * after["items"]),
+        "summary": overview | {"examples": [{name: text for name, text in row.items() if name != "user"}
+                                            for row in overview["examples"]]},  # who it was does not leave the machine
     })
+    for line in summary.told(reviews_file.name, overview):
+        console.say(line)
     console.say(f"{after['users']} users, {after['items']} items, {after['interactions']} interactions "
               f"after {rounds} rounds")
+
+
+def readers(source, data, max_bad_share):
+    """What reads the reviews, and what reads the texts of given items: for a release of Amazon, or files of one's own.
+    """
+    from functools import partial
+
+    from llmgr.data import amazon, own
+
+    if source["release"] is None:
+        columns = vars(data.columns)
+        beside = source["files"]["meta"] == source["files"]["reviews"]
+        return (partial(own.read_interactions, given=columns, session=data.session, max_bad_share=max_bad_share),
+                lambda path, wanted: own.read_items(path, columns, wanted, max_bad_share, beside))
+    return (partial(amazon.read_reviews, release=source["release"], max_bad_share=max_bad_share),
+            lambda path, wanted: amazon.read_metadata(path, source["release"], wanted, max_bad_share))
+
+
+def size(frame) -> dict[str, int]:
+    return {"users": frame["user"].n_unique(), "items": frame["item"].n_unique(), "interactions": frame.height}
 
 
 if __name__ == "__main__":

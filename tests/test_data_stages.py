@@ -203,13 +203,20 @@ def test_titles_that_are_empty_or_no_text_and_items_without_text(tmp_path):
     titles = [{"asin": "I0", "title": ""}, {"asin": "I1", "title": 7}, {"asin": "I2"}, {"asin": "I3", "title": "<br>"},
               {"asin": "I4", "title": "Pen"}]
     mirror(tmp_path, square(), titles)
-    assert run(tmp_path, "download", "filter", data=OFFICE).returncode == 0
+    assert run(tmp_path, "download", "filter", data=OFFICE, filter={"max_textless_share": 0.9}).returncode == 0
     table = pl.read_parquet(tmp_path / "data/core/items.parquet")
     assert table["text"].to_list() == ["unknown item"] * 4 + ["Pen", "unknown item"]
     assert table["title"].to_list() == ["", "", "", "", "Pen", ""]
     metrics = artifacts.read_json(tmp_path / "reports/metrics/filter.json")
     assert metrics["metadata"]["titles_missing_or_no_text"] == 3
     assert (metrics["items_without_text"], metrics["items_without_metadata"]) == (5, 1)
+
+
+def test_metadata_of_other_items_is_refused(tmp_path):
+    mirror(tmp_path, square(), [row | {"asin": f"X{n}"} for n, row in enumerate(PENS)])
+    refused(run(tmp_path, "download", "filter", data=OFFICE), "6 of 6 items have no text", "'I0'", "'X0'",
+            "filter.max_textless_share=0.5")
+    assert run(tmp_path, "filter", data=OFFICE, filter={"max_textless_share": 1}).returncode == 0
 
 
 def test_items_without_text_can_be_dropped_before_the_core(tmp_path):

@@ -22,9 +22,40 @@ from llmgr.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Columns of `data.interactions` and `data.items`; null finds them by the usual names."""
+
+    user: str | None
+    """Who clicked."""
+    item: str | None
+    """Which item, in both files; where `data.items` has no such column it is found there by the usual names."""
+    time: str | None
+    """When: a number of any unit, or an ISO date."""
+    title: str | None
+    """An item's title."""
+    brand: str | None
+    """Its brand or maker."""
+    category: str | None
+    """Its category: a name, or a path as a list or with > or | between."""
+    description: str | None
+    """Its description."""
+
+    def check(self) -> None:
+        """Nothing to check before the files are there."""
+
+
+@dataclass(frozen=True)
 class Data:
     dataset: str
-    """`sample`, a name of the catalogue (`beauty`, `office`, `music`, `pantry`, ...) or `RELEASE:Category`."""
+    """`sample`, a name of the catalogue (`beauty`, `office`, `music`, `pantry`, ...), `RELEASE:Category`, or `files`:
+    `data.interactions` and `data.items`."""
+    interactions: str | None
+    """With `dataset=files`: Parquet, CSV, TSV, JSON lines or RecBole's .inter of who clicked what and when."""
+    items: str | None
+    """With `dataset=files`: the items' texts, in any of these formats; null finds them in `interactions`."""
+    session: str | None
+    """With `dataset=files`: the column of `interactions` that says which rows are one session; null: a user's are."""
+    columns: Columns
     mirror: str | None
     """Folder or URL that holds the files under their official names; null takes the official host."""
     sha256: dict[str, str]
@@ -46,6 +77,9 @@ class Data:
         positive(self, "data", "max_session", "timeout", "sample_users", "sample_items")
         at_least(self, "data", "retries", 0)
         seeds(self, "data", "sample_seed")
+        if self.dataset == "files" and not self.interactions:
+            raise UserError("data.dataset=files needs data.interactions: set it to the file of who clicked what and "
+                            "when, such as -S data.interactions=clicks.csv")
 
 
 @dataclass(frozen=True)
@@ -62,11 +96,13 @@ class Filter:
     """A description sentence that at least so many items share is a template, not a description, and is removed."""
     max_bad_share: float
     """Largest share of malformed lines that is skipped instead of refused."""
+    max_textless_share: float
+    """Largest share of items without text; more of them are refused, since most likely the ids do not match."""
 
     def check(self) -> None:
         positive(self, "filter", "core", "max_chars")
         at_least(self, "filter", "template_items", 2)
-        share(self, "filter", "max_bad_share")
+        share(self, "filter", "max_bad_share", "max_textless_share")
 
 
 @dataclass(frozen=True)
