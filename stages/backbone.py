@@ -17,7 +17,7 @@ def main(params) -> None:
 
     import torch
 
-    from llmgr.language_model.loading import load_language_model, load_tokenizer
+    from llmgr.language_model.loading import check_backbone, load_language_model, load_tokenizer
     from llmgr.language_model.resolve import describe, resolve
     from llmgr.language_model.scratch import train_scratch
     from llmgr.params.loading import flat
@@ -41,8 +41,10 @@ def main(params) -> None:
         else:
             origin = resolve(params.llm.name, params.llm.revision, folder)
         start = time.monotonic()
-        model = load_language_model(folder).to(device_of())
-        vectors = encode_texts(model, load_tokenizer(folder), texts, params.llm.max_text_tokens)
+        called = f"llm.name={params.llm.name}"
+        model, tokenizer = load_language_model(folder, called=called), load_tokenizer(folder, called)
+        check_backbone(model, tokenizer, called)
+        vectors = encode_texts(model.to(device_of()), tokenizer, texts, params.llm.max_text_tokens)
         save_tensors(folder / "item_text.safetensors", {"vectors": torch.cat((torch.zeros_like(vectors[:1]), vectors))})
         record = {**origin, **describe(folder)}
         write_json(folder / "backbone.json", record)

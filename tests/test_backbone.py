@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import checkpoint, language_model, tokenizer
 
 from llmgr.language_model import scratch
-from llmgr.language_model.loading import is_causal, load_language_model, load_tokenizer
+from llmgr.language_model.loading import check_backbone, is_causal, load_language_model, load_tokenizer
 from llmgr.language_model.lora import add_adapters
 from llmgr.language_model.resolve import describe, resolve
 from llmgr.language_model.scratch import train_scratch
@@ -306,3 +306,113 @@ def test_random_weights_have_the_architecture_alone_and_hang_on_the_seed(folder)
     state = torch.get_rng_state()
     load_language_model(folder, random=1)
     assert torch.equal(torch.get_rng_state(), state), "whatever is drawn next stays as it was"
+
+
+def broken(folder: Path, damage: str) -> None:
+    weights, table = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    if damage in ("nan", "inf"):
+        table["layers.1.mlp.up_proj.weight"][0, 0] = float(damage)
+        save_file(table, weights, {"format": "pt"})
+    elif damage == "tokenizer":
+        more = tokenizer()
+        more.add_tokens(["one more", "and another"])
+        more.save_pretrained(folder)
+    elif damage == "list":
+        (folder / "tokenizer.json").write_text("[1, 2]")
+    elif damage == "adapter":
+        (folder / "adapter_config.json").write_text("{}")
+        save_file({"lora_A": torch.ones(1)}, folder / "adapter_model.safetensors")
+    elif damage == "link":
+        weights.rename(folder.parent / "away")
+        weights.symlink_to("nowhere")
+    elif damage == "index":
+        weights.rename(folder / "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
+            "a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}))
+    elif damage == "outside":
+        weights.rename(folder.parent / "weights.safetensors")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../weights.safetensors"}}')
+    elif damage == "consolidated":
+        weights.rename(folder / "consolidated.safetensors")
+    else:
+        (folder / damage).unlink()
+        (folder / damage).mkdir()
+
+
+@pytest.mark.parametrize(("damage", "told"), [
+    ("nan", "weights that are no finite numbers, such as in layers.1.mlp.up_proj.weight"), ("inf", "no finite numbers"),
+    ("tokenizer", "a tokenizer with ids up to 260 and vectors for 260 tokens"), ("list", "has no usable tokenizer ("),
+    ("tokenizer.json", "tokenizer.json is a folder"), ("config.json", "config.json is a folder"),
+    ("model.safetensors", "model.safetensors is a folder"), ("link", "model.safetensors is a link to nothing"),
+    ("adapter", "holds an adapter (adapter_config.json)"), ("index", "no files that are here (model-00002-of-00002"),
+    ("outside", "lists no files that are here"), ("consolidated", "has consolidated.safetensors and no model.saf")])
+def test_what_a_folder_holds_is_checked_and_called_as_the_user_called_it(folder, tmp_path, monkeypatch, damage, told):
+    broken(folder, damage)
+    target = tmp_path / "target"
+    target.mkdir()
+
+    def backbone() -> None:
+        resolve("../given", "main", target)
+        called = "llm.name=../given"
+        check_backbone(load_language_model(target, called=called), load_tokenizer(target, called), called)
+
+    monkeypatch.chdir(target)
+    said = refused(backbone)
+    assert said.startswith("llm.name=../given") and told in said and str(tmp_path) not in said
+
+
+def test_of_two_forms_of_the_weights_one_is_taken(folder, tmp_path):
+    (folder / "consolidated.safetensors").write_bytes(b"the same in another form")
+    target = tmp_path / "target"
+    target.mkdir()
+    resolve(str(folder), "main", target)
+    assert [p.name for p in target.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@torch.no_grad()
+def test_an_architecture_without_torchs_attention_is_read_with_its_own(tmp_path):
+    from llmgr.text.vectors import encode_texts
+
+    model, read = language_model("mpnet"), tokenizer("mpnet")
+    model.save_pretrained(tmp_path)
+    loaded = load_language_model(tmp_path)
+    check_backbone(loaded, read, "llm.name=x")
+    ids = torch.tensor([[5, 9, 11, 30]])
+    plain = transformers.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    expected = plain(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(loaded(input_ids=ids).last_hidden_state, expected)
+    texts = ["abc", "a", "quite another text"]
+    together = encode_texts(loaded, read, texts, 16)
+    alone = torch.cat([encode_texts(loaded, read, [text], 16) for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_an_architecture_that_heeds_no_mask_of_prompts_is_refused(tmp_path):
+    shape = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.DebertaV2Model(transformers.DebertaV2Config(**shape, intermediate_size=32))
+    model.save_pretrained(tmp_path)
+    said = refused(lambda: check_backbone(load_language_model(tmp_path), tokenizer(), "llm.name=deberta"))
+    assert said.startswith("llm.name=deberta (DebertaV2Model) cannot read prompts")
+
+
+@pytest.mark.parametrize(("revision", "offline"), [("0" * 40, True), ("0" * 40, False), ("main", True)])
+def test_a_model_in_the_hubs_cache_is_taken_without_asking(folder, tmp_path, monkeypatch, revision, offline):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    snapshot = tmp_path / "hub/models--org--model/snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0" * 40)
+    for name, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("ENDPOINT", "http://127.0.0.1:9"),
+                        ("HF_HUB_OFFLINE", offline)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    close_session()
+    target = tmp_path / "target"
+    target.mkdir()
+    assert resolve("org/model", revision, target) == {"name": "org/model", "revision": "0" * 40}
+    assert (target / "model.safetensors").exists() and (target / "tokenizer.json").exists()
+    (snapshot / "model.safetensors").unlink()
+    assert "cannot be fetched from the hub" in refused(lambda: resolve("org/model", revision, target))

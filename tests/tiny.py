@@ -11,7 +11,15 @@ from machine import DEFAULTS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedTokenizerFast,
+)
 
 from llmgr.encoders.gcsan import Gcsan
 from llmgr.language_model.attention import attend_plainly
@@ -25,12 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT.parent / "shared" / "llm"
 ITEMS, DIM, TEXT = 12, 8, 5
 TITLES = [f"{'abcdefghijkl'[i] * (1 + i % 4)}-{i + 1}" for i in range(ITEMS)]
-KINDS = ["llama", "bert", "stories260K", "all-MiniLM-L6-v2"]
+KINDS = ["llama", "bert", "mpnet", "stories260K", "all-MiniLM-L6-v2"]
+DRAWN = ("llama", "bert", "mpnet")
 
 
 def tokenizer(kind: str = "llama") -> Any:
     """A token a byte, which decodes to the text exactly; or a checkpoint's own."""
-    if kind not in ("llama", "bert"):
+    if kind not in DRAWN:
         from llmgr.language_model.loading import load_tokenizer
 
         return load_tokenizer(checkpoint(kind))
@@ -39,7 +48,7 @@ def tokenizer(kind: str = "llama") -> Any:
     read.train_from_iterator([], trainers.BpeTrainer(vocab_size=260, special_tokens=["<pad>", "<s>", "<unk>"],
                                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                                                      show_progress=False))
-    opening = {"cls_token": "<s>"} if kind == "bert" else {"bos_token": "<s>"}
+    opening = {"cls_token": "<s>"} if kind != "llama" else {"bos_token": "<s>"}
     return PreTrainedTokenizerFast(tokenizer_object=read, pad_token="<pad>", unk_token="<unk>", **opening)
 
 
@@ -51,8 +60,8 @@ def checkpoint(kind: str) -> Path:
 
 
 def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
-    """A frozen transformer: a random LLaMA with grouped queries, a random BERT, or a checkpoint."""
-    if kind not in ("llama", "bert"):
+    """A frozen transformer: a random LLaMA with grouped queries, a random BERT or MPNet, or a checkpoint."""
+    if kind not in DRAWN:
         from llmgr.language_model.loading import load_language_model
 
         return load_language_model(checkpoint(kind))
@@ -61,6 +70,9 @@ def language_model(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> 
              "num_attention_heads": 4, "max_position_embeddings": 700, "initializer_range": 0.2}
     if kind == "llama":
         model = LlamaModel(LlamaConfig(**shape, num_key_value_heads=2, use_cache=False, attention_dropout=dropout))
+    elif kind == "mpnet":
+        model = MPNetModel(MPNetConfig(**shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
+                           add_pooling_layer=False)
     else:
         model = BertModel(BertConfig(**shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout),
                           add_pooling_layer=False)

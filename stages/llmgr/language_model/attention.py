@@ -30,9 +30,65 @@ class Apiece(NamedTuple):
 
 def attend_plainly(model: nn.Module) -> None:
     """Let a model's layers call `attention` where they look theirs up in transformers' table; others keep their own."""
+    if not getattr(model, "_supports_sdpa", False):
+        model.register_forward_pre_hook(_as_summand, with_kwargs=True)
+        if hasattr(getattr(model, "encoder", None), "relative_attention_bias"):
+            _bias_by_position(model)
+        return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+
+
+def _as_summand(model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    """A mask of prompts [B, 1, L, L] as layers without a common attention want it: added to the scores."""
+    mask = given.get("attention_mask")
+    if mask is not None and mask.dim() == 4 and mask.dtype is torch.bool:
+        dtype = model.get_input_embeddings().weight.dtype
+        given["attention_mask"] = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    return args, given
+
+
+def _bias_by_position(model: nn.Module) -> None:
+    """MPNet's bias of relative positions by the positions given, as other models have it; it counts places in a row."""
+    encoder, given = model.encoder, {}
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given["position"] = kwargs.get("position_ids")
+
+    def bias(states: Tensor, position_ids: Tensor | None = None, num_buckets: int = 32) -> Tensor:
+        position_BL = given.get("position")
+        if position_BL is None:
+            position_BL = torch.arange(states.shape[1], device=states.device)[None]
+        apart_BLL = position_BL[:, None, :] - position_BL[:, :, None]
+        bucket_BLL = encoder.relative_position_bucket(apart_BLL, num_buckets=num_buckets)
+        return encoder.relative_attention_bias(bucket_BLL).permute(0, 3, 1, 2).expand(len(states), -1, -1, -1)
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    encoder.compute_position_bias = bias
+
+
+@torch.no_grad()
+def reads_prompts(model: nn.Module, causal: bool, offset: int) -> bool:
+    """Whether a model can read LLMGR's prompts: vectors in place of tokens, who sees whom as a mask says, positions as
+    given (the first is `offset`). Two prompts in one row must have the states that each has alone."""
+    table = model.get_input_embeddings().weight
+    states = table[torch.arange(5, device=table.device) % len(table)][None]
+    position, segment = (torch.tensor(x, device=table.device) for x in ([0, 1, 0, 1, 2], [0, 0, 1, 1, 1]))
+
+    def read(part: slice) -> Tensor:
+        mask = segment[part, None] == segment[None, part]
+        if causal:
+            mask = mask.tril()
+        return model(inputs_embeds=states[:, part], position_ids=position[None, part] + offset,
+                     attention_mask=mask[None, None]).last_hidden_state[0]
+
+    try:
+        one, first, second = read(slice(0, 5)), read(slice(0, 2)), read(slice(2, 5))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    both = torch.cat((first, second))
+    return bool((one - both).abs().max() <= 1e-3 * both.abs().max().clamp(min=1e-6))
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddi
 
 
 def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, random: int | None = None,
-                        place: torch.device | None = None) -> nn.Module:
+                        place: torch.device | None = None, called: str | None = None) -> nn.Module:
     """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode.
 
     With the seed `random` its architecture alone is taken (`folder` may then be a config.json by any name) and its
-    weights are drawn, as before a pretraining, at `place`. UserError where there is no whole model to load.
+    weights are drawn, as before a pretraining, at `place`. UserError where there is no whole model to load, which names
+    it as the user `called` it.
     """
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
@@ -30,12 +31,13 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    called = called or str(folder)
     config = require(Path(folder) / "config.json" if Path(folder).is_dir() else folder)
     try:
         if random is None:
             model, read = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                                                    ignore_mismatched_sizes=True, attn_implementation="sdpa",
-                                                    trust_remote_code=False)
+                                                    ignore_mismatched_sizes=True, trust_remote_code=False,
+                                                    attn_implementation=_implementation(config))
             drawn = {*read["missing_keys"], *(key for key, *_ in read["mismatched_keys"])}
             drawn = sorted(key for key in drawn if not key.startswith("pooler."))  # which is not used
             if drawn:
@@ -45,19 +47,19 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
             with torch.random.fork_rng(), place or nullcontext():
                 torch.manual_seed(random)
                 model = AutoModel.from_config(AutoConfig.from_pretrained(config), dtype=dtype,
-                                              attn_implementation="sdpa", trust_remote_code=False)
+                                              attn_implementation=_implementation(config), trust_remote_code=False)
     except Exception as error:
         if out_of_memory(error) or disk_is_full(error):
             raise
-        said = " ".join(str(error).split())[:200]
+        said = " ".join(str(error).replace(str(folder), called).split())[:200]
         if Path(folder).is_dir():
-            raise UserError(f"{folder} cannot be loaded ({said}): choose another llm.name") from None
+            raise UserError(f"{called} cannot be loaded ({said}): choose another llm.name") from None
         raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{folder} is an encoder with a decoder: choose a language model that is one of the two")
+        raise UserError(f"{called} is an encoder with a decoder: choose a language model that is one of the two")
     missing = [name for name in SIZES if not isinstance(getattr(model.config, name, None), int)]
     if missing:
-        raise UserError(f"{folder} is no plain text model: its config.json itself has no {', '.join(missing)}; choose "
+        raise UserError(f"{called} is no plain text model: its config.json itself has no {', '.join(missing)}; choose "
                         "another llm.name")
     attend_plainly(model)
     if getattr(model, "pooler", None) is not None:
@@ -74,15 +76,45 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
     return model.requires_grad_(False).eval()
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in `folder`, without remote code; UserError where there is none that can be read."""
+def _implementation(config: Path) -> str:
+    """The attention to load an architecture with: torch's, or where it has none (MPNet) its own."""
+    from transformers import AutoConfig, AutoModel
+
+    model = AutoModel._model_mapping.get(type(AutoConfig.from_pretrained(config, trust_remote_code=False)), None)
+    return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+
+
+def load_tokenizer(folder: str | Path, called: str | None = None) -> Any:
+    """The tokenizer in `folder`, without remote code; UserError where there is none that can be read, which names it
+    as the user `called` it."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(require(folder), trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0][:200]}): "
-                        "llm.name needs tokenizer.json or its parts") from None
+    except Exception as error:  # the tokenizers library raises whatever comes
+        if out_of_memory(error) or disk_is_full(error):
+            raise
+        said = " ".join(str(error).replace(str(folder), called or str(folder)).split())[:200]
+        raise UserError(f"{called or folder} has no usable tokenizer ({said}): llm.name needs tokenizer.json or its "
+                        "parts") from None
+
+
+def check_backbone(model: nn.Module, tokenizer: Any, called: str) -> None:
+    """UserError where a model and its tokenizer load, but cannot be what LLMGR reads its prompts with."""
+    from llmgr.language_model.attention import reads_prompts
+    from llmgr.text.vectors import position_offset
+
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{called} has weights that are no finite numbers, such as in {broken}: fetch it again or "
+                        "choose another llm.name")
+    last, rows = max(tokenizer.get_vocab().values(), default=-1), len(model.get_input_embeddings().weight)
+    if last >= rows:
+        raise UserError(f"{called} has a tokenizer with ids up to {last} and vectors for {rows} tokens: give the "
+                        "tokenizer that belongs to the model, or resize its embeddings")
+    if not reads_prompts(model, is_causal(model.config), position_offset(model)):
+        raise UserError(f"{called} ({type(model).__name__}) cannot read prompts of vectors with masks and positions of "
+                        "their own: choose another llm.name, such as a LLaMA, Qwen, BERT or MPNet model")
 
 
 def is_causal(config: Any) -> bool:

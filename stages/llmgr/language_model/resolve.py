@@ -13,6 +13,8 @@ from llmgr.runtime.resume import home
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.txt",
                    "vocab.json", "merges.txt", "added_tokens.json")
+WEIGHTS = "model.safetensors"
+FILES = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
 
 
 def resolve(name: str, revision: str, folder: Path) -> dict[str, str]:
@@ -32,29 +34,75 @@ def resolve(name: str, revision: str, folder: Path) -> dict[str, str]:
 
 
 def _copy(source: Path, folder: Path, name: str) -> None:
-    weights = sorted(source.glob("*.safetensors"))
+    said = f"llm.name={name}"
     if not (source / "config.json").exists():
-        raise UserError(f"llm.name={name} has no config.json: give a folder in the Hugging Face format")
-    if not weights:
-        raise UserError(f"llm.name={name} has no *.safetensors: convert its weights (save_pretrained writes them); "
-                        "other formats can run code and are not loaded")
-    for path in [source / "config.json", *weights, *sorted(source.glob("*.safetensors.index.json")),
-                 *(source / f for f in TOKENIZER_FILES)]:
+        raise UserError(f"{said} has no config.json: give a folder in the Hugging Face format")
+    if (source / "adapter_config.json").exists():
+        raise UserError(f"{said} holds an adapter (adapter_config.json) beside its base: merge the two (peft's "
+                        "merge_and_unload, then save_pretrained), or take the adapter's files away")
+    for path in [source / "config.json", *_weights(source, said), *(source / f for f in TOKENIZER_FILES)]:
+        if path.is_dir() or (path.is_symlink() and not path.exists()):
+            kind = "a folder" if path.is_dir() else "a link to nothing"
+            raise UserError(f"{said}: {path.name} is {kind}, not a file: fetch or save the model again")
         if path.exists():
             shutil.copyfile(path, folder / path.name)
 
 
+def _weights(source: Path, said: str) -> list[Path]:
+    """The files that hold a model's weights: all that its index lists, or the one; others beside them are left."""
+    index, whole = source / f"{WEIGHTS}.index.json", source / WEIGHTS
+    if whole.exists() or whole.is_symlink():
+        return [whole]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = [source / name for name in names if Path(name).name == name]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            names, shards = [], []
+        missing = [name for name in names if not (source / name).exists()]
+        if not shards or missing or len(shards) < len(names):
+            raise UserError(f"{said}: {index.name} lists no files that are here"
+                            f"{f' ({missing[0]})' if missing else ''}: fetch or save the model again")
+        return [index, *shards]
+    others = sorted(path.name for path in source.glob("*.safetensors"))
+    if others:
+        raise UserError(f"{said} has {', '.join(others[:3])} and no {WEIGHTS}: save it in the Hugging Face format "
+                        "(save_pretrained does)")
+    raise UserError(f"{said} has no *.safetensors: convert its weights (save_pretrained writes them); other formats "
+                    "can run code and are not loaded")
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The snapshot of a revision in the hub's cache, if it is whole there; nobody is asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        _weights(found, name)
+    except (LocalEntryNotFoundError, UserError, ValueError, OSError):
+        return None
+    whole = (found / "config.json").exists() and any((found / file).exists() for file in TOKENIZER_FILES)
+    return found if whole else None
+
+
 def _fetch(name: str, revision: str, folder: Path) -> str:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    pinned = len(revision) == 40 and set(revision) <= set("0123456789abcdef")  # what it names never changes
+    if (pinned or constants.HF_HUB_OFFLINE) and (cached := _cached(name, revision)):
+        _copy(cached, folder, name)
+        return cached.name
     try:
         info = HfApi().model_info(name, revision=revision, timeout=30)
         if not any(f.rfilename.endswith(".safetensors") for f in info.siblings):
             raise UserError(f"llm.name={name} at llm.revision={revision} has no *.safetensors: choose a revision or a "
                             "model that has them")
-        cached = Path(snapshot_download(name, revision=info.sha, allow_patterns=[
-            "config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]))
+        whole = any(f.rfilename == WEIGHTS for f in info.siblings)
+        weights = [WEIGHTS] if whole else ["*.safetensors", f"{WEIGHTS}.index.json"]
+        cached = Path(snapshot_download(name, revision=info.sha, allow_patterns=FILES + weights,
+                                        ignore_patterns="consolidated*"))
     except GatedRepoError:
         raise UserError(f"llm.name={name} is gated: accept its licence on the hub and set HF_TOKEN") from None
     except RevisionNotFoundError:
