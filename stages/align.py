@@ -23,32 +23,33 @@ def main(params) -> None:
     from llmgr.model.prompts import AlignmentPrompts
     from llmgr.params.loading import flat
     from llmgr.runtime.artifacts import replacing_folder, write_json
+    from llmgr.runtime.layout import Layout
     from llmgr.runtime.resume import resume_folder
     from llmgr.text.items import item_texts
     from llmgr.training.distributed import rank
     from llmgr.training.engine import finish, fit
     from llmgr.training.job import Progress
-    from llmgr.training.launcher import device
+    from llmgr.training.launcher import device as device_of
     from llmgr.training.precision import arithmetic
 
-    settings = params.align
+    settings, files = params.align, Layout("data", "models", "reports")
     resume = resume_folder("align", flat(params), INPUTS)
-    dtype, place = arithmetic(settings.precision), device(params.launch)
+    dtype, device = arithmetic(settings.precision), device_of(params.launch)
     torch.manual_seed(params.seed)
-    model = build_llmgr(params.model, dtype, params.seed).to(place)
+    model = build_llmgr(params.model, files, dtype, params.seed).to(device)
     progress, cut = Progress(), 0
     if settings.enabled:
-        model.prepare(settings, params.launch, place)
+        model.execution.prepare(settings, params.launch, device)
         shuffle = params.seed if params.model.texts == "shuffled" else None
-        texts = item_texts(INPUTS[2], "text", shuffle)
-        prompts = AlignmentPrompts(load_tokenizer("models/backbone"), texts, settings.max_text_tokens)
+        texts = item_texts(files.items, "text", shuffle)
+        prompts = AlignmentPrompts(load_tokenizer(files.backbone), texts, settings.max_text_tokens)
         job = AlignJob(model, prompts, settings, params.seed, dtype)
         cut = job.cut
         progress = fit(job, settings, seed=params.seed, resume=resume, name="align", strategy=params.launch.strategy)
     if rank():
         return
-    with replacing_folder("models/aligned") as folder:
-        save_llmgr(folder, model, params.model, encoder=False)
+    with replacing_folder(files.aligned) as folder:
+        save_llmgr(folder, model, params.model, files.backbone, encoder=False)
     last = progress.epoch_rows[-1] if progress.epoch_rows else {}
     write_json("reports/metrics/align.json", {
         "enabled": settings.enabled, "items": len(model.vectors) - 1, "prompts_cut": cut,

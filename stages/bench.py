@@ -19,37 +19,33 @@ PLAIN_STEPS = 6
 
 def main(params, shape: str | None) -> None:
     import dataclasses
-    from pathlib import Path
 
     import torch
 
     from llmgr.experiments.step_speed import operations, product_rate, shares, steps, trained
-    from llmgr.model.behaviour import BehaviourJob, alike_items
-    from llmgr.model.checkpoint import build_llmgr, load_llmgr
-    from llmgr.model.scorer import behaviour_prompts
-    from llmgr.prior.weighted_sum import linear_term
+    from llmgr.model.behaviour import BehaviourJob
+    from llmgr.model.building import build_ranker, text_smoothing
+    from llmgr.prior.weighted_sum import build_prior
     from llmgr.runtime.console import say
     from llmgr.runtime.errors import UserError
+    from llmgr.runtime.layout import Layout
     from llmgr.sessions.reading import read_split
     from llmgr.training.cost import hardware, peak_memory_mb
-    from llmgr.training.launcher import device as place_of
+    from llmgr.training.launcher import device as device_of
     from llmgr.training.precision import arithmetic
 
-    device = place_of(params.launch)
+    device, files = device_of(params.launch), Layout("data", "models", "reports")
     dtype = arithmetic(params.tune.precision)
     sessions = [read_split(split, params.data.max_session)[0].to(device) for split in ("train", "valid")]
-    model = build_llmgr(params.model, dtype, params.seed, shape, device)
-    if shape is None:
-        load_llmgr(Path("models/aligned"), model, params.model)
-    model.unfreeze_encoder(params.tune.train_encoder)
-    if params.tune.linear:
-        model.linear_term = linear_term(params, sessions[0], device)
-    model.to(device).train()
-    prompts, optimizer, alike = behaviour_prompts(params, params.tune), trained(model), alike_items(params)
+    prior = build_prior(params, sessions[0], device) if params.tune.linear else None
+    model = build_ranker(params, files, dtype, device, prior, weights=None if shape else files.aligned, shape=shape)
+    model.llmgr.unfreeze_encoder(params.tune.train_encoder)
+    model.train()
+    optimizer, smoothing, execution = trained(model), text_smoothing(params, files), model.llmgr.execution
 
     def job(**changes) -> BehaviourJob:
         settings = dataclasses.replace(params.tune, **changes)
-        return BehaviourJob(model, prompts, *sessions, settings, params.seed, dtype, alike)
+        return BehaviourJob(model, *sessions, settings, params.seed, smoothing)
 
     ours, plain = job(), job(targets="prefix")
     generator = torch.Generator().manual_seed(params.seed)
@@ -58,27 +54,27 @@ def main(params, shape: str | None) -> None:
     if warm < 1:
         raise UserError("an epoch of stage 2 is one step, too few to time: lower tune.batch_size or set tune.samples=0")
     order = torch.randperm(len(plain.first), generator=generator)
-    packs, model.packs = model.packs, False
+    packs, execution.packs = execution.packs, False
     loop = steps(plain, list(order[:params.tune.batch_size * (WARM + PLAIN_STEPS)].split(params.tune.batch_size)),
                  optimizer, warm)
-    model.packs = packs
-    model.prepare(params.tune, params.launch, device)
+    execution.packs = packs
+    execution.prepare(params.tune, params.launch, device)
     before = product_rate(device, dtype)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = steps(ours, batches, optimizer, warm)
-    held = peak_memory_mb()
+    taken = steps(ours, batches, optimizer, warm)
+    memory = peak_memory_mb()
     peak = max(before, product_rate(device, dtype))
-    rate = operations(model, found["tokens"], found["targets"]) / found["seconds"]
+    rate = operations(model.llmgr, taken["tokens"], taken["targets"]) / taken["seconds"]
     each = len(sessions[0]) / len(ours.first)
     say(f"machine: {peak / 1e9:.1f} GFLOP/s of {str(dtype).removeprefix('torch.')} matrix products ({hardware()})")
-    second, plainly = ({k: v / by["seconds"] for k, v in by.items()} for by in (found, loop))
+    second, plainly = ({k: v / by["seconds"] for k, v in by.items()} for by in (taken, loop))
     say(f"tuning step: {second['tokens']:,.0f} useful tokens/s, {second['targets']:,.0f} targets/s, {rate / 1e9:.1f} "
         f"GFLOP/s of useful work: {rate / peak:.0%} of the machine")
     ratio = second["prompts"] * each / plainly["prompts"]
     say(f"sessions/s: {second['prompts']:.1f}; plain loop {plainly['prompts'] / each:.1f} "
         f"({plainly['prompts']:.1f} prefixes/s): {ratio:.1f} times")
-    say(f"peak memory: {held / 1024:.1f} GB {'of the process' if device.type == 'cpu' else 'of the GPU'}")
+    say(f"peak memory: {memory / 1024:.1f} GB {'of the process' if device.type == 'cpu' else 'of the GPU'}")
     say("a step's time: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares(ours, batches[:3])
                                       if share >= 0.005))
 

@@ -1,8 +1,9 @@
-"""Pretrain a control over the linear model that LLMGR's logits start from: the nearest model without a language model.
+"""Pretrain a control over the linear part of LLMGR's prior: the nearest model without a language model.
 
 Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet, models/backbone/item_text.safetensors
-Writes: models/encoders/NAME/ (as pretrain, and the weights of the linear term), reports/metrics/encoders/NAME.json,
-        reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json; NAME is ENCODER-linear
+Writes: models/encoders/NAME/ (as pretrain, and offset.safetensors: the weights of the linear prior),
+        reports/metrics/encoders/NAME.json, reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json;
+        NAME is ENCODER-linear
 Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training, encoder.ENCODER
         (its own section), slit
 """
@@ -15,9 +16,14 @@ READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder
 def main(params, encoder: str) -> None:
     from llmgr.encoders.pretraining import pretrain
     from llmgr.prior.left_out import left_out
-    from llmgr.prior.weighted_sum import LinearTerm
+    from llmgr.prior.weighted_sum import Prior
 
-    pretrain(params, f"{encoder}-linear", lambda train: LinearTerm(left_out(params.slit, train)))
+    def fitted(train) -> Prior:
+        prior = Prior(left_out(params.slit, train)).to(train.row.device)
+        prior.fit(train, params.seed)
+        return prior
+
+    pretrain(params, f"{encoder}-linear", fitted)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from tiny import DIM, ITEMS, TEXT, llmgr, prefixes, tokenizer
 from llmgr.experiments import step_speed
 from llmgr.model.behaviour import BehaviourJob
 from llmgr.model.prompts import BehaviourPrompts
+from llmgr.model.ranker import Ranker
 
 SETTINGS = types.SimpleNamespace(batch_size=2, accumulate=1, targets="positions", samples=0, valid_sessions=0,
                                  recency=1.0)
@@ -17,7 +18,7 @@ SETTINGS = types.SimpleNamespace(batch_size=2, accumulate=1, targets="positions"
 
 def job() -> BehaviourJob:
     prompts, sessions = BehaviourPrompts(tokenizer(), "slot", None, 4, False), prefixes()
-    return BehaviourJob(llmgr(), prompts, sessions, sessions, SETTINGS, 3, torch.float32)
+    return BehaviourJob(Ranker(llmgr(), prompts, torch.float32), sessions, sessions, SETTINGS, 3)
 
 
 def test_operations_are_those_of_frozen_matrices_adapters_and_the_output():

@@ -17,7 +17,7 @@ from llmgr.params.names import WHOLE
 from llmgr.prior import cross_fitting
 from llmgr.prior.cross_fitting import OutOfFold, fold_of
 from llmgr.prior.left_out import LeftOut
-from llmgr.prior.weighted_sum import BANDS, LinearTerm
+from llmgr.prior.weighted_sum import BANDS, Prior
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors, write_json
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.reading import read_split
@@ -119,27 +119,27 @@ def test_the_bases_scores_are_weighted_by_how_often_others_chose_an_item(place: 
     monkeypatch.chdir(place)
     train, frame = read_split("train", 50)
     model, base = LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), OutOfFold(PARAMS, ITEMS, torch.device("cpu"))
-    term = LinearTerm(model, base)
+    prior = Prior(model, base)
     samples = torch.arange(len(train))
     with torch.no_grad():
-        nothing = F.cross_entropy(term(train, samples, True)[:, 1:], train.target - 1)
-    term.start(train, 1)
-    F.cross_entropy(term(train, samples, True)[:, 1:], train.target - 1).backward()
-    assert max(parameter.grad.abs().max() for parameter in term.parameters()) < 2e-3, "it is the optimum"
+        nothing = F.cross_entropy(prior(train, samples, True)[:, 1:], train.target - 1)
+    prior.fit(train, 1)
+    F.cross_entropy(prior(train, samples, True)[:, 1:], train.target - 1).backward()
+    assert max(parameter.grad.abs().max() for parameter in prior.parameters()) < 2e-3, "it is the optimum"
     with torch.no_grad():
-        assert F.cross_entropy(term(train, samples, True)[:, 1:], train.target - 1) < nothing - 0.1
-    for parameter in term.parameters():
+        assert F.cross_entropy(prior(train, samples, True)[:, 1:], train.target - 1) < nothing - 0.1
+    for parameter in prior.parameters():
         parameter.data = torch.randn_like(parameter)
     for trained in (True, False):
         scores, own = model(train, samples)
-        of_base, found = base(train, samples, trained), term(train, samples, trained).detach()
+        of_base, found = base(train, samples, trained), prior(train, samples, trained).detach()
         count, held = torch.bincount(train.target, minlength=ITEMS + 1), own.toarray()
         for row in (0, 7, len(train) - 1):
             for item in range(1, ITEMS + 1):
                 band = sum(int(count[item]) - held[row, item] >= edge for edge in BANDS)
-                expected = term.weight[band] * scores[row, item] * term.scale + term.bias[band]
-                expected = expected + term.base_weight[band] * of_base[row, item]
-                expected = expected + term.clicked * (item in frame["items"][row])
+                expected = prior.weight[band] * scores[row, item] * prior.scale + prior.bias[band]
+                expected = expected + prior.base_weight[band] * of_base[row, item]
+                expected = expected + prior.clicked * (item in frame["items"][row])
                 assert found[row, item].item() == pytest.approx(expected.item(), abs=1e-3, rel=1e-4)
 
 

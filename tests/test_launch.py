@@ -42,7 +42,7 @@ def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divid
     It is left before loss number `stop`, if that is given; `divided` micro-batches are what two processes make of them.
     """
     from test_tuning import align, behave, settings
-    from tiny import linear_term, llmgr, prefixes
+    from tiny import linear_prior, llmgr, prefixes
 
     chosen = {"epochs": 3, "weight_decay": 0.01, "clip": 0.5, **CASES[case], **changes}
     dtype = chosen.pop("dtype", torch.float32)
@@ -50,18 +50,16 @@ def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divid
     for parameter in model.language_model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    model.prepare(types.SimpleNamespace(gradient_checkpointing=chosen.pop("recompute", False)),
+    model.execution.prepare(types.SimpleNamespace(gradient_checkpointing=chosen.pop("recompute", False)),
                   types.SimpleNamespace(compile=False, strategy=strategy), torch.device("cpu"))
     if case.startswith("align"):
         job = align(model, **chosen)
     else:
         model.unfreeze_encoder(chosen.pop("train_encoder", "all"))
         train = prefixes()
-        if chosen.pop("linear", False):
-            model.linear_term = linear_term(train)
-        job = behave(model, train, titles=True, **chosen)
-        job.scorer.dtype = dtype
-    job.dtype = dtype
+        prior = linear_prior(train) if chosen.pop("linear", False) else None
+        job = behave(model, train, titles=True, prior=prior, **chosen)
+    (job if case.startswith("align") else job.model).dtype = dtype
     if divided:
         steps = job.steps
         job.steps = lambda *given: [[m[n::2] for m in micros for n in (0, 1) if len(m) > n] for micros in steps(*given)]
@@ -74,7 +72,7 @@ def trained(case: str, resume: Path, strategy: str = "ddp", stop: int = 0, divid
         return {}
     return {"steps": [row["loss"] for row in progress.step_rows], "epochs": progress.epoch_rows,
             "samples": progress.samples, "tokens": progress.tokens,
-            "weights": {k: p.detach().clone() for k, p in model.named_parameters()}}
+            "weights": {k: p.detach().clone() for k, p in job.model.named_parameters()}}
 
 
 def interrupt() -> None:

@@ -120,7 +120,7 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
     monkeypatch.chdir(tmp_path)
     catalogue()
     train, frame = read_sessions("data/sessions/train.parquet", 50)
-    words = catalogue_words()
+    words = catalogue_words("data/core/items.parquet")
     likeness = (words @ words.T).toarray()
     clicks = dense(frame["items"].to_list(), 0.7)
     target, user = np.eye(ITEMS + 1)[frame["target"].to_numpy()], frame["user"].to_numpy()
@@ -148,50 +148,50 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
 
 
 @pytest.mark.parametrize("larger", [1, 10])
-def test_a_linear_term_weighs_scores_by_how_often_others_chose_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_the_prior_weighs_scores_by_how_often_others_chose_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                        larger: float) -> None:
     """`larger`: in a large catalogue most entries are nearly 0, so that what is scored stands out of their mean."""
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
     catalogue()
     train, frame = read_sessions("data/sessions/train.parquet", 50)
-    model = left_out.LeftOut(train, 3.0, 0.7, catalogue_words(), 0.1, ITEMS)
+    model = left_out.LeftOut(train, 3.0, 0.7, catalogue_words("data/core/items.parquet"), 0.1, ITEMS)
     count = torch.bincount(train.target, minlength=ITEMS + 1).float()
-    term = weighted_sum.LinearTerm(model)
-    term.scale *= larger
+    prior = weighted_sum.Prior(model)
+    prior.scale *= larger
     samples = torch.arange(len(train))
 
     def loss() -> float:
         with torch.no_grad():
-            return F.cross_entropy(term(train, samples)[:, 1:], train.target - 1).item()
+            return F.cross_entropy(prior(train, samples)[:, 1:], train.target - 1).item()
 
     flat = loss()
-    term.start(train, 5)
+    prior.fit(train, 5)
     best = loss()
     assert best < flat - 0.1
-    F.cross_entropy(term(train, samples)[:, 1:], train.target - 1).backward()
-    term.weight.grad /= larger
-    assert max(parameter.grad.abs().max() for parameter in term.parameters()) < 2e-3, "it is the optimum"
-    for parameter in term.parameters():
+    F.cross_entropy(prior(train, samples)[:, 1:], train.target - 1).backward()
+    prior.weight.grad /= larger
+    assert max(parameter.grad.abs().max() for parameter in prior.parameters()) < 2e-3, "it is the optimum"
+    for parameter in prior.parameters():
         step = 0.5 * (torch.arange(parameter.numel()) % 2 == 0).float().view_as(parameter)
         for sign in (1, -1):
             parameter.data += sign * step
             assert loss() > best - 1e-6
             parameter.data -= sign * step
-    term.start(train, 5, 0.5)
-    drawn = torch.multinomial(train.recency(0.5), weighted_sum.STARTED, replacement=True,
+    prior.fit(train, 5, 0.5)
+    drawn = torch.multinomial(train.recency(0.5), weighted_sum.FITTED, replacement=True,
                               generator=torch.Generator().manual_seed(5))
-    term.zero_grad()
-    F.cross_entropy(term(train, drawn)[:, 1:], train.target[drawn] - 1).backward()
-    term.weight.grad /= larger
-    assert max(parameter.grad.abs().max() for parameter in term.parameters()) < 2e-3 and loss() > best + 1e-4
+    prior.zero_grad()
+    F.cross_entropy(prior(train, drawn)[:, 1:], train.target[drawn] - 1).backward()
+    prior.weight.grad /= larger
+    assert max(parameter.grad.abs().max() for parameter in prior.parameters()) < 2e-3 and loss() > best + 1e-4
     scores, own = model(train, samples)
-    found, held, scale = term(train, samples).detach(), own.toarray(), term.scale
+    found, held, scale = prior(train, samples).detach(), own.toarray(), prior.scale
     for row in (0, 7, len(train) - 1):
         for item in range(1, ITEMS + 1):
             band = sum(int(count[item]) - held[row, item] >= edge for edge in weighted_sum.BANDS)
-            expected = term.weight[band] * scores[row, item] * scale + term.bias[band]
-            expected = expected + term.clicked * (item in frame["items"][row])
+            expected = prior.weight[band] * scores[row, item] * scale + prior.bias[band]
+            expected = expected + prior.clicked * (item in frame["items"][row])
             assert found[row, item].item() == pytest.approx(expected.item(), abs=1e-3)
 
 
@@ -218,8 +218,8 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
     torch.manual_seed(0)
     model = build_recommender(name, ITEMS, section, F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0)),
                               users=int(train.user.max()), max_session=50)
-    model.linear_term = weighted_sum.LinearTerm(left_out.left_out(slit, train))
-    model.linear_term.start(train, 1)
+    model.offset = weighted_sum.Prior(left_out.left_out(slit, train))
+    model.offset.fit(train, 1)
     job = EncoderJob(model, train, test, section.training, torch.float32)
     monkeypatch.setattr(pretraining, "CHUNK", 7)
     samples = torch.randperm(len(train))[:40]
@@ -229,12 +229,12 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
     def logits(sessions: Sessions, samples: torch.Tensor) -> torch.Tensor:
         session, vectors = model(sessions.graphs(samples))
         own = session @ vectors.T if base != "hcgr" else -4 * torch.acosh((-session @ vectors.T).clamp(min=1 + 1e-6))
-        return own + model.linear_term(sessions, samples)
+        return own + model.offset(sessions, samples)
 
     with torch.no_grad():
         expected = F.cross_entropy(logits(train, samples)[:, 1:], train.target[samples] - 1, reduction="sum")
     assert total.item() == pytest.approx(expected.item(), rel=1e-4) and targets == 40
-    assert model.linear_term.weight.grad.any() and model.items.text.weight.grad.any()
+    assert model.offset.weight.grad.any() and model.items.text.weight.grad.any()
     with torch.no_grad():
         wanted = logits(test, torch.arange(len(test)))
         save_recommender(f"models/encoders/{name}", name, model)

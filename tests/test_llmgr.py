@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from transformers import LlamaConfig, LlamaModel
 
 from llmgr.encoders.layers import Dropout
 from llmgr.language_model.lora import join_products
+from llmgr.language_model.packing import GRAPH, NODE, TEXT, PromptBatch
 from llmgr.model.checkpoint import load_llmgr, save_llmgr
 from llmgr.model.hybrid import HybridEncoding
 from llmgr.model.llmgr import Llmgr
-from llmgr.model.outputs import logits
-from llmgr.model.packing import GRAPH, NODE, TEXT, PromptBatch
 from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.runtime.errors import UserError
+
+BACKBONE = Path("models/backbone")
 
 
 def prompted(kind: str = "llama", titles: bool = True) -> tuple[PromptBatch, torch.Tensor]:
@@ -30,7 +32,7 @@ def prompted(kind: str = "llama", titles: bool = True) -> tuple[PromptBatch, tor
 
 
 def scores(model: Llmgr, prompts: PromptBatch, session_RD: torch.Tensor) -> torch.Tensor:
-    return logits(*model(prompts, session_RD))
+    return model(prompts, session_RD).logits()
 
 
 
@@ -90,7 +92,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, frozen_bridge):
         model = llmgr(kind, dropout=0.1, attention="causal", lora_dropout=0.1)
         model.hybrid.requires_grad_(not frozen_bridge)
         if checkpointed:
-            model.checkpoint_activations()
+            model.execution.checkpoint_activations()
         model.train()
         torch.manual_seed(3)
         prompts, session_RD = prompted(kind)
@@ -106,7 +108,7 @@ def test_checkpointing_recomputes_layers():
     model = llmgr()
     calls = []
     model.language_model.get_base_model().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.checkpoint_activations()
+    model.execution.checkpoint_activations()
     model.train()
     prompts, session_RD = prompted()
     scores(model, prompts, session_RD).sum().backward()
@@ -158,12 +160,12 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     prompts, session_RD = prompted(kind)
     before = scores(model, prompts, session_RD)
     settings = model_settings(output=output, attention="causal")
-    save_llmgr(tmp_path, model, settings, encoder=True)
+    save_llmgr(tmp_path, model, settings, BACKBONE, encoder=True)
     other = llmgr(kind, seed=1, output=output, attention="causal")
     for _, parameter in [*other.trained(), *other.encoder.named_parameters()]:
         parameter.add_(0.1)
     assert not torch.allclose(scores(other, prompts, session_RD), before, atol=1e-3)
-    load_llmgr(tmp_path, other, settings)
+    load_llmgr(tmp_path, other, settings, BACKBONE)
     assert torch.equal(scores(other, prompts, session_RD), before)
     for ours, theirs in zip(model.encoder.parameters(), other.encoder.parameters()):
         assert torch.equal(ours, theirs)
@@ -177,31 +179,32 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     assert size == adapters and (tmp_path / "llmgr.safetensors").stat().st_size < size + 6000
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "fp32"
     other.language_model.to(torch.bfloat16)
-    save_llmgr(tmp_path, other, settings, encoder=True)
+    save_llmgr(tmp_path, other, settings, BACKBONE, encoder=True)
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
-    save_llmgr(tmp_path, model, settings, encoder=True)
+    save_llmgr(tmp_path, model, settings, BACKBONE, encoder=True)
     first = (tmp_path / "llmgr.safetensors").read_bytes()
-    save_llmgr(tmp_path, model, settings, encoder=True)
+    save_llmgr(tmp_path, model, settings, BACKBONE, encoder=True)
     assert (tmp_path / "llmgr.safetensors").read_bytes() == first
 
 
 @torch.no_grad()
-def test_a_lost_encoder_is_missed_and_a_folder_that_says_nothing_of_one_is_read(tmp_path, monkeypatch):
+def test_a_lost_encoder_is_missed_and_a_folder_that_has_none_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone(tmp_path, "aa")
     model, path = llmgr(), tmp_path / "config.json"
     model.encoder.attention[0].out.weight.add_(1)
-    save_llmgr(tmp_path, model, model_settings(), encoder=True)
+    save_llmgr(tmp_path, model, model_settings(), BACKBONE, encoder=True)
     kept, config = (tmp_path / "encoder.safetensors").read_bytes(), json.loads(path.read_text())
     (tmp_path / "encoder.safetensors").unlink()
     with pytest.raises(UserError, match=r"encoder\.safetensors is missing: run `dvc repro`"):
-        load_llmgr(tmp_path, llmgr(), model_settings())
-    path.write_text(json.dumps({key: value for key, value in config.items() if key != "encoder"}))
-    load_llmgr(tmp_path, llmgr(), model_settings())
+        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+    path.write_text(json.dumps(config | {"encoder": False}))
+    load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+    path.write_text(json.dumps(config))
     (tmp_path / "encoder.safetensors").write_bytes(kept)
-    older = llmgr()
-    load_llmgr(tmp_path, older, model_settings())
-    assert torch.equal(older.encoder.attention[0].out.weight, model.encoder.attention[0].out.weight)
+    other = llmgr()
+    load_llmgr(tmp_path, other, model_settings(), BACKBONE)
+    assert torch.equal(other.encoder.attention[0].out.weight, model.encoder.attention[0].out.weight)
 
 
 def backbone(folder, digest: str) -> None:
@@ -212,38 +215,37 @@ def backbone(folder, digest: str) -> None:
 def test_what_belongs_elsewhere_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone(tmp_path, "aa")
-    save_llmgr(tmp_path, llmgr(), model_settings(), encoder=False)
-    load_llmgr(tmp_path, llmgr(), model_settings())
-    load_llmgr(tmp_path, llmgr(dropout=0.5), model_settings(dropout=0.5))
+    save_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE, encoder=False)
+    load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+    load_llmgr(tmp_path, llmgr(dropout=0.5), model_settings(dropout=0.5), BACKBONE)
     long = model_settings(lora_alpha=8 * 2 ** 0.5)
-    save_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, encoder=False)
-    load_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long)
+    save_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, BACKBONE, encoder=False)
+    load_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, BACKBONE)
     for changes in ({"lora_r": 2}, {"lora_targets": ["q_proj"]}, {"output": "linear"}, {"lora_r": 0},
                     {"node_text": True}):
         (key, value), = changes.items()
         with pytest.raises(UserError, match=rf"trained with model\.{key}=.*, not {re.escape(str(value))}: run `dvc"):
-            load_llmgr(tmp_path, llmgr(**changes), model_settings(**changes))
-    model = llmgr()
-    model.linear_term = torch.nn.Linear(1, 1)
+            load_llmgr(tmp_path, llmgr(**changes), model_settings(**changes), BACKBONE)
     with pytest.raises(UserError, match=r"other tensors than .* tune\.folds and tower\.enabled ask for"):
-        load_llmgr(tmp_path, model, model_settings())
+        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE, torch.nn.Linear(1, 1))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"items": ITEMS + 1}))
     with pytest.raises(UserError, match="another backbone or catalogue"):
-        load_llmgr(tmp_path, llmgr(), model_settings())
+        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
     (tmp_path / "config.json").write_text(json.dumps(config))
     backbone(tmp_path, "bb")
     with pytest.raises(UserError, match="another backbone or catalogue"):
-        load_llmgr(tmp_path, llmgr(), model_settings())
+        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
 
 
 @torch.no_grad()
 def test_the_items_output_is_a_product_with_item_vector_and_text():
     model = llmgr()
     h = torch.randn(3, 16)
-    query, table, bias = model.output(h)
+    factors = model.output(h)
+    _, table, bias = factors
     expected = (h @ model.output.query.weight.T + model.output.query.bias) @ model.output.table.T
-    torch.testing.assert_close(logits(query, table, bias), expected)
+    torch.testing.assert_close(factors.logits(), expected)
     assert torch.equal(table[:, :DIM], model.vectors) and table.shape[1] > DIM
     assert bias is None
 
@@ -357,7 +359,7 @@ def test_all_layers_compile_to_a_few_programs_with_their_products_joined():
     before = model.language_model(inputs_embeds=states).last_hidden_state
     join_products(model.language_model)
     torch._dynamo.reset()
-    model.compile_layers(backend=counter)
+    model.execution.compile_layers(backend=counter)
     torch.testing.assert_close(model.language_model(inputs_embeds=states).last_hidden_state, before)
     assert 1 <= counter.frame_count <= 2
 
@@ -366,7 +368,7 @@ def test_compiled_layers_compute_the_same_for_any_batch():
     model = llmgr()
     prompts, session_RD = prompted()
     before = scores(model, prompts, session_RD)
-    model.compile_layers(backend="eager", fullgraph=True)  # what torch.compile traces, without its compiler
+    model.execution.compile_layers(backend="eager", fullgraph=True)  # what torch.compile traces, without its compiler
     torch.testing.assert_close(scores(model, prompts, session_RD), before)
     torch.testing.assert_close(scores(model, prompts.packed(64), session_RD), before, atol=1e-5, rtol=1e-5)
     assert set(model.state_dict()) == set(llmgr().state_dict()), "files have the same names"

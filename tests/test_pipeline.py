@@ -29,7 +29,7 @@ from tiny import CHECKPOINTS, language_model, tokenizer
 from llmgr.experiments.ablations import changes
 from llmgr.params import checks, loading
 from llmgr.params.names import FLOORS
-from llmgr.prior.weighted_sum import linear_term
+from llmgr.prior.weighted_sum import build_prior
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors
 from llmgr.sessions.reading import read_split
 
@@ -266,12 +266,12 @@ def test_the_logits_start_from_what_fits_later_clicks(reproduced: Path, monkeypa
     monkeypatch.chdir(reproduced)
     settings = loading.load("params.yaml")
     train, place = read_split("train", settings.data.max_session)[0], torch.device("cpu")
-    kept = load_tensors("models/tuned/start.safetensors")
+    fitted = load_tensors("models/tuned/prior.safetensors")
     for recency in (0.5, 1.0):
-        term = linear_term(settings, train, place)
-        term.start(train, settings.seed, recency)
-        assert all(torch.allclose(kept[name], value, atol=0.02, rtol=0.02)
-                   for name, value in term.state_dict().items()) == (recency == 0.5)
+        prior = build_prior(settings, train, place)
+        prior.fit(train, settings.seed, recency)
+        assert all(torch.allclose(fitted[name], value, atol=0.02, rtol=0.02)
+                   for name, value in prior.state_dict().items()) == (recency == 0.5)
 
 
 def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import DIM, ITEMS, KINDS, LISTS, TITLES, llmgr, prefixes, tokenizer
 
-from llmgr.model.packing import ATTENDED, GRAPH, NODE, SPREAD, TEXT, PromptBatch, first_fit, rounded, row_width
+from llmgr.language_model.packing import ATTENDED, GRAPH, NODE, SPREAD, TEXT, PromptBatch, first_fit, rounded, row_width
 from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.sessions.tensors import Sessions
 
@@ -237,12 +237,12 @@ def test_prompts_of_a_bidirectional_model_are_packed_where_it_reads_the_last_tok
     graphs = whole(sessions, LISTS)
     session_RD, prompts = torch.randn(len(LISTS), DIM), build(graphs, graphs.length_B)
     packed = prompts.packed(400)
-    assert not model.causal and model.packs and len(packed.real_BL) < len(LISTS)
+    assert not model.causal and model.execution.packs and len(packed.real_BL) < len(LISTS)
     alone = model.hidden(prompts, session_RD)
     torch.testing.assert_close(model.hidden(packed, session_RD), alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.hidden(prompts.end_to_end(False), session_RD), alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.hidden(prompts.in_line(), session_RD), alone, atol=1e-5, rtol=1e-5)
-    assert not llmgr("bert").packs and not llmgr("bert", readout="mean").packs
+    assert not llmgr("bert").execution.packs and not llmgr("bert", readout="mean").execution.packs
 
 
 def test_rows_are_nearly_as_wide_as_costs_least():

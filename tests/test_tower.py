@@ -21,7 +21,7 @@ from llmgr.prior.left_out import LeftOut
 from llmgr.prior.text_tower import LanguageModelMeans, TextTower, TokenMeans
 from llmgr.prior.tower import Tower
 from llmgr.prior.tower_training import TowerJob
-from llmgr.prior.weighted_sum import BANDS, LinearTerm
+from llmgr.prior.weighted_sum import BANDS, Prior
 from llmgr.runtime.artifacts import load_tensors, read_json, save_tensors, write_json
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.clicks import click_weights
@@ -334,7 +334,7 @@ def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_
     sessions = prefixes()
     sessions.user = torch.arange(1, len(LISTS) + 1)
     model = LeftOut(sessions, 3.0, 0.7, None, 0.0, ITEMS)
-    plain, term = LinearTerm(model), LinearTerm(model, None, Tower(PARAMS, ITEMS, CPU))
+    plain, term = Prior(model), Prior(model, None, Tower(PARAMS, ITEMS, CPU))
     every = torch.arange(len(sessions))
     with torch.no_grad():
         weight = 0.1 * torch.arange(1.0, len(BANDS) + 2)
@@ -348,7 +348,7 @@ def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_
                 others = count - torch.bincount(sessions.target[own], minlength=ITEMS + 1)
                 band = torch.bucketize(others, torch.tensor(BANDS, dtype=others.dtype), right=True)
                 torch.testing.assert_close(added[sample], weight[band] * scores[sample], atol=1e-5, rtol=1e-4)
-    term.start(sessions, 0)
+    term.fit(sessions, 0)
     assert set(dict(term.named_parameters())) == {"weight", "bias", "clicked", "tower_weight"}
     assert float(term.tower_weight.detach().abs().max()) > 0
 

@@ -6,18 +6,21 @@ import types
 import polars as pl
 import pytest
 import torch
-from tiny import DIM, ITEMS, LISTS, TITLES, linear_term, llmgr, prefixes, tokenizer
+from tiny import DIM, ITEMS, LISTS, TITLES, linear_prior, llmgr, prefixes, tokenizer
 from torch.nn import functional as F
 
 from llmgr.encoders.registry import build_encoder
 from llmgr.encoders.srgnn import Srgnn
 from llmgr.model.align import AlignJob, draw_candidates
-from llmgr.model.behaviour import BehaviourJob, alike_items, all_sessions, spans
+from llmgr.model.behaviour import BehaviourJob, spans
+from llmgr.model.building import text_smoothing
 from llmgr.model.llmgr import Llmgr
-from llmgr.model.outputs import logits
+from llmgr.model.loss import TextSmoothing
 from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
-from llmgr.model.scorer import Scorer, shortened
+from llmgr.model.ranker import Ranker
+from llmgr.prior.weighted_sum import Prior
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.vectors import shuffled
 from llmgr.training.engine import fit
@@ -36,11 +39,16 @@ def align(model: Llmgr, **changes) -> AlignJob:
     return AlignJob(model, AlignmentPrompts(tokenizer(), TITLES, 8), settings(**changes), 3, torch.float32)
 
 
+def ranker(model: Llmgr, titles: bool = False, prior: Prior | None = None) -> Ranker:
+    return Ranker(model, BehaviourPrompts(tokenizer(), "slot", TITLES if titles else None, 4, False), torch.float32,
+                  prior)
+
+
 def behave(model: Llmgr, train: Sessions | None = None, valid: Sessions | None = None, titles: bool = False,
-           **changes) -> BehaviourJob:
+           prior: Prior | None = None, smoothing: TextSmoothing | None = None, **changes) -> BehaviourJob:
     train = train if train is not None else prefixes()
-    build = BehaviourPrompts(tokenizer(), "slot", TITLES if titles else None, 4, False)
-    return BehaviourJob(model, build, train, train if valid is None else valid, settings(**changes), 3, torch.float32)
+    return BehaviourJob(ranker(model, titles, prior), train, train if valid is None else valid, settings(**changes), 3,
+                        smoothing)
 
 
 def test_candidates_hold_the_described_item_once_anywhere():
@@ -81,7 +89,7 @@ def test_the_alignment_loss_is_the_softmax_over_all_items(output):
     job.steps(0, torch.Generator().manual_seed(0))
     micro = torch.tensor([5, 2, 12])
     found = job.loss(micro)
-    scores = logits(*model(job.prompts(micro, job.candidates[micro]), None))
+    scores = model(job.prompts(micro, job.candidates[micro]), None).logits()
     expected = 0.0
     for row, item in enumerate(micro.tolist()):
         expected += (scores[row, 1:].logsumexp(0) - scores[row, item]).item()
@@ -134,7 +142,7 @@ def test_sessions_of_more_users_than_the_graph_encoder_knows_are_refused():
     model, train = llmgr(), prefixes()
     model.encoder = build_encoder("fpmc", DIM, 0.0, {"users": 2})
     train.user = torch.tensor([1, 2, 0, 3, 1])
-    with pytest.raises(UserError, match=r"models/embeddings was trained for fewer users than the sessions have"):
+    with pytest.raises(UserError, match=r"model.base was trained for fewer users than the sessions have"):
         behave(model, train)
 
 
@@ -142,7 +150,7 @@ def test_sessions_of_more_users_than_the_graph_encoder_knows_are_refused():
                                                          ("paper", True, True)])
 def test_sessions_longer_than_the_backbone_keep_as_many_recent_clicks_as_fit(family, titles, edges):
     build = BehaviourPrompts(tokenizer(), family, TITLES if titles else None, 4, edges)
-    sessions = prefixes()
+    sessions, model = prefixes(), Ranker(llmgr(), build, torch.float32)
     clicks = [[c for c in row if c] for row in (sessions.graphs(torch.tensor([n])).items_BS[0].tolist()
                                                 for n in range(COUNT))]
 
@@ -154,13 +162,15 @@ def test_sessions_longer_than_the_backbone_keep_as_many_recent_clicks_as_fit(fam
     least = max(span(c[-1:]) for c in clicks)
     for positions in range(least, build.longest(7) + 1, 3):
         expected = [next(c[-k:] for k in range(len(c), 0, -1) if span(c[-k:]) <= positions) for c in clicks]
-        found, cut = shortened(sessions, build, positions, "training")
+        model.llmgr.positions = positions
+        found, cut = model.shortened(sessions, "training")
         assert cut == sum(len(a) < len(b) for a, b in zip(expected, clicks))
         assert [[c for c in row if c] for n in range(COUNT)
                 for row in found.graphs(torch.tensor([n])).items_BS.tolist()] == expected
         assert torch.equal(found.target, sessions.target) and (cut or found is sessions)
+    model.llmgr.positions = least - 1
     with pytest.raises(UserError, match="not even one click fits"):
-        shortened(sessions, build, least - 1, "training")
+        model.shortened(sessions, "training")
 
 
 def test_both_forms_agree_on_cut_prompts_and_what_fits_is_as_before(capsys):
@@ -215,7 +225,7 @@ def test_both_forms_have_the_same_loss_and_it_is_the_softmax(output, train_encod
     totals, gradients = {}, {}
     for targets in ("prefix", "positions"):
         job = behave(model, train, titles=True, targets=targets)
-        assert (job.frozen is None) == (train_encoder == "all")
+        assert (job.model.readouts is None) == (train_encoder == "all")
         steps = job.steps(0, torch.Generator().manual_seed(0))
         micros = [m for step in steps for m in step]
         assert sum(map(job.targets, micros)) == COUNT
@@ -228,12 +238,11 @@ def test_both_forms_have_the_same_loss_and_it_is_the_softmax(output, train_encod
     assert totals["prefix"] == pytest.approx(totals["positions"], rel=1e-5)
     torch.testing.assert_close(gradients["prefix"], gradients["positions"], rtol=1e-3, atol=1e-4 * float(
         gradients["prefix"].abs().max()))
-    build = BehaviourPrompts(tokenizer(), "slot", TITLES, 4, False)
-    expected = 0.0
+    build, expected = job.model.prompts, 0.0
     with torch.no_grad():
         for sample in range(COUNT):
             graphs = train.graphs(torch.tensor([sample]))
-            scores = logits(*model(build(graphs, graphs.length_B), model.sessions(graphs)))[0]
+            scores = model(build(graphs, graphs.length_B), model.sessions(graphs)).logits()[0]
             target = int(train.target[sample])
             expected += float(scores[1:].logsumexp(0) - scores[target])
     assert totals["prefix"] == pytest.approx(expected, rel=1e-4)
@@ -248,10 +257,9 @@ def test_behaviour_learns_a_tiny_batch(tmp_path, targets, output):
     before = model.vectors.clone()
     epochs = 40 if targets == "positions" else 15  # as many steps
     job = behave(model, train, train.subset(torch.tensor([9])), targets=targets, epochs=epochs, lr=0.03)
-    every = Scorer(model, job.prompts, train, torch.float32)
-    start = every.validate()["valid_loss"]
+    start = job.model.validate(train)["valid_loss"]
     progress = fit(job, job.settings, seed=1, resume=tmp_path, name="tune")
-    assert start > 1.5 > 0.5 > every.validate()["valid_loss"]
+    assert start > 1.5 > 0.5 > job.model.validate(train)["valid_loss"]
     assert progress.epoch_rows[-1]["train_loss"] < 0.6
     assert torch.equal(model.vectors, before), "item embeddings stay frozen"
     assert progress.samples == 10 * epochs
@@ -275,24 +283,24 @@ class Base:
 
 @pytest.mark.parametrize("base", [None, Base()], ids=["alone", "over the base"])
 @pytest.mark.parametrize("targets", ["positions", "prefix"])
-def test_the_linear_term_is_in_the_logits_of_training_and_scoring(targets, base):
+def test_the_prior_is_in_the_logits_of_training_and_scoring(targets, base):
     train, model = prefixes(), llmgr()
-    without = torch.cat([Scorer(model, behave(model, train).prompts, train, torch.float32)(torch.tensor([n]))
-                         for n in range(COUNT)])
-    term = linear_term(train, base)
-    model.linear_term = term
-    job = behave(model, train, targets=targets, batch_size=3)
+    without = torch.cat([ranker(model).over(train)(torch.tensor([n])) for n in range(COUNT)])
+    prior = linear_prior(train, base)
+    job = behave(model, train, targets=targets, batch_size=3, prior=prior)
     every = torch.arange(COUNT)
-    scored = torch.cat([job.scorer(n) for n in every.split(5)])
-    torch.testing.assert_close(scored[:, 1:], (without + term(train, every, False))[:, 1:], rtol=1e-4, atol=1e-4)
-    scores = without + term(train, every, True)
+    scored = torch.cat([job.model.over(train)(n) for n in every.split(5)])
+    torch.testing.assert_close(scored[:, 1:], (without + prior(train, every, False))[:, 1:], rtol=1e-4, atol=1e-4)
+    scores = without + prior(train, every, True)
     expected = F.cross_entropy(scores[:, 1:], train.target - 1, reduction="sum").item()
     micros = [micro for step in job.steps(0, torch.Generator().manual_seed(0)) for micro in step]
     found = sum(job.loss(micro).total for micro in micros)
     assert found.item() == pytest.approx(expected, rel=1e-4)
     found.backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())
-    assert {name for name, _ in model.trained()} >= {f"linear_term.{name}" for name in ("weight", "bias", "clicked")}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in prior.parameters())
+    with torch.no_grad():
+        one_each = torch.cat([job.model.logits(train, n, trained=True) for n in every.split(1)])
+        torch.testing.assert_close(one_each[:, 1:], scores[:, 1:].detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -306,20 +314,19 @@ def test_a_step_is_of_one_fold_and_reads_its_item_vectors(targets, frozen):
             for table in (model.vectors, model.hybrid.nodes, model.output.table):
                 table[:, :DIM] += apart.shift[fold]
         train = prefixes()
-        model.linear_term = linear_term(train, base)
-        return behave(model, train, targets=targets, batch_size=2)
+        return behave(model, train, targets=targets, batch_size=2, prior=linear_prior(train, base))
 
     apart = Base(0.7)
     ours = job(apart)
-    assert (ours.frozen is not None) == frozen
+    assert (ours.model.readouts is not None) == frozen
     steps = ours.steps(0, torch.Generator().manual_seed(0))
     micros = [micro for step in steps for micro in step]
     assert sorted(torch.cat(micros).tolist()) == list(range(len(ours.first))) and len(steps) > 2
-    folds = [{int(apart.fold_U[1 + ours.laid_out.row[ours.sample[n]]]) for n in micro} for micro in micros]
+    folds = [{int(apart.fold_U[1 + ours.train.row[ours.sample[n]]]) for n in micro} for micro in micros]
     assert {len(fold) for fold in folds} == {1} and {0} in folds and {1} in folds
     assert [m.tolist() for m in micros] != [m.tolist() for step in ours.steps(1, torch.Generator().manual_seed(1))
                                             for m in step]
-    few = behave(ours.model, ours.train, targets=targets, batch_size=2, samples=1)
+    few = BehaviourJob(ours.model, ours.train, ours.train, settings(targets=targets, batch_size=2, samples=1), 3)
     assert all(len(step) == 1 and len(step[0]) == 1 for epoch in range(4) for step in few.steps(
         epoch, torch.Generator().manual_seed(epoch))), "a fold without a drawn prompt has no step"
     moved = [job(Base(), fold) for fold in (0, 1)]
@@ -332,14 +339,11 @@ def test_a_step_is_of_one_fold_and_reads_its_item_vectors(targets, frozen):
 @pytest.mark.parametrize("output", ["linear", "items", "items-linear"])
 def test_text_smoothing_is_the_cross_entropy_of_smoothed_targets(output):
     train, model = prefixes(), llmgr(output=output.removesuffix("-linear"))
-    if output.endswith("-linear"):
-        model.linear_term = linear_term(train)
+    prior = linear_prior(train) if output.endswith("-linear") else None
     nearest = torch.stack([torch.randperm(ITEMS)[:3] + 1 for _ in range(ITEMS + 1)])
     weight = torch.rand(ITEMS + 1, 3).softmax(1)
-    build = BehaviourPrompts(tokenizer(), "slot", None, 4, False)
-    job = BehaviourJob(model, build, train, train, settings(text_smoothing=0.3), 3,
-                       torch.float32, (nearest, weight))
-    scores = torch.cat([job.scorer(torch.tensor([n])) for n in range(len(train))])
+    job = behave(model, train, prior=prior, smoothing=TextSmoothing(0.3, nearest, weight))
+    scores = torch.cat([job.model.over(train)(torch.tensor([n])) for n in range(len(train))])
     share = F.one_hot(train.target, ITEMS + 1) * 0.7
     share = share + 0.3 * torch.zeros_like(share).scatter_add(1, nearest[train.target], weight[train.target])
     expected = F.cross_entropy(scores[:, 1:], share[:, 1:], reduction="sum").item()
@@ -351,13 +355,11 @@ def test_text_smoothing_is_the_cross_entropy_of_smoothed_targets(output):
 def test_a_targets_weight_falls_with_the_users_later_targets(over, targets):
     train, model = prefixes(), llmgr(output="items")
     train.user = torch.arange(1, len(train.items) + 1)
-    if over:
-        model.linear_term = linear_term(train)
+    prior = linear_prior(train) if over else None
     nearest, weight = torch.randint(1, ITEMS + 1, (ITEMS + 1, 2)), torch.rand(ITEMS + 1, 2).softmax(1)
-    build = BehaviourPrompts(tokenizer(), "slot", None, 4, False)
-    job = BehaviourJob(model, build, train, train, settings(recency=0.5, targets=targets, text_smoothing=0.3), 3,
-                       torch.float32, (nearest, weight) if over == "smoothed" else None)
-    scores = torch.cat([job.scorer(torch.tensor([n])) for n in range(len(train))])[:, 1:].log_softmax(1)
+    job = behave(model, train, prior=prior, recency=0.5, targets=targets,
+                 smoothing=TextSmoothing(0.3, nearest, weight) if over == "smoothed" else None)
+    scores = torch.cat([job.model.over(train)(torch.tensor([n])) for n in range(len(train))])[:, 1:].log_softmax(1)
     loss = -scores.gather(1, train.target[:, None] - 1)[:, 0]
     if over == "smoothed":
         loss = 0.7 * loss - 0.3 * (weight[train.target] * scores.gather(1, nearest[train.target] - 1)).sum(1)
@@ -368,23 +370,23 @@ def test_a_targets_weight_falls_with_the_users_later_targets(over, targets):
     assert found == pytest.approx((loss * share / share.mean()).sum().item(), rel=1e-4)
 
 
-def test_the_items_alike_are_those_of_the_catalogues_words_or_of_the_shuffled_ones(tmp_path, monkeypatch):
-    (tmp_path / "data/core").mkdir(parents=True)
+def test_the_items_alike_are_those_of_the_catalogues_words_or_of_the_shuffled_ones(tmp_path):
+    files = Layout(tmp_path / "data", "", "")
+    files.items.parent.mkdir(parents=True)
     titles = ["red lipstick", "nail file", "red lipstick case", "steel nail file", "lipstick case", "red brush"]
-    pl.DataFrame({"item_id": range(1, 7), "title": titles, "brand": [None] * 6}).write_parquet(
-        tmp_path / "data/core/items.parquet")
-    monkeypatch.chdir(tmp_path)
+    pl.DataFrame({"item_id": range(1, 7), "title": titles, "brand": [None] * 6}).write_parquet(files.items)
 
     def params(share: float, texts: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(seed=4, tune=types.SimpleNamespace(text_smoothing=share),
                                      model=types.SimpleNamespace(texts=texts))
 
-    assert alike_items(params(0.0, "own")) is None
-    nearest, weight = alike_items(params(0.1, "own"))
+    assert text_smoothing(params(0.0, "own"), files) is None
+    smoothing = text_smoothing(params(0.1, "own"), files)
+    nearest, weight = smoothing.nearest_VN, smoothing.weight_VN
     assert nearest.shape == weight.shape == (7, 5) and nearest[1:, 0].tolist() == [6, 4, 5, 2, 3, 1]
     torch.testing.assert_close(weight.sum(1), torch.ones(7))
     dealt = shuffled(torch.arange(7.0)[:, None], 4)[:, 0].long()  # whose text an item has
-    other, _ = alike_items(params(0.1, "shuffled"))
+    other = text_smoothing(params(0.1, "shuffled"), files).nearest_VN
     assert dealt[other[1:, 0]].tolist() == nearest[dealt[1:], 0].tolist()
 
 
@@ -444,18 +446,19 @@ def test_a_step_is_the_same_padded_in_rows_in_blocks_and_replayed(kind, make):
     for form in ("padded", "rows", "blocks", "recomputed", "line", "replayed"):
         model = llmgr(kind, attention="causal")
         model.unfreeze_encoder("all")
-        model.packs = form != "padded"
+        model.execution.packs = form != "padded"
         if form in ("blocks", "recomputed"):
             asked = types.SimpleNamespace(gradient_checkpointing=form == "recomputed")
-            model.prepare(asked, launch, torch.device("cpu"))
+            model.execution.prepare(asked, launch, torch.device("cpu"))
             model.language_model.train()
         elif form in ("line", "replayed"):
             recorder = Again() if form == "replayed" else None
-            model.prepare(types.SimpleNamespace(gradient_checkpointing=False), launch, torch.device("cuda"), recorder)
+            model.execution.prepare(types.SimpleNamespace(gradient_checkpointing=False), launch, torch.device("cuda"),
+                                    recorder)
             model.language_model.train()
             if form == "line":
-                model.replayed = model.states
-        assert model.apart == (form in ("blocks", "recomputed"))
+                model.execution.replayed = model.execution.states
+        assert model.execution.in_blocks == (form in ("blocks", "recomputed"))
         job = make(model)
         job.steps(0, torch.Generator().manual_seed(0))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -465,7 +468,7 @@ def test_a_step_is_the_same_padded_in_rows_in_blocks_and_replayed(kind, make):
             loss = job.loss(micro)
             loss.total.backward()
         if form == "replayed":
-            assert 1 < len(model.replayed.passes) <= 3 and recorder.replays == 6
+            assert 1 < len(model.execution.replayed.passes) <= 3 and recorder.replays == 6
         found.append((loss.tokens, loss.total, *(p.grad for p in trained)))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
@@ -480,7 +483,7 @@ def test_a_pass_that_cannot_be_recorded_is_run_as_it_is(capfd):
     found = []
     for recorder in (Again(), Refusing()):
         model = llmgr(attention="causal")
-        model.prepare(types.SimpleNamespace(gradient_checkpointing=False),
+        model.execution.prepare(types.SimpleNamespace(gradient_checkpointing=False),
                       types.SimpleNamespace(compile=False, strategy="ddp"), torch.device("cuda"), recorder)
         model.train()
         made = behave(model)
@@ -497,13 +500,17 @@ def test_a_pass_that_cannot_be_recorded_is_run_as_it_is(capfd):
 def test_a_recorded_pass_casts_its_weights_every_time():
     """In bf16, where autocast would keep copies of the weights that a recording had cast."""
     model = llmgr(attention="causal", dtype=torch.bfloat16)
-    states, flags = torch.randn(1, 4, 16), []
-    monitored = model.states
-    model.states = lambda *inputs: flags.append((torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu"))
-                                                ) or monitored(*inputs)
+    inputs, flags = torch.randn(1, 4, 16), []
+    execution, states = model.execution, model.execution.states
+
+    def monitored(*inputs):
+        flags.append((torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu")))
+        return states(*inputs)
+
+    execution.states = monitored
     with torch.autocast("cpu", torch.bfloat16):
         there = torch.arange(4)[None]
-        model._cast_anew(states, torch.arange(4)[None], there, torch.arange(4), torch.ones(1, 1, 4, 4).bool())
+        execution._cast_anew(inputs, torch.arange(4)[None], there, torch.arange(4), torch.ones(1, 1, 4, 4).bool())
         assert torch.is_autocast_cache_enabled()
     assert flags == [(False, True)]
 
@@ -518,11 +525,12 @@ def test_a_gpu_learns_what_a_cpu_learns(kind, make, tmp_path):
         model = llmgr(kind, attention="causal")
         model.unfreeze_encoder("all")
         asked = settings(epochs=3, batch_size=2, gradient_checkpointing=False)
-        model.prepare(asked, types.SimpleNamespace(compile=False, strategy="ddp"), place)
+        model.execution.prepare(asked, types.SimpleNamespace(compile=False, strategy="ddp"), place)
         given = {"train": prefixes().to(place)} if make is behave else {}
         job = make(model.to(place), **given, epochs=3, batch_size=2)
         progress = fit(job, asked, seed=3, resume=tmp_path / place.type, name="tune")
-        assert (model.replayed is not None and len(model.replayed.passes) > 1) == (place.type == "cuda")
+        replayed = model.execution.replayed
+        assert (replayed is not None and len(replayed.passes) > 1) == (place.type == "cuda")
         ends.append(([row["loss"] for row in progress.step_rows],
                      [p.detach().cpu() for p in model.parameters() if p.requires_grad]))
     (one, of_cpu), (other, of_gpu) = ends
@@ -544,11 +552,11 @@ def test_blocks_and_joined_products_in_bf16_are_as_near_to_float32_as_rows(kind)
     for form in ("rows", "blocks"):
         model = llmgr(kind, attention="causal", dtype=torch.bfloat16)
         if form == "blocks":
-            model.prepare(types.SimpleNamespace(gradient_checkpointing=False),
+            model.execution.prepare(types.SimpleNamespace(gradient_checkpointing=False),
                           types.SimpleNamespace(compile=False, strategy="ddp"), torch.device("cpu"))
-            assert model.apart and model.pack(prompts, 64).blocks
+            assert model.execution.in_blocks and model.execution.arranged(prompts, 64).blocks
         with torch.autocast("cpu", torch.bfloat16):
-            found = model.hidden(model.pack(prompts, 64), session_RD)
+            found = model.hidden(model.execution.arranged(prompts, 64), session_RD)
         away[form] = float((found - wanted).norm() / wanted.norm())
     assert 1e-4 < away["blocks"] < 1.5 * away["rows"] < 0.1, away
 
@@ -557,8 +565,8 @@ def test_blocks_are_for_a_cpu_and_joined_products_not_for_zero3():
     settings = types.SimpleNamespace(gradient_checkpointing=False)
     for strategy, joined in (("ddp", True), ("zero3", False)):
         model = llmgr()
-        model.prepare(settings, types.SimpleNamespace(compile=False, strategy=strategy), torch.device("cuda"))
-        assert not model.apart
+        model.execution.prepare(settings, types.SimpleNamespace(compile=False, strategy=strategy), torch.device("cuda"))
+        assert not model.execution.in_blocks
         assert any("forward" in vars(module) for module in model.language_model.modules()) == joined
 
 
@@ -570,7 +578,8 @@ def test_the_graph_encoders_readouts_keep_their_order(padded):
     assert model.encoder.pads == padded
     job = behave(model)
     everything = torch.arange(COUNT)
-    torch.testing.assert_close(job._sessions(everything, None), model.sessions(job.train.graphs(everything)))
+    torch.testing.assert_close(job.model._read_in_groups(job.train, everything, job.train.length, None),
+                               model.sessions(job.train.graphs(everything)))
 
 
 def test_positions_need_causal_attention():
@@ -585,21 +594,22 @@ def test_a_frozen_encoders_readouts_are_computed_once_for_all():
     model, sessions = llmgr(dropout=0.5), prefixes()
     model.train()
     expected = torch.cat([model.sessions(sessions.graphs(torch.tensor([s]))) for s in range(COUNT)])
-    torch.testing.assert_close(all_sessions(model, sessions), expected)
+    once = ranker(model)
+    once.learn_from(sessions)
+    torch.testing.assert_close(once.readouts, expected)
 
 
 @torch.no_grad()
 def test_scores_of_a_session_are_those_of_training_and_validation_counts_right():
     model = llmgr()
     train = prefixes()
-    build = BehaviourPrompts(tokenizer(), "slot", None, 4, False)
-    scorer = Scorer(model, build, train, torch.float32)
+    scorer = ranker(model).over(train)
     scores = scorer(torch.arange(COUNT))
     shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(scorer(shuffled), scores[shuffled], atol=1e-4, rtol=1e-4)
     job = behave(model, train)
     loss = sum(job.loss(m).total.item() for step in job.steps(0, torch.Generator()) for m in step)
-    found = scorer.validate()
+    found = ranker(model).validate(train)
     assert found["valid_loss"] == pytest.approx(loss / COUNT, rel=1e-4)
     assert found["valid_loss"] == pytest.approx(float(F.cross_entropy(scores[:, 1:], train.target - 1)), rel=1e-4)
     target = scores[torch.arange(COUNT), train.target]
@@ -609,5 +619,5 @@ def test_scores_of_a_session_are_those_of_training_and_validation_counts_right()
 
 
 def test_validation_takes_the_sessions_asked_for():
-    assert len(behave(llmgr(), valid_sessions=5).scorer.sessions) == 5
-    assert len(behave(llmgr()).scorer.sessions) == COUNT
+    assert len(behave(llmgr(), valid_sessions=5).valid) == 5
+    assert len(behave(llmgr()).valid) == COUNT

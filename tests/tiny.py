@@ -26,7 +26,7 @@ from llmgr.language_model.attention import attend_plainly
 from llmgr.model.llmgr import Llmgr
 from llmgr.params.loading import load
 from llmgr.prior.left_out import LeftOut
-from llmgr.prior.weighted_sum import LinearTerm
+from llmgr.prior.weighted_sum import Prior
 from llmgr.sessions.tensors import Sessions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,17 +142,17 @@ def llmgr(kind: str = "llama", seed: int = 0, dropout: float = 0.0, dtype: torch
     return model.eval()
 
 
-def linear_term(train: Sessions, base: Any = None) -> LinearTerm:
-    """A linear term over the sessions, each of a user of its own, with weights that tell bands apart."""
+def linear_prior(train: Sessions, base: Any = None) -> Prior:
+    """A prior over the sessions, each of a user of its own, with weights that differ from band to band."""
     train.user = torch.arange(1, len(train.items) + 1)
-    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), base)
+    prior = Prior(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), base)
     with torch.no_grad():
         if base is not None:
-            term.base_weight += 0.2 * torch.arange(1, 1 + len(term.base_weight))
-        term.weight += 0.1 * torch.arange(len(term.weight))
-        term.bias += 0.3 * torch.arange(len(term.bias))
-        term.clicked -= 2
-    return term
+            prior.base_weight += 0.2 * torch.arange(1, 1 + len(prior.base_weight))
+        prior.weight += 0.1 * torch.arange(len(prior.weight))
+        prior.bias += 0.3 * torch.arange(len(prior.bias))
+        prior.clicked -= 2
+    return prior
 
 
 LISTS = [[3, 5, 3, 7, 7, 2], [4], [1, 2], [9, 9, 9], [6, 1, 6, 1, 8, 10, 12]]

@@ -42,26 +42,24 @@ PIECE = 512  # sessions that an encoder without padding reads at a time, so that
 CHUNK = 128  # rows of logits formed at a time, so that they stay in cache
 
 
-def pretrain(params: Any, name: str, under: Callable[[Sessions], nn.Module] | None = None) -> None:
+def pretrain(params: Any, name: str, offset: Callable[[Sessions], nn.Module] | None = None) -> None:
     """Train the encoder or control `name` from data/ and models/backbone into models/encoders/NAME, with its records.
 
-    `under` makes the linear term that the logits start from out of the training sessions. UserError as `fit`, and where
-    the sessions are of another catalogue.
+    `offset` makes, from the training sessions, what is added to the logits (see `Recommender.offset`). UserError as
+    `fit`, and where the sessions are of another catalogue.
     """
     base, text = family(name)
-    if (text == "linear") != (under is not None):
+    if (text == "linear") != (offset is not None):
         raise UserError(f"{name} is not trained here: run stages/linear.py --encoder {base}")
     resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs(text),
-                                                              *(["data/core/items.parquet"] if under else [])])
+                                                              *(["data/core/items.parquet"] if offset else [])])
     train, valid = sessions_here(params)
-    device = device_of()
     model = built(params, name, train)
     settings = with_rate(params.encoder.training,
                          getattr(params.encoder, base).lr if text == "none" else params.encoder.text_lr)
     started = time.monotonic()
-    if under is not None:
-        model.linear_term = under(train).to(device)
-        model.linear_term.start(train, params.seed)
+    if offset is not None:
+        model.offset = offset(train)
     formed = time.monotonic() - started
     job = EncoderJob(model, train, valid, settings, arithmetic(settings.precision))
     best = fit_best_rate(job, settings, seed=params.seed, resume=resume, name=name)
@@ -134,34 +132,34 @@ class EncoderJob:
         with torch.autocast(groups[0].device.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_VD = self.model.vectors()
             session_BD = torch.cat([self.model.encoder(self.train.graphs(group), vectors_VD) for group in groups])
-            if self.model.linear_term is None:
+            if self.model.offset is None:
                 total = self.model.encoder.loss(session_BD, vectors_VD, self.train.target[torch.cat(groups)])
             else:
-                total = self._above(session_BD, vectors_VD, torch.cat(groups))
+                total = self._loss_with_offset(session_BD, vectors_VD, torch.cat(groups))
         return Loss(total, len(micro), 0)
 
-    def _above(self, session_BD: Tensor, vectors_VD: Tensor, samples_B: Tensor) -> Tensor:
-        """Summed cross-entropy where the logits start from the linear term's, so that they are formed."""
+    def _loss_with_offset(self, session_BD: Tensor, vectors_VD: Tensor, samples_B: Tensor) -> Tensor:
+        """Summed cross-entropy of the logits with the offset, so that they are formed."""
         total = session_BD.new_zeros(())
         for session_CD, samples_C in zip(session_BD.split(CHUNK), samples_B.split(CHUNK)):
             logits_CV = self.model.encoder.logits(session_CD, vectors_VD)
-            logits_CV = logits_CV + self.model.linear_term(self.train, samples_C, True)
+            logits_CV = logits_CV + self.model.offset(self.train, samples_C, True)
             total = total + F.cross_entropy(logits_CV[:, 1:], self.train.target[samples_C] - 1, reduction="sum")
         return total
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         vectors_VD = self.model.vectors()
-        kept = rank_sessions(scoring(self.model.encoder, vectors_VD, self.valid, self.model.linear_term), self.valid,
+        kept = rank_sessions(scoring(self.model.encoder, vectors_VD, self.valid, self.model.offset), self.valid,
                              self.settings.batch_size)
         found = metrics(kept)
         return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
 
 
-def scoring(encoder: SessionEncoder, vectors_VD: Tensor, sessions: Sessions, linear_term: nn.Module | None = None
+def scoring(encoder: SessionEncoder, vectors_VD: Tensor, sessions: Sessions, offset: nn.Module | None = None
             ) -> Score:
-    """Scores [B, V+1] of samples [B] by an encoder, over the linear term where it has one."""
-    if linear_term is None:
+    """Scores [B, V+1] of samples [B] by an encoder, plus the offset where there is one."""
+    if offset is None:
         return lambda samples: encoder(sessions.graphs(samples), vectors_VD) @ vectors_VD.T
-    return lambda samples: encoder.logits(encoder(sessions.graphs(samples), vectors_VD), vectors_VD) + linear_term(
+    return lambda samples: encoder.logits(encoder(sessions.graphs(samples), vectors_VD), vectors_VD) + offset(
         sessions, samples)

@@ -28,7 +28,7 @@ REGISTRY = {
     "bsarec": "Bsarec", "srgnn": "Srgnn", "gcsan": "Gcsan", "niser": "Niser", "hcgr": "Hcgr"}
 """Class by encoder; the file has the encoder's name."""
 TEXTS = ("text", "shuffled", "linear")
-"""What a control reads: its own texts, those of other items, or its own with LLMGR's linear start."""
+"""What a control reads: its own texts, those of other items, or its own over the offset that LLMGR's logits have."""
 
 
 class Recommender(nn.Module):
@@ -38,8 +38,8 @@ class Recommender(nn.Module):
         super().__init__()
         self.items = ItemVectors(items, encoder.item_width, encoder.text_width, features_VT)
         self.encoder = encoder
-        self.linear_term: nn.Module | None = None
-        """Scores of all items for samples of sessions, added to the logits (see llmgr.prior)."""
+        self.offset: nn.Module | None = None
+        """`offset(sessions, samples, trained)` gives logits [R, V+1] that are added to the encoder's."""
         encoder.initialise(self.items)
 
     def vectors(self) -> Tensor:
@@ -89,8 +89,8 @@ def save_recommender(folder: str | Path, name: str, model: Recommender) -> None:
     with replacing_folder(folder) as temporary, torch.no_grad():
         save_tensors(temporary / "encoder.safetensors", model.encoder.state_dict())
         save_tensors(temporary / "items.safetensors", {"vectors": model.vectors()})
-        if model.linear_term is not None:
-            save_tensors(temporary / "linear.safetensors", model.linear_term.state_dict())
+        if model.offset is not None:
+            save_tensors(temporary / "offset.safetensors", model.offset.state_dict())
         write_json(temporary / "config.json", {
             "name": name, "items": len(model.items.table.weight) - 1, **model.encoder.config})
 

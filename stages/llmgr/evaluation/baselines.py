@@ -98,7 +98,7 @@ def word_knn(decay: float, device: torch.device) -> Over:
     Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
     A batch goes by way of the words: the likeness of all pairs of items would take memory that grows with V squared.
     """
-    matrix = catalogue_words()
+    matrix = catalogue_words("data/core/items.parquet")
     return _similar(lambda clicks: (matrix @ (clicks @ matrix).toarray().T).T, matrix.shape[0] - 1, decay, device)
 
 
@@ -121,7 +121,7 @@ def slit(solved: tuple[Slit, Over], text_share: float) -> Over:
     Closed form, no gradient, no language model: how far clicks and words go without a network.
     """
     model, over = solved
-    words = catalogue_words() if text_share else None
+    words = catalogue_words("data/core/items.parquet") if text_share else None
     return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share)
 
 

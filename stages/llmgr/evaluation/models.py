@@ -28,10 +28,11 @@ from llmgr.params.names import REPEAT, SERVED, START, TOWER
 from llmgr.params.schema import trained
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
-from llmgr.prior.weighted_sum import LinearTerm, linear_term
+from llmgr.prior.weighted_sum import Prior, build_prior
 from llmgr.ranking.loop import Score
 from llmgr.runtime.artifacts import load_tensors, read_json
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.serving.package import FOLDER, load_package
 from llmgr.serving.scoring import Scorer
 from llmgr.sessions.reading import catalogue_size, read_split
@@ -66,7 +67,7 @@ def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(name, items, device, formed)
     if params.tune.linear:
-        found[START] = lambda: started(params, device, formed)
+        found[START] = lambda: fitted_prior(params, device, formed)
     found["llmgr"] = lambda: llmgr(params, device, formed)
     found[SERVED] = lambda: served(items)
     return found
@@ -79,60 +80,55 @@ def tower(params: Any, items: int, device: torch.device) -> Over:
 
 
 def encoder(name: str, items: int, device: torch.device, formed: Formed | None = None) -> Over:
-    """Scores of a pretrained encoder: inner products of its session and item vectors, over its linear term if any."""
+    """Scores of a pretrained encoder: inner products of its session and item vectors, over its offset if any."""
     folder = Path("models/encoders") / name
     module, vectors = load_encoder(folder, items)
     module, vectors = module.to(device).eval(), vectors.to(device)
-    term = None
+    offset = None
     if family(name)[1] == "linear":
-        term = LinearTerm(formed(None))
-        term.load_state_dict(load_tensors(folder / "linear.safetensors"))
-        term.to(device)
+        offset = Prior(formed(None))
+        offset.load_state_dict(load_tensors(folder / "offset.safetensors"))
+        offset.to(device)
 
     def over(sessions: Sessions) -> Score:
         check_users(module, folder, sessions)
-        return scoring(module, vectors, sessions, term)
+        return scoring(module, vectors, sessions, offset)
 
     return over
 
 
 def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
-    from llmgr.language_model.lora import join_products
-    from llmgr.model.checkpoint import build_llmgr, load_llmgr
-    from llmgr.model.scorer import Scorer, behaviour_prompts
+    from llmgr.model.building import build_ranker
     from llmgr.training.precision import arithmetic
 
-    folder = Path("models/tuned")
-    dtype = arithmetic(read_json(folder / "config.json").get("precision", params.tune.precision))
-    model = build_llmgr(params.model, dtype, params.seed)
-    if params.tune.linear:
-        model.linear_term = own_term(params, device, formed)
-    load_llmgr(folder, model, params.model)
-    join_products(model.language_model)
-    prompts = behaviour_prompts(params, params.tune)
+    files = Layout("data", "models", "reports")
+    dtype = arithmetic(read_json(files.tuned / "config.json").get("precision", params.tune.precision))
+    prior = own_prior(params, device, formed) if params.tune.linear else None
+    model = build_ranker(params, files, dtype, device, prior, weights=files.tuned).eval()
+    model.llmgr.execution.join_products()
 
     def over(sessions: Sessions) -> Score:
-        check_users(model.encoder, "models/embeddings", sessions)
-        return Scorer(model.to(device).eval(), prompts, sessions, dtype)
+        check_users(model.llmgr.encoder, "model.base", sessions)
+        return model.over(sessions)
 
     return over
 
 
-def own_term(params: Any, device: torch.device, formed: Formed) -> LinearTerm:
-    """The linear term of LLMGR, its weights yet to be loaded."""
-    return linear_term(params, None, device, formed(texts_shuffled(params)))
+def own_prior(params: Any, device: torch.device, formed: Formed) -> Prior:
+    """LLMGR's prior, its weights yet to be loaded."""
+    return build_prior(params, None, device, formed(texts_shuffled(params)))
 
 
-def started(params: Any, device: torch.device, formed: Formed) -> Over:
-    """Scores of what LLMGR's logits started from: no language model but for a tower of one."""
-    term = own_term(params, device, formed)
-    kept = load_tensors("models/tuned/start.safetensors")
-    if kept.keys() != term.state_dict().keys():
-        raise UserError("models/tuned started from other scores than tune.folds and tower.enabled ask for: run `dvc "
-                        "repro` to train it anew")
-    term.load_state_dict(kept)
-    return lambda sessions: lambda samples: term(sessions, samples)
+def fitted_prior(params: Any, device: torch.device, formed: Formed) -> Over:
+    """Scores of LLMGR's prior as it was fitted before stage 2: no language model but for a tower of one."""
+    prior = own_prior(params, device, formed)
+    weights = load_tensors("models/tuned/prior.safetensors")
+    if weights.keys() != prior.state_dict().keys():
+        raise UserError("models/tuned has another prior than tune.folds and tower.enabled ask for: run `dvc repro` to "
+                        "train it anew")
+    prior.load_state_dict(weights)
+    return lambda sessions: lambda samples: prior(sessions, samples)
 
 
 def served(items: int) -> Over:

@@ -1,16 +1,15 @@
 """Stage 1: the node that a text describes, among all nodes or candidates (METHOD 1, step 5)."""
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from llmgr.encoders.layers import item_cross_entropy
+from llmgr.language_model.packing import PACKED, drawn_steps
 from llmgr.model.llmgr import Llmgr
-from llmgr.model.outputs import logits
-from llmgr.model.packing import PACKED, drawn_steps
+from llmgr.model.loss import summed_cross_entropy
+from llmgr.model.outputs import Factors
 from llmgr.model.prompts import AlignmentPrompts
+from llmgr.params.schema import Align
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
 from llmgr.training.distributed import spread
@@ -28,7 +27,7 @@ class AlignJob:
 
     selects = None
 
-    def __init__(self, model: Llmgr, prompts: AlignmentPrompts, settings: Any, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Llmgr, prompts: AlignmentPrompts, settings: Align, seed: int, dtype: torch.dtype) -> None:
         self.cut = prompts.shorten(settings.candidates, model.positions)
         if self.cut:
             say(f"{self.cut} of {len(prompts.count) - 1} texts are cut: the backbone has {model.positions} positions")
@@ -44,14 +43,14 @@ class AlignJob:
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
         self.candidates = draw_candidates(self.items, self.settings.candidates, generator)
         order = torch.randperm(self.items, generator=generator) + 1
-        return drawn_steps(order, self.prompts.count, self.settings, self.model.packs)
+        return drawn_steps(order, self.prompts.count, self.settings, self.model.execution.packs)
 
     def targets(self, micro: Tensor) -> int:
         return len(micro)
 
     def loss(self, micro: Tensor) -> Loss:
-        query, table, bias, tokens = self._forward(micro, self.candidates)
-        return Loss(item_cross_entropy(query, table, micro.to(self.device), bias), len(micro), tokens)
+        factors, tokens = self._forward(micro, self.candidates)
+        return Loss(summed_cross_entropy(factors, micro.to(self.device)), len(micro), tokens)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -62,31 +61,32 @@ class AlignJob:
         return {"accuracy_candidates": among / len(self.checked), "accuracy_items": overall / len(self.checked)}
 
     def _right(self, micro: Tensor) -> Tensor:
-        """Whether each item is told from its candidates, and from all items [B, 2]."""
-        query, table, bias, _ = self._forward(micro, self.checked_candidates)
+        """Whether each item scores highest among its candidates, and among all items [B, 2]."""
+        factors, _ = self._forward(micro, self.checked_candidates)
         shown, target = self.checked_candidates[micro].to(self.device), micro.to(self.device)
-        best = self._among(query, table, bias, shown).argmax(1)
+        best = self._among(factors, shown).argmax(1)
         return torch.stack((shown.gather(1, best[:, None])[:, 0] == target,
-                            logits(query, table, bias)[:, 1:].argmax(1) + 1 == target), 1)
+                            factors.logits()[:, 1:].argmax(1) + 1 == target), 1)
 
-    def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    def _forward(self, micro: Tensor, candidates: Tensor) -> tuple[Factors, int]:
         prompts = self.prompts(micro, candidates[micro])
-        prompts = self.model.pack(prompts, 2 * PACKED)  # texts are long: one would not leave room for another
+        prompts = self.model.execution.arranged(prompts, 2 * PACKED)  # texts are long: two should fit a row
         tokens = prompts.tokens
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            query, table, bias = self.model(prompts.to(self.device), None)
-        return query.float(), table, bias, tokens
+            factors = self.model(prompts.to(self.device), None)
+        return factors._replace(query_RK=factors.query_RK.float()), tokens
 
     @staticmethod
-    def _among(query: Tensor, table: Tensor, bias: Tensor | None, shown: Tensor) -> Tensor:
+    def _among(factors: Factors, shown: Tensor) -> Tensor:
+        query, table, bias = factors
         scores = (table[shown] @ query[..., None])[..., 0]
         return scores if bias is None else scores + bias[shown]
 
 
 def draw_candidates(items: int, count: int, generator: torch.Generator) -> Tensor:
-    """For every item (row 0 unused) `count` distinct-from-it nodes with itself at a random place: [V+1, count]."""
+    """For every item (row 0 unused) `count` distinct-from-it nodes with itself at a random position: [V+1, count]."""
     item = torch.arange(items + 1)[:, None]
     others = torch.randint(1, items, (items + 1, count), generator=generator)
     others += others >= item  # skips the item itself, keeps the draw uniform
-    place = torch.randint(count, (items + 1, 1), generator=generator)
-    return others.clamp(max=items).scatter(1, place, item)
+    position = torch.randint(count, (items + 1, 1), generator=generator)
+    return others.clamp(max=items).scatter(1, position, item)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.layers import Dropout
-from llmgr.model.packing import GRAPH, NODE, PromptBatch
+from llmgr.language_model.packing import GRAPH, NODE, PromptBatch
 
 
 class HybridEncoding(nn.Module):

@@ -1,9 +1,23 @@
 """Output layers that turn a hidden state into logits over all items."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Factors(NamedTuple):
+    """Logits of all items before they are formed: queries [R, K], item table [V+1, K], item biases [V+1] or None."""
+
+    query_RK: Tensor
+    table_VK: Tensor
+    bias_V: Tensor | None
+
+    def logits(self) -> Tensor:
+        """Logits of all items [R, V+1]; column 0 is padding."""
+        return F.linear(self.query_RK, self.table_VK, self.bias_V)
 
 
 class LinearOutput(nn.Module):
@@ -15,12 +29,12 @@ class LinearOutput(nn.Module):
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.zeros_(self.items.bias)
 
-    def forward(self, h_RH: Tensor, shift_VD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [R, K], item table [V+1, K] and item biases [V+1] whose product and sum are the logits.
+    def forward(self, h_RH: Tensor, shift_VD: Tensor | None = None) -> Factors:
+        """The factors of the logits at hidden states h [R, H].
 
         The weights are its own: a shift of the item vectors does not concern it.
         """
-        return h_RH, self.items.weight, self.items.bias
+        return Factors(h_RH, self.items.weight, self.items.bias)
 
 
 class ItemsOutput(nn.Module):
@@ -38,14 +52,9 @@ class ItemsOutput(nn.Module):
         nn.init.normal_(self.query.weight, std=0.1 * width ** -0.5)
         nn.init.zeros_(self.query.bias)
 
-    def forward(self, h_RH: Tensor, shift_VD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [R, K], item table [V+1, K] (its item vectors plus `shift_VD`) and no bias."""
+    def forward(self, h_RH: Tensor, shift_VD: Tensor | None = None) -> Factors:
+        """The factors of the logits at hidden states h [R, H]; `shift_VD` is added to the item vectors. No bias."""
         query = self.query(h_RH)
         if shift_VD is None:
-            return query, self.table, None
-        return query, torch.cat((self.table[:, :self.dim] + shift_VD, self.table[:, self.dim:]), 1), None
-
-
-def logits(query_RK: Tensor, table_VK: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Scores of all items [R, V+1]; column 0 is padding."""
-    return F.linear(query_RK, table_VK, bias_V)
+            return Factors(query, self.table, None)
+        return Factors(query, torch.cat((self.table[:, :self.dim] + shift_VD, self.table[:, self.dim:]), 1), None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmgr.model.packing import GRAPH, NODE, TEXT, PromptBatch
+from llmgr.language_model.packing import GRAPH, NODE, TEXT, PromptBatch
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.graphs import GraphBatch
 from llmgr.sessions.tensors import Sessions

@@ -125,6 +125,7 @@ def left_out(slit: Any, train: Sessions, shuffle: int | None = None) -> LeftOut:
 
     `shuffle` as in `catalogue_words`.
     """
-    words, items = catalogue_words(shuffle) if slit.text else None, catalogue_size("data/core/items.parquet")
+    path = "data/core/items.parquet"
+    words, items = catalogue_words(path, shuffle) if slit.text else None, catalogue_size(path)
     say(f"linear model: forming the matrices of all pairs of {items:,} items")  # minutes on a large catalogue
     return LeftOut(train, slit.ridge, slit.decay, words, slit.text, items)

@@ -17,10 +17,10 @@ from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
 
 BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
-STARTED = 2048  # prefixes that a linear term's first weights are fitted on; twice as many with a base's scores
+FITTED = 2048  # training prefixes that the weights are fitted to; twice as many with a base's scores
 
 
-class LinearTerm(nn.Module):
+class Prior(nn.Module):
     """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
 
     Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
@@ -68,12 +68,12 @@ class LinearTerm(nn.Module):
                 own = own + other[row, item] * getattr(self, weight)[band]
         return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
 
-    def start(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
+    def fit(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
         """Fit a to e alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
 
         Below 1, `recency` has them drawn with repetition, by the weights of `Sessions.recency`.
         """
-        number, generator = STARTED if self.base is None else 2 * STARTED, torch.Generator().manual_seed(seed)
+        number, generator = FITTED if self.base is None else 2 * FITTED, torch.Generator().manual_seed(seed)
         if recency == 1:
             drawn = torch.randperm(len(train), generator=generator)[:number]
         else:
@@ -95,7 +95,7 @@ class LinearTerm(nn.Module):
         optimizer.zero_grad()
 
 
-def linear_term(params: Any, train: Sessions | None, place: torch.device, formed: LeftOut | None = None) -> LinearTerm:
+def build_prior(params: Any, train: Sessions | None, place: torch.device, formed: LeftOut | None = None) -> Prior:
     """The linear model of the training sessions, and with `tune.folds` the base's scores, and with a tower its scores,
     weighted; yet to be fitted.
 
@@ -104,4 +104,4 @@ def linear_term(params: Any, train: Sessions | None, place: torch.device, formed
     model = left_out(params.slit, train, texts_shuffled(params)) if formed is None else formed
     base = OutOfFold(params, model.items, place) if params.tune.folds and cross_fits(read_json(BASE)["name"]) else None
     tower = Tower(params, model.items, place) if params.tower.enabled else None
-    return LinearTerm(model, base, tower).to(place)
+    return Prior(model, base, tower).to(place)

@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
+
+from llmgr.text.items import item_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +37,9 @@ def word_matrix(texts: Sequence[str]) -> csr_array:
     return matrix
 
 
-def catalogue_words(shuffle: int | None = None) -> csr_array:
-    """The `word_matrix` of the catalogue's titles and brands, dealt out to other items with the seed `shuffle`."""
-    from llmgr.text.items import item_texts
-
-    return word_matrix(item_texts("data/core/items.parquet", "words", shuffle))
+def catalogue_words(items: str | Path, shuffle: int | None = None) -> csr_array:
+    """The `word_matrix` of the titles and brands in items.parquet; the seed `shuffle` deals them out to other items."""
+    return word_matrix(item_texts(items, "words", shuffle))
 
 
 def most_alike(matrix: csr_array, count: int, temperature: float) -> tuple[Tensor, Tensor]:

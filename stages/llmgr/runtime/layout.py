@@ -1,0 +1,69 @@
+"""Where a pipeline keeps its files."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of data, models and reports, and what lies where in them.
+
+    The scripts in stages/ say which folders. Nothing else in the library knows a path.
+    """
+
+    data: str | Path
+    models: str | Path
+    reports: str | Path
+
+    @property
+    def items(self) -> Path:
+        """The catalogue: ids from 1 to V, titles, brands, texts."""
+        return Path(self.data, "core", "items.parquet")
+
+    def sessions(self, split: str) -> Path:
+        """The sessions of `train`, `valid` or `test`."""
+        return Path(self.data, "sessions", f"{split}.parquet")
+
+    @property
+    def backbone(self) -> Path:
+        """The language model, its tokenizer and backbone.json."""
+        return Path(self.models, "backbone")
+
+    @property
+    def item_vectors(self) -> Path:
+        """The items' text vectors [V+1, H]."""
+        return self.backbone / "item_text.safetensors"
+
+    def encoder(self, name: str) -> Path:
+        """A pretrained encoder or control."""
+        return Path(self.models, "encoders", name)
+
+    @property
+    def embeddings(self) -> Path:
+        """LLMGR's base: the encoder that it reads."""
+        return Path(self.models, "embeddings")
+
+    @property
+    def folds(self) -> Path:
+        """The base without each fold of the users."""
+        return Path(self.models, "folds")
+
+    @property
+    def tower(self) -> Path:
+        """The text tower, over all users and without each fold of them."""
+        return Path(self.models, "tower")
+
+    @property
+    def aligned(self) -> Path:
+        """LLMGR after stage 1."""
+        return Path(self.models, "aligned")
+
+    @property
+    def tuned(self) -> Path:
+        """LLMGR after stage 2."""
+        return Path(self.models, "tuned")
+
+    @property
+    def gates(self) -> Path:
+        return Path(self.models, "gates")
