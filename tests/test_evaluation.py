@@ -10,10 +10,14 @@ import polars as pl
 import pytest
 import torch
 from machine import DEFAULTS
+from tiny import llmgr, tokenizer
 
 from llmgr.encoders.registry import build_recommender, save_recommender
 from llmgr.evaluation import baselines, models
 from llmgr.evaluation.gate import Gate, bands
+from llmgr.model import building
+from llmgr.model.prompts import BehaviourPrompts
+from llmgr.model.ranker import Ranker
 from llmgr.params.loading import load
 from llmgr.params.names import FLOORS, SERVED
 from llmgr.runtime.artifacts import save_tensors, write_json
@@ -116,18 +120,16 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
 @pytest.mark.parametrize(("kept", "asked", "expected"), [
     ("bf16", "fp32", torch.bfloat16), ("fp32", "bf16", torch.float32), (None, "bf16", torch.bfloat16)])
 def test_llmgr_is_scored_in_the_arithmetic_that_it_was_tuned_in(tmp_path, monkeypatch, kept, asked, expected):
-    from llmgr.model import checkpoint
-
     class Built(Exception):
         pass
 
-    def build(params, dtype, seed):
+    def build(params, files, dtype, *_):
         raise Built(dtype)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "build_llmgr", build)
+    monkeypatch.setattr(building, "build_llmgr", build)
     write_json("models/tuned/config.json", {"precision": kept} if kept else {})
-    params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision=asked))
+    params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision=asked, linear=False))
     with pytest.raises(Built) as built:
         models.llmgr(params, CPU, None)
     assert built.value.args == (expected,)
@@ -143,25 +145,20 @@ def test_a_batch_is_remembered_and_another_of_its_size_is_not():
 
 @pytest.mark.parametrize("base", ["fpmc", "caser"])
 def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monkeypatch, base):
-    from llmgr.model import checkpoint, scorer
-
     monkeypatch.chdir(tmp_path)
     written(tmp_path, 5)
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     users = int(sessions.user.max())
-    monkeypatch.setattr(checkpoint, "load_llmgr", lambda *_: None)
-    monkeypatch.setattr(scorer, "behaviour_prompts", lambda *_: None)
-    monkeypatch.setattr(scorer, "shortened", lambda sessions, *_: (sessions, 0))
     write_json("models/tuned/config.json", {})
     params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision="fp32", linear=False))
     for known in (users - 1, users):
         model = build_recommender(base, ITEMS, load(DEFAULTS).encoder, None, users=known, max_session=5)
         save_recommender(f"models/encoders/{base}", base, model)
-        tuned = torch.nn.Module()
-        tuned.encoder, tuned.language_model, tuned.positions = model.encoder, torch.nn.Module(), 99
-        monkeypatch.setattr(checkpoint, "build_llmgr", lambda *_, tuned=tuned: tuned)
+        tuned = Ranker(llmgr(), BehaviourPrompts(tokenizer(), "slot", None, 4, False), torch.float32)
+        tuned.llmgr.encoder = model.encoder
+        monkeypatch.setattr(building, "build_ranker", lambda *_, tuned=tuned, **__: tuned)
         for folder, over in ((f"models/encoders/{base}", models.encoder(base, ITEMS, CPU)),
-                             ("models/embeddings", models.llmgr(params, CPU, None))):
+                             ("model.base", models.llmgr(params, CPU, None))):
             if known == users:
                 over(sessions)
                 continue
