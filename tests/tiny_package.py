@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders.registry import build_encoder
 from llmgr.prior.left_out import LeftOut
-from llmgr.prior.weighted_sum import BANDS, LinearTerm
+from llmgr.prior.weighted_sum import BANDS, Prior
 from llmgr.serving.building import rows_of
 from llmgr.serving.package import Package
 from llmgr.sessions.graphs import GraphBatch
@@ -23,7 +23,7 @@ ENCODER = {"name": "gcsan", "dim": DIM, "dropout": 0.0, "settings": {
 TOWER = {"decay": 0.7, "scale": 1.5}
 
 
-def prior(seed: int = 0) -> tuple[LinearTerm, Any]:
+def prior(seed: int = 0) -> tuple[Prior, Any]:
     """A prior with a base and a tower, every weight its own, and the base's encoder."""
     torch.manual_seed(seed)
     encoder = build_encoder("gcsan", DIM, 0.0, ENCODER["settings"]).eval()
@@ -37,7 +37,7 @@ def prior(seed: int = 0) -> tuple[LinearTerm, Any]:
 
     train = prefixes()
     train.user = torch.arange(1, len(train.items) + 1)
-    term = LinearTerm(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), scores, cosines)
+    term = Prior(LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), scores, cosines)
     with torch.no_grad():
         for parameter in term.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -45,7 +45,7 @@ def prior(seed: int = 0) -> tuple[LinearTerm, Any]:
     return term, encoder
 
 
-def package(term: LinearTerm | None = None, encoder: Any = None, entries: int = ITEMS + 1, **config: Any) -> Package:
+def package(term: Prior | None = None, encoder: Any = None, entries: int = ITEMS + 1, **config: Any) -> Package:
     """The package of a prior, all entries of its item-item matrix in it."""
     if term is None:
         term, encoder = prior()

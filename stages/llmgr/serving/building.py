@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmgr.encoders.registry import load_encoder
-from llmgr.prior.weighted_sum import BANDS, linear_term
+from llmgr.prior.weighted_sum import BANDS, build_prior
 from llmgr.ranking.metrics import metrics, ranks
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, read_table
 from llmgr.runtime.errors import UserError
@@ -17,7 +17,7 @@ from llmgr.serving.package import Package
 from llmgr.serving.scoring import Scorer
 
 if TYPE_CHECKING:
-    from llmgr.prior.weighted_sum import LinearTerm
+    from llmgr.prior.weighted_sum import Prior
     from llmgr.sessions.tensors import Sessions
 
 ENTRIES = (50, 100, 200, 400, 800)  # strongest entries kept of a row of the item-item matrix, the fewest that suffice
@@ -26,7 +26,7 @@ DRAWN = 4096  # validation sessions at most that say what pruning costs
 SOURCES = ("data/core/items.parquet", "models/embeddings", "models/tower", "models/tuned")
 
 
-def built(params: Any, prior: LinearTerm | None, valid: Sessions) -> tuple[Package, dict[str, Any]]:
+def built(params: Any, prior: Prior | None, valid: Sessions) -> tuple[Package, dict[str, Any]]:
     """The package of the prior whose weights are loaded, or of the base encoder alone where there is none.
 
     And what pruning the item-item matrix costs on validation sessions of strangers, for the metrics.
@@ -64,12 +64,12 @@ def built(params: Any, prior: LinearTerm | None, valid: Sessions) -> tuple[Packa
         "entries": entries, "valid": {str(name): by for name, by in valid_metrics.items()}}
 
 
-def tuned_from(params: Any, train: Sessions) -> LinearTerm:
-    """The prior that LLMGR's logits started from, with its weights; UserError where it has other parts than asked."""
-    prior = linear_term(params, train, torch.device("cpu"))
-    weights = load_tensors("models/tuned/start.safetensors")
+def tuned_from(params: Any, train: Sessions) -> Prior:
+    """LLMGR's prior as it was fitted before stage 2; UserError where it has other parts than asked."""
+    prior = build_prior(params, train, torch.device("cpu"))
+    weights = load_tensors("models/tuned/prior.safetensors")
     if weights.keys() != prior.state_dict().keys():
-        raise UserError("models/tuned started from other scores than tune.folds and tower.enabled ask for: run `dvc "
+        raise UserError("models/tuned has another prior than tune.folds and tower.enabled ask for: run `dvc "
                         "repro` to train it anew")
     prior.load_state_dict(weights)
     return prior
