@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from machine import ROOT
 
+import tables
 from llmgr.experiments.pages import BLOCK, Tables, pages
 
 PAGES = [page.relative_to(ROOT) for page in pages(ROOT)]
@@ -25,6 +27,15 @@ def blocks(page: str) -> str:
 def test_making_the_tables_anew_changes_nothing(page: Path) -> None:
     text = (ROOT / page).read_text()
     assert Tables(ROOT / "reports/results").fill(text) == text, "python stages/tables.py writes them"
+
+
+def test_the_script_writes_tables_that_are_out_of_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "reports/results", tmp_path / "reports/results")
+    for page in PAGES:
+        (tmp_path / page).write_text(BLOCK.sub(r"\1\3", (ROOT / page).read_text()))
+    monkeypatch.chdir(tmp_path)
+    tables.main(None)
+    assert [(tmp_path / page).read_text() for page in PAGES] == [(ROOT / page).read_text() for page in PAGES]
 
 
 def test_every_table_stands_on_a_page() -> None:
