@@ -1,4 +1,4 @@
-"""Publish the results as one MLflow run, or find the run that already holds them.
+"""Publish the results as one MLflow run with a run a model below it, or find the run that already holds them.
 
 Reads:  reports/metrics/, reports/curves/, reports/plots/, reports/figures/, reports/ranks/, reports/index.html;
         data/ and dvc.lock for the lineage
@@ -18,13 +18,11 @@ READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", 
 
 
 def main(params: Any) -> None:
-    from llmgr.params.loading import flat
     from llmgr.reporting import tracking
     from llmgr.runtime.artifacts import require, write_json
 
     require("reports/index.html")
-    logged = {name: value for name, value in flat(params).items() if not name.startswith("track.")}
-    run = tracking.publish(logged, params.track.experiment, params.track.uri, Path("reports"))
+    run = tracking.publish(params, Path("reports"))
     write_json("reports/mlflow_run.json", run)
     console.say(f"MLflow run {run['name']} ({run['run_id']}) in experiment {run['experiment']}, {run['store']} store")
 

@@ -1,11 +1,13 @@
 """Two experiments publish into one store at the same time; what a run holds, and that it is there only once."""
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,7 +22,8 @@ from test_report import write_reports
 
 from llmgr.experiments.search import Trial
 from llmgr.params.loading import flat, load
-from llmgr.reporting import tracking
+from llmgr.reporting import runs as contents
+from llmgr.reporting import store, tracking
 from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -74,12 +77,11 @@ def inside(home: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
 
 
 def publish(reports: Path = Path("reports"), params: Path = Path("params.yaml")) -> dict[str, str]:
-    logged = {name: value for name, value in flat(load(params)).items() if not name.startswith("track.")}
-    return tracking.publish(logged, "llmgr", None, reports)
+    return tracking.publish(load(params), reports)
 
 
-def runs(client: mlflow.MlflowClient) -> list:
-    return client.search_runs([client.get_experiment_by_name("llmgr").experiment_id])
+def runs(client: mlflow.MlflowClient, kind: str = "experiment") -> list:
+    return client.search_runs([client.get_experiment_by_name("llmgr").experiment_id], f"tags.kind = '{kind}'")
 
 
 def test_experiments_that_publish_together_both_arrive(home: Path, inside: mlflow.MlflowClient) -> None:
@@ -93,33 +95,69 @@ def test_experiments_that_publish_together_both_arrive(home: Path, inside: mlflo
         assert run.info.status == "FINISHED" and run.data.tags["dvc.baseline"] == "b" * 40
 
 
-def test_a_run_holds_parameters_metrics_curves_files_and_lineage(home: Path, inside: mlflow.MlflowClient) -> None:
+def test_an_experiments_run_holds_what_its_users_compare(home: Path, inside: mlflow.MlflowClient) -> None:
     run = next(run for run in runs(inside) if run.info.run_name == "exp-one")
     found = json.loads(Path("reports/metrics/buckets.json").read_text())
     data = run.data
     controls = yaml.safe_load(Path("params.yaml").read_text())["encoder"]["controls"]
     assert json.loads(data.params["encoder.controls"]) == controls and data.params["data.mirror"] == "null"
     assert not any(name.startswith("track.") for name in data.params)
-    assert data.metrics["test.cold.ndcg_at_20"] == found["llmgr"]["test"]["cold"]["ndcg_at_20"]
-    assert data.metrics["gcsan-text.test_unseen.all.hr_at_5"] == found["gcsan-text"]["test_unseen"]["all"]["hr_at_5"]
-    assert data.metrics["n.test.cold"] == found["llmgr"]["test"]["cold"]["n"]
-    low, value, high = (data.metrics[f"test.warm.hr_at_20{end}"] for end in (".low", "", ".high"))
-    assert low < value < high
-    assert data.metrics["difference.gcsan.test.all.hr_at_20"] == pytest.approx(
-        data.metrics["test.all.hr_at_20"] - data.metrics["gcsan.test.all.hr_at_20"], abs=2e-6)
-    assert next(iter(tracking.metrics(Path("reports")))) == "test.all.hr_at_20"
-    assert data.metrics["cost.tune.peak_memory_mb"] > 900 and data.metrics["filter.after.users"] == 1500
+    assert 30 < len(data.metrics) <= 60
+    for split in ("test", "test_unseen"):
+        for bucket in ("all", "cold", "warm"):
+            for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20"):
+                assert data.metrics[f"{split}.{bucket}/{metric}"] == found["llmgr"][split][bucket][metric]
+    assert data.metrics["sessions/cold"] == found["llmgr"]["test"]["cold"]["n"]
+    assert data.metrics["above.gcsan/ndcg_at_20"] == pytest.approx(
+        found["llmgr"]["test"]["all"]["ndcg_at_20"] - found["gcsan"]["test"]["all"]["ndcg_at_20"], abs=2e-6)
+    assert set(contents.COLUMNS) <= set(data.metrics)
     with open("reports/curves/tune_steps.csv", newline="") as handle:
         losses = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(handle)}
-    history = inside.get_metric_history(run.info.run_id, "curve.tune.loss")
+    history = inside.get_metric_history(run.info.run_id, "curve.tune/loss")
     assert {point.step: point.value for point in history} == losses
-    assert {f.path for f in inside.list_artifacts(run.info.run_id)} == {"index.html", "metrics", "curves", "plots"}
-    assert run.info.artifact_uri.startswith((home / "mlartifacts").as_uri())
+    assert {"kind": "experiment", "dataset": "sample", "base": "gcsan", "backbone": "scratch", "seed": "2026"}.items() \
+        <= data.tags.items()
+    assert data.tags["version.torch"] and data.tags["python"]
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("data/sessions", "0123456789abcdef0123456789abcdef.dir")
-    assert data.tags["version.torch"] and data.tags["python"]
     words = " ".join([*data.tags.values(), *data.params.values(), dataset.dataset.source])
     assert socket.gethostname() not in words.split() and str(home) not in words
+
+
+def test_an_experiments_run_describes_itself_and_holds_the_files(home: Path, inside: mlflow.MlflowClient) -> None:
+    run = next(run for run in runs(inside) if run.info.run_name == "exp-one")
+    found = json.loads(Path("reports/metrics/buckets.json").read_text())
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("LLMGR ranks the next item") and f"{found['llmgr']['test']['all']['hr_at_20']:.4f}" in note
+    assert f"(#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/index.html)" in note
+    assert {f.path for f in inside.list_artifacts(run.info.run_id)} == {
+        "index.html", "metrics", "curves", "plots", "ranks", "tables"}
+    assert run.info.artifact_uri.startswith((home / "mlartifacts").as_uri())
+    table = json.loads((Path(run.info.artifact_uri.removeprefix("file://")) / "tables/metrics.json").read_text())
+    rows = [dict(zip(table["columns"], row)) for row in table["data"]]
+    (row,) = (r for r in rows if (r["model"], r["split"], r["bucket"], r["metric"]) == (
+        "gcsan-text", "test_unseen", "warm", "hr_at_5"))
+    assert row["value"] == found["gcsan-text"]["test_unseen"]["warm"]["hr_at_5"] and row["low"] < row["value"]
+    costs = [json.loads(path.read_text()) for path in Path("reports/metrics/cost").glob("*.json")]
+    assert run.info.end_time - run.info.start_time == pytest.approx(1000 * sum(c["seconds"] for c in costs), abs=2)
+    columns = json.loads(inside.get_experiment(run.info.experiment_id).tags["mlflow.sharedViewState.columns"])
+    assert "metrics.`test.all/ndcg_at_20`" in columns["selectedColumns"]
+
+
+def test_every_model_has_a_run_below_with_the_same_metrics(inside: mlflow.MlflowClient) -> None:
+    parents = {run.info.run_id: run for run in runs(inside)}
+    found = json.loads(Path("reports/metrics/buckets.json").read_text())
+    below = {(parents[run.data.tags["mlflow.parentRunId"]].info.run_name, run.info.run_name): run
+             for run in runs(inside, "model")}
+    assert set(below) == {(name, model) for name in ("exp-one", "exp-two") for model in found}
+    assert {run.info.status for run in below.values()} == {"FINISHED"}
+    ours, other = below["exp-one", "llmgr"].data, below["exp-one", "gcsan-text"]
+    for name in ("test.all/hr_at_20", "test_unseen.cold/ndcg_at_20", "valid.all/mrr_at_20", "cost/minutes",
+                 "curve.training/loss"):
+        assert name in ours.metrics and name in other.data.metrics
+    assert other.data.metrics["test.warm/mrr_at_20"] == found["gcsan-text"]["test"]["warm"]["mrr_at_20"]
+    assert other.data.tags["model"] == "gcsan-text" and "encoder.gcsan.lr" in other.data.params
+    assert "tune.lr" in ours.params and "tune.lr" not in other.data.params
 
 
 def test_publishing_again_finds_the_run_and_timing_does_not_matter(inside: mlflow.MlflowClient, tmp_path: Path) -> None:
@@ -140,10 +178,13 @@ def test_other_results_are_another_run_and_leftovers_vanish(inside: mlflow.Mlflo
     assert identity != tracking.key(logged, Path("reports"))
     assert identity != tracking.key(logged | {"model.lora_r": 4}, tmp_path / "reports")
     place = inside.get_experiment_by_name("llmgr").experiment_id
-    killed = inside.create_run(place, tags=tracking.tags(identity), run_name="killed").info.run_id
+    killed = inside.create_run(place, tags={**tracking.tags(identity), "kind": "experiment"}, run_name="killed")
+    killed = killed.info.run_id
+    below = inside.create_run(place, tags={"mlflow.parentRunId": killed, "kind": "model"}).info.run_id
     made = publish(tmp_path / "reports")
     assert made["key"] == identity and made["name"] == f"sample-{identity[:8]}" and made["run_id"] != killed
     kept = {run.info.run_id: run.info.status for run in runs(inside)}
+    assert below not in {run.info.run_id for run in runs(inside, "model")}
     assert killed not in kept and kept[made["run_id"]] == "FINISHED"
 
 
@@ -159,9 +200,9 @@ def test_the_trials_of_a_search_are_runs_of_their_own_once(inside: mlflow.Mlflow
     assert sorted(found) == ["high", "low"] and len(published) == 2
     low, high = found["low"], found["high"]
     assert (low.info.run_name, low.data.tags["llmgr.search"], low.info.status) == ("gcsan-low", "gcsan", "FINISHED")
-    assert low.data.metrics == {**{f"valid.{name}": metrics[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")},
+    assert low.data.metrics == {"valid.all/hr_at_20": 0.2, "valid.all/ndcg_at_20": 0.1, "valid.all/mrr_at_20": 0.05,
                                 "best_epoch": 7.0, "seconds": 12.5}
-    assert high.data.metrics["valid.ndcg_at_20"] == 0.3 and "seconds" not in high.data.metrics
+    assert high.data.metrics["valid.all/ndcg_at_20"] == 0.3 and "seconds" not in high.data.metrics
     assert {run.data.params["encoder.gcsan.lr"] for run in (low, high)} == {"0.001", "0.01"}
     assert not any(name.startswith("track.") for name in low.data.params)
 
@@ -170,15 +211,14 @@ def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     rows = "".join(f"{step},{step / 10},{7 - step / 1e4},0.001\n" for step in range(1, 12_346))
     (tmp_path / "tune_steps.csv").write_text("step,epoch,loss,lr\n" + rows)
     (tmp_path / "tune_epochs.csv").write_text("epoch,step,train_loss,valid_hr_at_20\n0,0,,0.01\n1,100,5.5,0.02\n")
-    found = list(tracking.curves(tmp_path.glob("*.csv")))
-    loss = [(step, value) for name, value, step in found if name == "curve.tune.loss"]
+    found = list(contents.curves(tmp_path.glob("*.csv")))
+    loss = [(step, value) for name, value, step in found if name == "curve.tune/loss"]
     assert 900 < len(loss) <= 1000 and loss[-1] == (12_345, 7 - 1.2345) and loss == sorted(loss)
-    assert [(v, s) for n, v, s in found if n == "curve.tune.valid_hr_at_20"] == [(0.01, 0), (0.02, 100)]
-    assert [(v, s) for n, v, s in found if n == "curve.tune.train_loss"] == [(5.5, 100)]
+    assert [(v, s) for n, v, s in found if n == "curve.tune/valid_hr_at_20"] == [(0.01, 0), (0.02, 100)]
 
 
 def test_names_are_made_legal() -> None:
-    assert tracking.legal("gcsan-text.HR@20 (a)") == "gcsan-text.HR_20 _a_"
+    assert contents.legal("gcsan-text.HR@20 (a)") == "gcsan-text.HR_20 _a_"
 
 
 def test_the_store_is_the_parameter_else_the_environment_else_the_root(
@@ -186,10 +226,10 @@ def test_the_store_is_the_parameter_else_the_environment_else_the_root(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert tracking.store(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store.address_of(None) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    assert tracking.store(None) == "http://elsewhere:5000"
-    assert tracking.store("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+    assert store.address_of(None) == "http://elsewhere:5000"
+    assert store.address_of("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
 
 
 def test_without_a_lock_the_data_themselves_give_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +274,8 @@ def test_a_full_disk_is_one_sentence_and_the_next_time_it_works(
         else:
             monkeypatch.chdir(home / "one")
         failed = subprocess.run(TRACK, capture_output=True, text=True, timeout=120, env=environment)
-        assert failed.returncode == 2 and failed.stderr.startswith("error: the disk is full"), failed.stderr
-        assert len(failed.stderr.splitlines()) == 1
+        assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
+        assert failed.stderr.splitlines()[-1].startswith("error: the disk is full"), failed.stderr
         assert (disk / "mlflow.db").exists() == (store == "full"), "half a store has the name of a whole one"
         subprocess.run(["mount", "-o", "remount,size=32m", str(disk)], check=True)
         monkeypatch.setenv("DVC_ROOT", str(tmp_path))
@@ -243,7 +283,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_time_it_works(
         run_id = publish()["run_id"]
         found = runs(mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"]))
         assert run_id in {run.info.run_id for run in found} and {run.info.status for run in found} == {"FINISHED"}
-        assert len(found) == (1 if store == "new" else 4)
+        assert len(found) == 1, "what was begun on the full disk is gone"
 
 
 def test_a_store_whose_making_was_killed_is_made_again(
@@ -265,26 +305,102 @@ def test_a_store_whose_making_was_killed_is_made_again(
     assert run.info.run_id == run_id and not list(tmp_path.glob(".mlflow.db.*"))
 
 
-def test_links_follow_a_store_that_was_moved(
+def test_a_store_that_was_copied_leaves_the_original_alone(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved = tmp_path / "moved & renamed"
     shutil.copytree(home, moved)
+    before = sorted(path for path in home.rglob("*") if ".db" not in path.name)
     monkeypatch.chdir(moved / "one")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(moved))
-    before = json.loads((home / "one/reports/mlflow_run.json").read_text())
-    assert publish()["run_id"] == before["run_id"], "the run is found again"
-    client = mlflow.MlflowClient(f"sqlite:///{moved}/mlflow.db")
-    for run in runs(client):
-        assert run.info.artifact_uri == f"{(moved / 'mlartifacts').as_uri()}/{run.info.run_id}/artifacts"
-        assert "index.html" in {file.path for file in client.list_artifacts(run.info.run_id)}
-    (there,) = {run.info.artifact_uri for run in runs(mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db"))
-                if run.info.run_id == before["run_id"]}
-    assert there.startswith(home.as_uri())
+    for experiment_name in ("llmgr", "Default"):
+        content = yaml.safe_load(Path("params.yaml").read_text())
+        content["track"]["experiment"], content["model"]["lora_r"] = experiment_name, 32
+        Path("params.yaml").write_text(yaml.safe_dump(content))
+        run_id = publish()["run_id"]
+        client = mlflow.MlflowClient(f"sqlite:///{moved}/mlflow.db")
+        run = client.get_run(run_id)
+        assert run.info.artifact_uri == f"{(moved / 'mlartifacts').as_uri()}/{run_id}/artifacts"
+        assert "index.html" in {file.path for file in client.list_artifacts(run_id)}
+        assert publish()["run_id"] == run_id, "the second time the run is found"
+    assert sorted(path for path in home.rglob("*") if ".db" not in path.name) == before
+    shutil.copy(home / "one/params.yaml", "params.yaml")
+    assert publish()["run_id"] == json.loads((home / "one/reports/mlflow_run.json").read_text())["run_id"]
+    former = client.get_experiment_by_name("llmgr (former 1)")
+    earlier = client.search_runs([former.experiment_id], "tags.kind = 'experiment'")
+    assert {run.info.run_name for run in earlier} >= {"exp-one", "exp-two"}, "earlier runs stay readable"
+    assert all(run.data.metrics["test.all/hr_at_20"] > 0 for run in earlier)
 
 
 def test_results_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"evaluate\.json is missing"):
-        tracking.publish({"data.dataset": "sample"}, "llmgr", None, Path("reports"))
+        tracking.publish(load(DEFAULTS), Path("reports"))
+
+
+def damaged_store(kind: str, root: Path, whole: bytes) -> str:
+    """The uri of a store that cannot take a run."""
+    file = root / "odd.db"
+    if kind == "folder":
+        file.mkdir()
+    elif kind != "no file":
+        file.write_bytes({"truncated": whole[:len(whole) // 2], "garbage": b"no database " * 999, "empty": b"",
+                          "text in a page": whole[:9000] + b"x" * 40_000 + whole[49_000:]}[kind])
+    return "sqlite:///" if kind == "no file" else f"sqlite:///{file}"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "folder", "text in a page", "no file"])
+def test_a_store_that_is_none_is_one_sentence_at_once(home: Path, inside: Any, monkeypatch: pytest.MonkeyPatch,
+                                                      tmp_path: Path, kind: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", damaged_store(kind, tmp_path, (home / "mlflow.db").read_bytes()))
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        publish()
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value) and ("odd.db" in str(caught.value) or kind == "no file")
+
+
+@pytest.mark.parametrize(("uri", "words"), [
+    ("postgresql+nodriver://me:s3cret/x@127.0.0.1:9/x", "127.0.0.1"), ("oddity://me:s3cret@somewhere/x", "oddity"),
+    ("mysql+pymysql://me:s3cret@127.0.0.1:9/x", "not installed"), ("sqlite:////nowhere/at/all.db", "/nowhere/at")])
+def test_a_store_that_cannot_be_reached_is_one_sentence(inside: Any, monkeypatch: pytest.MonkeyPatch, uri: str,
+                                                        words: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        publish()
+    assert time.monotonic() - start < 10
+    said = str(caught.value)
+    assert words in said and "s3cret" not in said and "\n" not in said
+
+
+def test_a_locked_store_is_waited_for_with_a_word(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mlflow.db"
+    shutil.copy(home / "mlflow.db", file)
+    monkeypatch.setattr(store, "BUSY_SECONDS", 1.0)
+    monkeypatch.setattr(store, "QUIET_SECONDS", 0.2)
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="has been locked by another program"):
+            store.check(f"sqlite:///{file}")
+        other.execute("ROLLBACK")
+    assert f"waiting for {file}" in capsys.readouterr().err
+    store.check(f"sqlite:///{file}")
+
+
+def test_secrets_and_folders_stay_here(inside: mlflow.MlflowClient, tmp_path: Path) -> None:
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    content["data"]["mirror"] = "http://user:s3/cret@host/data?token=s3cret"
+    content["llm"]["name"] = "/home/somebody/models/llama"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    shutil.copytree("reports", tmp_path / "reports")
+    (tmp_path / "reports/metrics/backbone.json").write_text('{"name": "/home/somebody/models/llama"}')
+    run = inside.get_run(publish(tmp_path / "reports", tmp_path / "params.yaml")["run_id"])
+    assert run.data.params["data.mirror"] == "http://***@host/data?token=***"
+    assert run.data.params["llm.name"] == "…/llama" and run.data.tags["backbone"] == "llama"
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    texts = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".html", ".csv")]
+    words = " ".join([*texts, *run.data.params.values(), *run.data.tags.values()])
+    assert "cret" not in words and "somebody" not in words and len(texts) > 10
