@@ -6,9 +6,10 @@ import random
 import polars as pl
 import pytest
 import torch
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import GatedGraphConv
 from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
+from llmgr.encoders.layers import GatedGraph
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.batching import alike, bucketed
 from llmgr.sessions.reading import catalogue_size, padded, read_sessions
@@ -121,17 +122,13 @@ def test_flat_graphs_are_the_padded_ones_end_to_end(read):
         for at, sample in enumerate(samples.tolist()):
             items = frame["items"][sample].to_list()
             distinct, alias, edges = by_hand(items)
-            assert (int(flat.node_B[at]), int(flat.first_B[at])) == (nodes, clicks)
+            assert int(flat.node_B[at]) == nodes
             here = slice(clicks, clicks + len(items))
             assert node_M[nodes:nodes + len(distinct)].tolist() == distinct
             assert (flat.alias_C[here] - nodes).tolist() == alias
             assert flat.place_C[here].tolist() == list(range(len(items))) and flat.session_C[here].eq(at).all()
-            for node in range(len(distinct)):
-                h_MD = torch.eye(len(node_M))
-                for neighbours, own in ((flat.out, edges[node]), (flat.into, edges[:, node])):
-                    mean = neighbours.mean(h_MD)[nodes + node]
-                    torch.testing.assert_close(mean[nodes:nodes + len(distinct)], own / max(1, own.sum()))
-                    assert mean.sum() == mean[nodes:nodes + len(distinct)].sum(), "a neighbour in another graph"
+            mine = (flat.edge_index_2E[0] >= nodes) & (flat.edge_index_2E[0] < nodes + len(distinct))
+            assert (flat.edge_index_2E[:, mine] - nodes).T.tolist() == edges.nonzero().tolist()
             nodes, clicks = nodes + len(distinct), clicks + len(items)
             assert int(flat.last_B[at]) == clicks - 1
         assert (nodes, clicks) == (len(node_M), len(flat.alias_C))
@@ -140,16 +137,8 @@ def test_flat_graphs_are_the_padded_ones_end_to_end(read):
         assert torch.equal(x_BSD, torch.where(batch.mask_BS(), x_BSD, batch.items_BS[:, :1].float()))
 
 
-def test_flat_propagation_equals_message_passing_and_so_do_its_gradients(read):
+def test_flat_edges_are_the_padded_ones(read):
     sessions, _ = read
-
-    class Mean(MessagePassing):
-        def __init__(self, flow: str) -> None:
-            super().__init__("mean", flow=flow)
-
-        def forward(self, x, edge_index):
-            return self.propagate(edge_index, x=x)
-
     batch = sessions.graphs(torch.arange(len(sessions)))
     graphs, size = batch.flat(), batch.nodes_BN.shape[1]
     edge_index, weight = dense_to_sparse(batch.edges_BNN())
@@ -158,36 +147,43 @@ def test_flat_propagation_equals_message_passing_and_so_do_its_gradients(read):
     assert torch.equal(to_dense_adj(edge_index, owner, max_num_nodes=size), batch.edges_BNN())
     number = torch.full((len(owner),), -1)
     number[graphs.cell_M] = torch.arange(len(graphs.cell_M))
-    edge_index = number[edge_index]
-    assert edge_index.min() >= 0, "an edge of padding"
-    generator = torch.Generator().manual_seed(2)
-    x_MD = torch.randn(len(graphs.cell_M), 5, generator=generator, requires_grad=True)
-    weight_MD = torch.randn(x_MD.shape, generator=generator)
-    for found, flow in ((graphs.into, "source_to_target"), (graphs.out, "target_to_source")):
-        ours, theirs = found.mean(x_MD), Mean(flow)(x_MD, edge_index)
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(*(torch.autograd.grad((y * weight_MD).sum(), x_MD)[0] for y in (ours, theirs)))
+    assert torch.equal(number[edge_index], graphs.edge_index_2E)
+
+
+@torch.no_grad()
+def test_pygs_own_layer_over_the_graphs_given_out_is_one_direction_of_ours(read):
+    sessions, frame = read
+    batch = sessions.graphs(torch.arange(len(sessions)))
+    given, flat, dim = batch.to_pyg(), batch.flat(), 6
+    assert torch.equal(given.edge_index, flat.edge_index_2E) and given.num_graphs == len(sessions)
+    assert torch.equal(given.x[given.click_index], batch.items_BS[batch.mask_BS()])
+    assert given[3].x[given[3].click_index].tolist() == frame["items"][3].to_list()
+    assert torch.equal(given.user, batch.user_B)
+    ours, theirs = GatedGraph(dim), GatedGraphConv(dim, 1, aggr="mean")
+    ours.message_in.bias.zero_()
+    ours.gates.weight_ih[:, dim:] = 0
+    theirs.weight[0] = ours.message_in.weight.T
+    theirs.rnn.load_state_dict(ours.gates.state_dict() | {"weight_ih": ours.gates.weight_ih[:, :dim]})
+    h_MD = torch.randn(len(given.x), dim)
+    torch.testing.assert_close(ours(h_MD, flat), theirs(h_MD, given.edge_index), atol=1e-6, rtol=0)
 
 
 def test_flat_graphs_move_to_another_device(read):
     sessions, _ = read
     graphs = sessions.graphs(torch.arange(9)).flat()
     moved = graphs.to(torch.device("meta"))
-    assert moved.alias_C.is_meta and moved.into.other_E.is_meta and moved.out.weight_E.is_meta
-    x_MD = torch.randn(len(graphs.cell_M), 3)
-    assert torch.equal(graphs.to(torch.device("cpu")).out.mean(x_MD), graphs.out.mean(x_MD))
+    assert moved.alias_C.is_meta and moved.edge_index_2E.is_meta
+    assert torch.equal(graphs.to(torch.device("cpu")).edge_index_2E, graphs.edge_index_2E)
 
 
 def test_graphs_without_an_edge_have_no_messages(read):
     sessions, _ = read
     batch = sessions.graphs((sessions.length == 1).nonzero()[:, 0])
     graphs = batch.flat()
-    assert len(graphs.into.other_E) == 0 and len(batch.length_B) == len(graphs.cell_M) > 3
-    x_MD = torch.randn(len(graphs.cell_M), 4, requires_grad=True)
-    for neighbours in (graphs.into, graphs.out):
-        assert torch.equal(neighbours.mean(x_MD), torch.zeros_like(x_MD))
-    graphs.into.mean(x_MD).sum().backward()
-    assert x_MD.grad.abs().sum() == 0
+    assert graphs.edge_index_2E.shape == (2, 0) and len(batch.length_B) == len(graphs.cell_M) > 3
+    assert batch.to_pyg().edge_index.shape == (2, 0)
+    layer, h_MD = GatedGraph(4), torch.randn(len(graphs.cell_M), 4, requires_grad=True)
+    torch.testing.assert_close(layer(h_MD, graphs), layer.gates(torch.zeros(len(h_MD), 8), h_MD))
 
 
 def test_a_subset_and_another_device_keep_the_graphs(read):

@@ -111,16 +111,28 @@ class Dropout(nn.Dropout):
 
 
 class GatedGraph(nn.Module):
-    """One propagation of SR-GNN's gated graph network over the nodes of all graphs: h_MD -> h_MD (equations 1-5)."""
+    """One propagation of SR-GNN's gated graph network over the nodes of all graphs: h_MD -> h_MD (equations 1-5).
+
+    Messages are PyTorch Geometric's `SimpleConv`, sums over clicks its `SumAggregation`: SR-GNN, GC-SAN and NISER train
+    at 0.95 to 0.97 of the rate of sums by `embedding_bag` over sorted neighbours (Office, a thread, in turns). Its
+    `GatedGraphConv` has one direction of edges, SR-GNN two, in one GRU cell; its `Batch.from_data_list` takes 32 ms for
+    1,024 sessions, indexing 5 ms (`GraphBatch.flat`), so that batches are ours and `GraphBatch.to_pyg` gives them out.
+    Deviation: repeated transitions count once, as in the authors' code; the paper (Wu et al. 2019, fig. 2) counts
+    occurrences.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        from torch_geometric.nn import SimpleConv  # takes a second, which other encoders need not wait for
+
         self.message_in = nn.Linear(dim, dim)
         self.message_out = nn.Linear(dim, dim)
+        self.into, self.out_of = SimpleConv("mean"), SimpleConv("mean", flow="target_to_source")
         self.gates = nn.GRUCell(2 * dim, dim)
 
     def forward(self, h_MD: Tensor, graphs: FlatGraphs) -> Tensor:
-        messages = graphs.into.mean(self.message_in(h_MD)), graphs.out.mean(self.message_out(h_MD))
+        messages = (self.into(self.message_in(h_MD).float(), graphs.edge_index_2E),
+                    self.out_of(self.message_out(h_MD).float(), graphs.edge_index_2E))
         return self.gates(torch.cat(messages, -1), h_MD)
 
 
@@ -132,14 +144,16 @@ class SoftAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        from torch_geometric.nn.aggr import SumAggregation
+
         self.last, self.each = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
         self.score, self.out = nn.Linear(dim, 1, bias=False), nn.Linear(2 * dim, dim)
+        self.pool = SumAggregation()
 
     def forward(self, x_CD: Tensor, graphs: FlatGraphs) -> Tensor:
         last_BD = x_CD[graphs.last_B]
         weight_C1 = self.score(torch.sigmoid(F.embedding(graphs.session_C, self.last(last_BD)) + self.each(x_CD)))
-        general_BD = F.embedding_bag(torch.arange(len(x_CD), device=x_CD.device), x_CD.float(), graphs.first_B,
-                                     mode="sum", per_sample_weights=weight_C1[:, 0].float())
+        general_BD = self.pool((weight_C1 * x_CD).float(), graphs.session_C, dim_size=len(last_BD), dim=0)
         return self.out(torch.cat((general_BD, last_BD), 1))
 
 

@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,24 @@ class GraphBatch:
         alias_C = self.alias_BS[session_C, place_C] + node_B[session_C]
         follows = place_C[1:] > 0
         pair_E = torch.unique(alias_C[:-1][follows] * len(cell_M) + alias_C[1:][follows])
-        source_E, target_E = pair_E // len(cell_M), pair_E % len(cell_M)
-        end_B = self.length_B.cumsum(0)
-        return FlatGraphs(cell_M, node_B, alias_C, session_C, place_C, end_B - self.length_B, end_B - 1,
-                          Neighbours.of(target_E, source_E, len(cell_M)),
-                          Neighbours.of(source_E, target_E, len(cell_M)))
+        return FlatGraphs(cell_M, node_B, alias_C, session_C, place_C, self.length_B.cumsum(0) - 1,
+                          torch.stack((pair_E // len(cell_M), pair_E % len(cell_M))))
+
+    def to_pyg(self) -> Batch:
+        """The same graphs for PyTorch Geometric, on the CPU.
+
+        Of each: `x` [nodes], the items; `edge_index` [2, edges], from a click's node to the next click's, each pair
+        once; `click_index` [clicks], the node of every click in order; `user` [1].
+        """
+        from torch_geometric.data import Batch, Data  # takes a second, which only its users need
+
+        graphs = []
+        for nodes, alias, length, user in zip(self.nodes_BN.cpu(), self.alias_BS.cpu(), self.length_B.tolist(),
+                                              self.user_B.cpu()):
+            clicks = alias[:length].long()
+            edges = torch.stack((clicks[:-1], clicks[1:])).unique(dim=1) if length > 1 else clicks.new_zeros(2, 0)
+            graphs.append(Data(x=nodes[nodes > 0], edge_index=edges, click_index=clicks, user=user[None]))
+        return Batch.from_data_list(graphs)
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,9 @@ class FlatGraphs:
     """Session graphs of B prefixes end to end: M nodes, C clicks.
 
     cell_M: each node's place among the padded ones, read row by row. node_B: each prefix's first node. alias_C: the
-    node of each click. session_C, place_C: whose click it is, and the how manyth, from 0. first_B, last_B: each
-    prefix's first and last click. into, out: the nodes that a node follows, and those that follow it.
+    node of each click. session_C, place_C: whose click it is, and the how manyth, from 0. last_B: each prefix's last
+    click. edge_index_2E: from a node to one that follows it, as PyTorch Geometric has it, sorted; repeated transitions
+    are one edge.
     """
 
     cell_M: Tensor
@@ -68,10 +86,8 @@ class FlatGraphs:
     alias_C: Tensor
     session_C: Tensor
     place_C: Tensor
-    first_B: Tensor
     last_B: Tensor
-    into: Neighbours
-    out: Neighbours
+    edge_index_2E: Tensor
 
     def to(self, device: torch.device) -> FlatGraphs:
         """The same graphs on another device."""
@@ -85,31 +101,3 @@ class FlatGraphs:
     def padded(self, h_MD: Tensor, alias_BS: Tensor) -> Tensor:
         """The state of every click's node [B, S, D]; at padding that of the prefix's first, to be masked."""
         return F.embedding(alias_BS + self.node_B[:, None], h_MD)
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """For each of M nodes some others, in a list of all E: other_E, and where a node's begin, start_M."""
-
-    other_E: Tensor
-    start_M: Tensor
-    weight_E: Tensor
-
-    @classmethod
-    def of(cls, node_E: Tensor, other_E: Tensor, nodes: int) -> Neighbours:
-        """The `other_E` of the nodes `node_E`."""
-        order = torch.argsort(node_E, stable=True)
-        count_M = torch.bincount(node_E, minlength=nodes)
-        return cls(other_E[order], count_M.cumsum(0) - count_M, count_M.float().reciprocal()[node_E[order]])
-
-    def to(self, device: torch.device) -> Neighbours:
-        """The same on another device."""
-        return Neighbours(self.other_E.to(device), self.start_M.to(device), self.weight_E.to(device))
-
-    def mean(self, x_MD: Tensor) -> Tensor:
-        """The mean of what each node's others have, 0 where it has none (the rows of SR-GNN's connection matrix).
-
-        Deviation: repeated transitions count once, as in the authors' code; the paper (Wu et al. 2019, fig. 2) counts
-        occurrences.
-        """
-        return F.embedding_bag(self.other_E, x_MD.float(), self.start_M, mode="sum", per_sample_weights=self.weight_E)
