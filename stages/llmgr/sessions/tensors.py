@@ -5,6 +5,8 @@ the whole session: every prefix of a session shares one row of the tables below.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,19 @@ class Sessions:
         self.items, self.row, self.length, self.target = items, row, length, target
         self.user = torch.zeros(len(items), dtype=torch.long) if user is None else user
         self.alias, self.nodes, self.count = _node_tables(items)
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Sessions:
+        """Every prefix of lists of item ids (from 1), followed by the item that comes next, each of a user of its own.
+
+        A list of n items makes n - 1 samples.
+        """
+        items = torch.zeros(len(lists), max(map(len, lists)) - 1, dtype=torch.int32)
+        for row, clicks in enumerate(lists):
+            items[row, :len(clicks) - 1] = torch.tensor(clicks[:-1])
+        row, length, target = zip(*((row, n, clicks[n]) for row, clicks in enumerate(lists)
+                                    for n in range(1, len(clicks))))
+        return cls(items, *map(torch.tensor, (row, length, target)), torch.arange(1, len(lists) + 1))
 
     def __len__(self) -> int:
         return len(self.row)
