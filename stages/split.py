@@ -24,10 +24,11 @@ def main(params) -> None:
     from llmgr.data import interactions
     from llmgr.params.checks import check_pairs
     from llmgr.runtime.artifacts import read_table, write_json, write_table
+    from llmgr.runtime.memory import capacity
 
     items = read_table("data/core/items.parquet", ["item", "item_id"])
     if params.tune.linear or params.encoder.linear_controls:
-        check_pairs(len(items))
+        check_pairs(len(items), capacity())
     core = read_table("data/core/interactions.parquet")
     rows = interactions.ordered(core, params.split.ties, params.split.seed).join(
         items, on="item", how="left", maintain_order="left"

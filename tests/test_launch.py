@@ -251,7 +251,7 @@ def sentence(done: subprocess.CompletedProcess) -> str:
 
 def test_a_worker_that_dies_takes_the_others_along_and_the_run_goes_on_to_the_same_bytes(undisturbed, tmp_path) -> None:
     done = run(tmp_path, toy("lambda total: os.kill(os.getpid(), signal.SIGKILL)"))
-    assert re.search(r"error: process 2 of 2 was killed \(SIGKILL\) and the others were stopped; .*tune.batch_size",
+    assert re.search(r"error: process 2 of 2 was killed \(SIGKILL\) and the others were stopped; .*launch.processes",
                      sentence(done))
     assert not list(tmp_path.glob("bytes.*")) and checkpoint_of(tmp_path / "resume/state.pt")["progress"]["step"] == 7
     again = run(tmp_path, toy("lambda total: total"))
@@ -262,7 +262,7 @@ def test_a_worker_that_dies_takes_the_others_along_and_the_run_goes_on_to_the_sa
 @pytest.mark.parametrize(("what", "words"), [
     ("lambda total: total * float('nan')", ["tune: the loss", "not finite at step 8", "lower tune.lr"]),
     ("lambda total: torch.empty(2**60, dtype=torch.uint8)",
-     ["out of memory", "tune.batch_size", "tune.gradient_checkpointing", "launch.strategy=zero3"]),
+     ["out of memory"]),
 ], ids=["nan", "memory"])
 def test_what_one_worker_meets_stops_all_with_one_sentence(tmp_path: Path, what: str, words: list[str]) -> None:
     said = sentence(run(tmp_path, toy(what)))

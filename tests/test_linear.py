@@ -17,7 +17,6 @@ from llmgr.encoders import pretraining
 from llmgr.encoders.pretraining import EncoderJob
 from llmgr.encoders.registry import build_recommender, save_recommender
 from llmgr.evaluation import baselines, models
-from llmgr.params import checks
 from llmgr.prior import left_out, slit, weighted_sum
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.reading import read_sessions
@@ -201,8 +200,13 @@ def test_what_cannot_be_formed_is_refused_in_a_sentence(tmp_path: Path, monkeypa
     train, _ = read_sessions("data/sessions/train.parquet", 50)
     with pytest.raises(UserError, match=r"set slit\.ridge above -1"):
         left_out.LeftOut(train, -1.0, 0.7, None, 0.0, ITEMS)
-    monkeypatch.setattr(checks, "PAIRED", ITEMS - 1)
-    with pytest.raises(UserError, match=rf"all pairs of {ITEMS} items, at most {ITEMS - 1} .* tune\.linear=false"):
+    monkeypatch.setattr(left_out, "available", lambda: 16 * ITEMS ** 2 - 1)
+    with pytest.raises(UserError, match=rf"all pairs of {ITEMS} items: it needs 0.0 GB .* tune\.linear=false"):
+        left_out.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)
+    monkeypatch.setattr(left_out, "available", lambda: 2 * 16 * ITEMS ** 2)
+    left_out.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="all pairs"):
         left_out.LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS)
 
 

@@ -27,9 +27,10 @@ from machine import DEFAULTS, small_disk, stage, within
 from tiny import CHECKPOINTS, language_model, tokenizer
 
 from llmgr.experiments.ablations import changes
-from llmgr.params import checks, loading
+from llmgr.params import loading
 from llmgr.params.names import FLOORS
 from llmgr.prior.weighted_sum import build_prior
+from llmgr.runtime import memory
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors
 from llmgr.sessions.reading import read_split
 
@@ -532,9 +533,9 @@ def refused(copy: Path, capfd: pytest.CaptureFixture, name: str, *arguments: str
 
 def test_a_catalogue_too_large_for_the_linear_model_is_refused_before_any_training(
         copy: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "PAIRED", 10)
+    monkeypatch.setattr(memory, "capacity", lambda: 1e4)
     said = refused(copy, capfd, "split")
-    assert "at most 10 are allowed: set tune.linear=false, tune.folds=0 and encoder.linear_controls=[]" in said
+    assert "there are 0.0 GB; set tune.linear=false, tune.folds=0 and encoder.linear_controls=[]" in said
     change(copy, tune__linear=False, tune__folds=0, encoder__linear_controls=[])
     assert stage("split", root=copy) == 0
 

@@ -13,6 +13,7 @@ import yaml
 from machine import DEFAULTS
 
 from llmgr.params import loading
+from llmgr.runtime import memory
 
 STAGES = Path(__file__).resolve().parent.parent / "stages"
 
@@ -50,9 +51,11 @@ def test_help_is_the_docstring(tmp_path):
     ("from llmgr.runtime.errors import UserError\nraise UserError('tune.lr=9 is high: lower it')",
      ["tune.lr=9 is high"]),
     ("from llmgr.runtime.artifacts import read_json\nread_json('gone.json')", ["gone.json", "dvc repro"]),
-    ("raise MemoryError", ["out of memory", "tune.batch_size", "encoder.training.batch_size"]),
-    ("import torch\ntorch.empty(2**60, dtype=torch.uint8)", ["out of memory", "tune.gradient_checkpointing"]),
-    ("import torch\nraise torch.OutOfMemoryError('CUDA out of memory')", ["out of memory", "launch.strategy=zero3"]),
+    ("raise MemoryError", ["out of memory"]),
+    ("import torch\ntorch.empty(2**60, dtype=torch.uint8)", ["out of memory"]),
+    ("import torch\nraise torch.OutOfMemoryError('CUDA out of memory')", ["out of memory"]),
+    ("raise RuntimeError('could not create a primitive')", ["out of memory"]),
+    ("raise RuntimeError('could not create a memory object')", ["out of memory"]),
     ("import os, errno\nraise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", ["disk is full"]),
     ("raise RuntimeError('I/O error: No space left on device (os error 28)')", ["disk is full"]),
     ("raise RuntimeError('(sqlite3.OperationalError) database or disk is full\\n[SQL: ...]')", ["disk is full"]),
@@ -68,9 +71,43 @@ def test_what_the_user_can_mend_is_one_sentence_and_status_2(tmp_path, body, wor
 def test_keys_that_the_messages_name_exist():
     known = set(loading.flat(loading.load(DEFAULTS)))
     sections = {k.split(".")[0] for k in known}
-    text = (STAGES / "llmgr/pipeline/stage.py").read_text()
+    text = (STAGES / "llmgr/pipeline/stage.py").read_text() + "\n".join(map(memory.what_helps, memory.HELP))
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_.]*[a-z_])", text)) - {"params.yaml"}
     assert named and named <= known
+
+
+@pytest.mark.parametrize(("stage", "named", "other"), [
+    ("tune", "tune.batch_size", "align."), ("align", "align.batch_size", "tune."),
+    ("bucket", "bucket.resamples", "tune."),
+    ("pretrain", "encoder.training.batch_size", "linear"), ("tower", "tower.batch_size", "tune."),
+    ("gate", "gate.sessions", "tune."), ("linear", "encoder.linear_controls=[]", "tune."),
+    ("filter", "memory", ".batch_size")])
+def test_out_of_memory_a_stage_names_what_is_its_own(tmp_path, stage, named, other):
+    command = script(tmp_path, "raise MemoryError")
+    (tmp_path / "probe.py").rename(tmp_path / f"{stage}.py")
+    done = subprocess.run([command[0], f"{stage}.py", "--mark", "x"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(STAGES)})
+    assert done.returncode == 2 and done.stderr.startswith("error: out of memory: ")
+    assert named in done.stderr and other not in done.stderr
+
+
+def group(folder: Path, limit: str, used: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+
+
+def test_memory_is_the_least_that_machine_and_groups_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_folders", lambda: [(tmp_path / name, ("memory.max", "memory.current"))
+                                                     for name in ("a/b", "a", "gone")])
+    whole = memory.capacity()
+    assert whole > 1e8 and 0 < memory.available() <= whole
+    group(tmp_path / "a", "max", 10, 0)
+    assert memory.capacity() == whole
+    group(tmp_path / "a/b", "2000", 1500, 300)
+    assert memory.capacity() == 2000 and memory.available() == 800
 
 
 def test_a_wrong_parameter_stops_before_any_work(tmp_path):

@@ -317,7 +317,8 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(tmp_path):
 @pytest.mark.parametrize(("name", "key"), [
     ("gcsan-text", "encoder.text_lr"), ("backbone", "llm.scratch.lr"),
     ("stamp-linear without fold 2", "encoder.text_lr"), ("gcsan at 0.03", "encoder.gcsan.lr"),
-    ("align", "align.lr")])
+    ("align", "align.lr, or model.lora_alpha where it is high"),
+    ("tune", "tune.lr, or model.lora_alpha where it is high")])
 def test_the_key_to_lower_is_that_of_the_stage(tmp_path, name, key):
     job = Toy()
     job.broken = {1: lambda total: total * math.nan}

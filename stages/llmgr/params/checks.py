@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.memory import GB
 
-PAIRED = 40_000  # items; a matrix of all pairs takes 6.4 GB then, and two are held
+PAIRS_HELD = 4
+"""Float32 matrices of all pairs of items at the peak: the inverse, the scores, and two of their making."""
 
 
-def check_pairs(items: int) -> None:
-    """Raise UserError where a catalogue is too large for `tune.linear` and `encoder.linear_controls`."""
-    if items > PAIRED:
-        raise UserError(f"the linear model of LLMGR and NAME-linear forms a matrix of all pairs of {items} items, at "
-                        f"most {PAIRED} are allowed: set tune.linear=false, tune.folds=0 and "
-                        "encoder.linear_controls=[]")
+def check_pairs(items: int, memory: float) -> None:
+    """Raise UserError where `memory` (bytes) does not hold what `tune.linear` and `encoder.linear_controls` form."""
+    need = PAIRS_HELD * 4 * items ** 2
+    if need > memory:
+        raise UserError(f"the linear model of LLMGR and NAME-linear forms matrices of all pairs of {items:,} items: it "
+                        f"needs {need / GB:.1f} GB and there are {max(0.0, memory) / GB:.1f} GB; set "
+                        "tune.linear=false, tune.folds=0 and encoder.linear_controls=[], or take a machine with more")
 
 
 def one_of(known: Sequence[str], name: str, key: str, wrong: str) -> None:

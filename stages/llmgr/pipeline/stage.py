@@ -11,6 +11,7 @@ from pathlib import Path
 from llmgr.runtime.console import WORKERS
 from llmgr.runtime.errors import UserError, WorkersFailed, disk_is_full, out_of_memory
 from llmgr.runtime.masking import masked
+from llmgr.runtime.memory import what_helps
 from llmgr.runtime.ownership import alone, follow_dvc
 from llmgr.runtime.resume import home
 
@@ -59,12 +60,7 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
             _fail(f"the disk is full or a file limit was reached ({told}); free some space and run `dvc repro` again: "
                   "finished files are whole and training goes on from its last checkpoint")
         if out_of_memory(error):
-            _fail("out of memory: lower tune.batch_size and raise tune.accumulate by the same factor, set "
-                  "tune.gradient_checkpointing=true or launch.strategy=zero3 (with several launch.processes), or lower "
-                  "encoder.training.batch_size (align.* likewise for stage 1, llm.scratch.batch_size for a scratch "
-                  "model, tower.batch_size for the tower, or tower.gradient_checkpointing=true where a language model "
-                  "is one; evaluate.batch_size in gate and evaluate, gate.sessions in gate); tune.linear=false, "
-                  "tune.folds=0 and encoder.linear_controls=[] spare two matrices of all pairs of items")
+            _fail(f"out of memory: {what_helps(Path(sys.argv[0]).stem)}")
         _fail(traceback.format_exc(), status=1)
 
 

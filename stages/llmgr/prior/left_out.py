@@ -1,6 +1,7 @@
 """SLIT fitted to all users, scoring each session as if that user's own clicks had not been fitted."""
 from __future__ import annotations
 
+import os
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from llmgr.params.checks import check_pairs
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.memory import available
 from llmgr.sessions.clicks import prefix_clicks
 from llmgr.sessions.reading import catalogue_size
 from llmgr.sessions.tensors import Sessions
@@ -33,7 +35,7 @@ class LeftOut:
 
     def __init__(self, train: Sessions, ridge: float, decay: float, words: csr_array | None, text_share: float,
                  items: int) -> None:
-        check_pairs(items)
+        check_pairs(items, available() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # each process forms its own
         self.decay, self.items = decay, items
         user = train.user[train.row].cpu().numpy()
         order = np.argsort(user, kind="stable")
@@ -48,6 +50,7 @@ class LeftOut:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).T.numpy()  # symmetric: now rows lie together
         except torch.linalg.LinAlgError:
             raise UserError(f"the linear model is not solved: set slit.ridge above {ridge:g}") from None
+        del gram  # a quarter of the memory at the peak
         self.matrix = ((self.targets.T @ self.clicks) @ inverse).T
         if words is not None and text_share:
             words = words.astype(np.float32)

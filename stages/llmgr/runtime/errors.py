@@ -25,6 +25,10 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_DISK_WORDS = (*map(os.strerror, FULL_DISK), "database or disk is full")  # the last is SQLite's
 
 
+NO_MEMORY_WORDS = ("can't allocate memory", "ALLOC_FAILED", "std::bad_alloc", "CUDA out of memory",
+                   "could not create a primitive", "could not create a memory")  # the last two are oneDNN's
+
+
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error says that the disk is full; libraries that wrap it keep its words at most."""
     if isinstance(error, OSError):
@@ -35,4 +39,4 @@ def disk_is_full(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of the machine or of a GPU."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        any(words in str(error) for words in ("can't allocate memory", "ALLOC_FAILED")))
+        any(words in str(error) for words in NO_MEMORY_WORDS))

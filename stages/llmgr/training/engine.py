@@ -28,6 +28,8 @@ from llmgr.training.job import Job, Progress
 from llmgr.training.optimizer import adamw, cosine
 
 CURVE_POINTS = 200
+SCALED = dict.fromkeys(("align", "tune"), ", or model.lora_alpha where it is high")
+"""What makes a stage's training diverge beside its learning rate."""
 
 
 def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy: str = "ddp",
@@ -90,7 +92,7 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
             if not math.isfinite(progress.window[0] + norm):
                 kept = "the last good checkpoint is kept" if (resume / "state.pt").exists() else "no checkpoint yet"
                 raise Diverged(f"{name}: the loss or its gradient is not finite at step {progress.step + 1}; lower "
-                               f"{rate_key(name)}; {kept}")
+                               f"{rate_key(name)}{SCALED.get(name.split()[0], '')}; {kept}")
             progress.step += 1
             progress.done += 1
             if progress.step % every == 0 or progress.done == len(steps):

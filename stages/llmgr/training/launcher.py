@@ -17,6 +17,7 @@ from torch import distributed
 
 from llmgr.runtime.console import PARENT, WORKERS, say
 from llmgr.runtime.errors import UserError, WorkersFailed
+from llmgr.runtime.memory import what_helps
 from llmgr.runtime.ownership import leave_when, parent_gone
 
 
@@ -110,8 +111,8 @@ def _reason(found: list[int | None], folder: Path) -> WorkersFailed:
         if status and status < 0:
             return WorkersFailed(
                 f"process {n + 1} of {len(found)} was killed ({signal.Signals(-status).name}) and the others were "
-                "stopped; if memory had run out, lower tune.batch_size (align.batch_size in stage 1) or set "
-                "launch.strategy=zero3; the same command goes on from the last checkpoint", 2)
+                f"stopped; if memory had run out, {what_helps(Path(sys.argv[0]).stem)}; or lower "
+                "launch.processes; the same command goes on from the last checkpoint", 2)
     if said:
         return WorkersFailed(min(said.values(), key=lambda path: path.stat().st_mtime_ns).read_text(), 1)
     return WorkersFailed(f"a process ended with status {max(found, key=bool)} and the others were stopped", 1)
