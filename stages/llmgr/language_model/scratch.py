@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.runtime.artifacts import save_tensors
+from llmgr.text.items import token_ids
 from llmgr.training.job import Loss
 
 SCRATCH_TOKENS = 128  # of each text that a scratch model is trained on
@@ -70,7 +71,7 @@ def train_scratch(texts: list[str], params: Any, folder: Path, resume: Path, see
         num_hidden_layers=params.layers, num_attention_heads=params.heads, num_key_value_heads=params.heads,
         max_position_embeddings=max(max_positions, SCRATCH_TOKENS), bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=True)).to(device_of())
-    ids = [row[:SCRATCH_TOKENS] for row in tokenizer(texts)["input_ids"]]
+    ids = [row[:SCRATCH_TOKENS] for row in token_ids(tokenizer, texts, None, special=True)]
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     table = nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in order], batch_first=True)
     job = TextJob(model, table, torch.tensor([len(ids[i]) for i in order]), max(1, len(ids) // 20), params.batch_size)

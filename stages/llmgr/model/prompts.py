@@ -21,7 +21,7 @@ from llmgr.language_model.packing import GRAPH, NODE, TEXT, PromptBatch
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.graphs import GraphBatch
 from llmgr.sessions.tensors import Sessions
-from llmgr.text.items import token_table
+from llmgr.text.items import token_ids, token_table
 
 ALIGNMENT = "Each node stands for a product. Nodes: {nodes}. Description: {text}. The described node is:"
 BEHAVIOUR = {
@@ -93,8 +93,7 @@ def pieces(template: str, tokenizer: Any, start: bool) -> list[str | list[int]]:
 
 def text_table(tokenizer: Any, texts: list[str], longest: int) -> tuple[Tensor, Tensor]:
     """Token ids of item texts [V+1, longest] and their counts [V+1]; row 0 is empty."""
-    ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
-    return token_table(ids, longest)
+    return token_table(token_ids(tokenizer, texts, longest, special=False), longest)
 
 
 class AlignmentPrompts:

@@ -20,7 +20,7 @@ from llmgr.runtime.artifacts import read_json, replacing_folder, save_tensors, w
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.resume import resume_folder
 from llmgr.sessions.clicks import click_weights
-from llmgr.text.items import item_texts, texts_shuffled, token_table
+from llmgr.text.items import item_texts, texts_shuffled, token_ids, token_table
 from llmgr.text.vectors import likeness, position_offset
 from llmgr.training.engine import finish, fit
 from llmgr.training.job import Loss, Progress
@@ -163,8 +163,7 @@ def built(params: Any, place: torch.device) -> TextTower:
     torch.manual_seed(params.seed)
     settings, longest = params.tower, params.tower.max_text_tokens
     texts = item_texts("data/core/items.parquet", "text", texts_shuffled(params))
-    token_VL, count_V = token_table(
-        load_tokenizer("models/backbone")(texts, truncation=True, max_length=longest)["input_ids"], longest)
+    token_VL, count_V = token_table(token_ids(load_tokenizer("models/backbone"), texts, longest, special=True), longest)
     if settings.encoder == "tokens":
         width = read_json("models/backbone/backbone.json")["width"]
         means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, width)

@@ -1,6 +1,7 @@
 """Item texts of the catalogue, and their token ids as tables."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ def token_table(ids: list[list[int]], longest: int) -> tuple[Tensor, Tensor]:
     token_VL[torch.arange(longest) < count_V[:, None]] = torch.tensor([t for row in ids for t in row],
                                                                       dtype=torch.long)
     return token_VL, count_V
+
+
+def token_ids(tokenizer: Any, texts: list[str], longest: int | None, special: bool) -> list[list[int]]:
+    """The first `longest` token ids of item texts (None: all), with the tokenizer's own around them if `special`.
+
+    A text is text: what reads like one of the tokenizer's special tokens (`</s>`, `<|endoftext|>`) gets a space behind
+    its first character, so that the text cannot end a prompt. The end of a text is cut, whatever side the tokenizer's
+    file names, since the title stands first.
+    """
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    known |= set(tokenizer.all_special_tokens)
+    spelled = sorted((token.strip() for token in known if len(token.strip()) > 1), key=len, reverse=True)
+    if spelled:
+        pattern = re.compile("|".join(map(re.escape, spelled)), re.I)
+        texts = [pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) for text in texts]
+    tokenizer.truncation_side = "right"
+    return tokenizer(texts, add_special_tokens=special, truncation=longest is not None, max_length=longest)["input_ids"]
 
 
 def deal(items: int, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.clicks import click_weights
-from llmgr.text.items import deal
+from llmgr.text.items import deal, token_ids
 
 if TYPE_CHECKING:
     from llmgr.sessions.graphs import GraphBatch
@@ -40,7 +40,7 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
     positions = model.config.max_position_embeddings - position_offset(model)
     if max_tokens > positions:
         raise UserError(f"llm.max_text_tokens={max_tokens} exceeds the backbone's {positions} positions: lower it")
-    ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    ids = token_ids(tokenizer, texts, max_tokens, special=True)
     device = next(model.parameters()).device
     length = torch.tensor([len(i) for i in ids])
     order = torch.argsort(length, stable=True)
