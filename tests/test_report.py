@@ -144,7 +144,7 @@ def test_the_page_stands_alone_and_is_the_same_twice(project: Path) -> None:
     assert used and used <= set(page.ids)
     assert str(project) not in content
     figures = {path.name: path.read_bytes() for path in Path("reports/figures").iterdir()}
-    assert sorted(figures) == ["buckets.svg", "cost.svg", "curves.svg", "differences.svg"]
+    assert sorted(figures) == ["answer.svg", "buckets.svg", "cost.svg", "curves.svg", "differences.svg"]
     stage.main(VIEW)
     assert Path("reports/index.html").read_text() == content
     assert {path.name: path.read_bytes() for path in Path("reports/figures").iterdir()} == figures
@@ -162,10 +162,11 @@ def test_the_page_shows_the_figures_of_the_metrics(project: Path) -> None:
                 assert metric == "n" or f"{bounds[model][convention]['all'][metric][0]:.4f}–" in text
             assert f"{found[model][convention]['cold']['ndcg_at_20']:.4f}" in text
     assert "12,345" in text and "11,890" in text and "1,500 test sessions" in text
-    sections = ["Data sample: 1,500 users, 640 items", "what it is HR@20", "Does LLMGR beat the text control?",
+    sections = ["Synthetic data.", "LLMGR ranks the next item", "what it is HR@20", f"All {len(MODELS)} models",
+                "Data sample: 1,500 users, 640 items", "Does LLMGR beat the text control?",
                 "Cold and warm items", "Differences from every model", "Training", "Cost",
                 "All cutoffs, with intervals"]
-    assert sorted(sections, key=text.index) == sections, "what was run, what came out, does it beat the control, why"
+    assert sorted(sections, key=text.index) == sections, "the answer comes first"
     assert "Synthetic data." in text and "2 CPU threads, X" in text and "21.35" in text
 
 
@@ -225,15 +226,15 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     assert naming.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors and a linear model of clicks and words")
     assert naming.describe("llmgr-start", other) == (
-        "what LLMGR's logits start from: a linear model of clicks and words, no language model tuned")
+        "LLMGR's prior alone: a linear model of clicks and words, no language model tuned")
     other.tune = dataclasses.replace(with_term, folds=4)
     assert naming.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors, its scores and a linear model of clicks and "
         "words")
     assert naming.describe("llmgr-start", other) == (
-        "what LLMGR's logits start from: a linear model of clicks and words and gcsan, no language model tuned")
+        "LLMGR's prior alone: a linear model of clicks and words and gcsan, no language model tuned")
     other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="tokens")
-    start = "what LLMGR's logits start from: a linear model of clicks and words and gcsan and tower"
+    start = "LLMGR's prior alone: a linear model of clicks and words and gcsan and tower"
     assert naming.describe("llmgr-start", other) == start + ", no language model tuned"
     assert naming.describe("tower", other).endswith("no language model")
     other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="language-model")
@@ -304,7 +305,7 @@ def test_new_encoders_appear_and_a_missing_llmgr_is_said(tmp_path: Path, monkeyp
     stage.main(VIEW)
     text = Page(Path("reports/index.html").read_text()).text()
     assert "LLMGR has not been evaluated" in text and "sasrec-text" in text and "<new> & odd" in text
-    assert sorted(path.name for path in Path("reports/figures").iterdir()) == ["buckets.svg"]
+    assert sorted(path.name for path in Path("reports/figures").iterdir()) == ["answer.svg", "buckets.svg"]
 
 
 def test_missing_metrics_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,3 +361,20 @@ def test_recording_without_results_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="evaluate"):
         record.main(PARAMS.view(record.READS))
     assert not Path("reports").exists()
+
+
+def test_the_page_opens_with_a_sentence_a_figure_and_few_rows(written: Path) -> None:
+    found = evidence.evidence(written / "reports")
+    chosen = {"lr": 0.003, "search": {"rates": [0.001, 0.003, 0.01], "ndcg_at_20": [0.1, 0.3, 0.2]}}
+    found["facts"]["encoders"] = {"gcsan": chosen, "gcsan-text": {"lr": 0.003}}
+    few = page.first_rows(found, VIEW)
+    untrained = max(names.FLOORS, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
+    assert few == [untrained, "gcsan", "gcsan-text", "llmgr"]
+    drawn = page.draw(found, VIEW)
+    assert all(f">{model}<" in drawn["answer"] for model in few) and ">gcsan-shuffled<" not in drawn["answer"]
+    text = Page(page.render(found, VIEW, drawn)).text()
+    top = text[:text.index(f"All {len(MODELS)} models")]
+    assert all(f"{found['buckets'][model]['test']['cold']['hr_at_20']:.4f}" in top for model in few)
+    assert "built-in" not in text and "gcsan-shuffled" not in top, "the rest is behind the fold"
+    assert "learning rate 0.003, chosen among 0.001, 0.003, 0.01" in top
+    assert len(page.render(found, VIEW, drawn).encode()) < 1_000_000

@@ -74,6 +74,28 @@ def buckets(found: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, s
         return _svg(figure, "buckets")
 
 
+def answer(quality: Mapping[str, Mapping], bounds: Mapping[str, Mapping], panels: Mapping[str, str], looks: Looks,
+           metric: str = "hr_at_20") -> str:
+    """A row a model with a dot and its 95% interval, a panel a bucket; `panels`: bucket -> label."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 0.9 + 0.26 * len(quality)))
+        shape = {"wspace": 0.1}
+        for axes, (bucket, label) in zip(figure.subplots(1, len(panels), sharey=True, gridspec_kw=shape),
+                                         panels.items()):
+            for place, (model, by) in enumerate(quality.items()):
+                colour, marker = looks[model]
+                if metric in by.get(bucket, {}):
+                    axes.plot(bounds[model][bucket][metric], [place] * 2, color=colour, linewidth=1.8)
+                    axes.plot(by[bucket][metric], place, marker, color=colour, markersize=5.5)
+            axes.set_title(label)
+            axes.locator_params(axis="x", nbins=3)
+            axes.grid(axis="y", visible=False)
+            axes.set_xlabel(pretty(metric))
+        figure.axes[0].set_yticks(range(len(quality)), quality)
+        figure.axes[0].set_ylim(len(quality) - 0.5, -0.5)
+        return _svg(figure, "answer")
+
+
 def differences(gaps: Mapping, ours: str, metrics: Sequence[str] = ("hr_at_20", "ndcg_at_20", "mrr_at_20")) -> str:
     """`ours` minus every other model with paired 95% intervals, over all, cold and warm targets, seen items kept."""
     slices = {"all": (INK, "o"), "cold": ("#1d6fa5", "s"), "warm": ("#c2410c", "D")}

@@ -46,7 +46,7 @@ def describe(model: str, params: Any) -> str:
     if model == START:
         parts = [*([params.model.base] if base_scores(params) else []), *([TOWER] if params.tower.enabled else [])]
         rest = "" if tuned_tower(params) else ", no language model tuned"
-        return f"what LLMGR's logits start from: {' and '.join(['a linear model of clicks and words', *parts])}{rest}"
+        return f"LLMGR's prior alone: {' and '.join(['a linear model of clicks and words', *parts])}{rest}"
     if model == MAIN:
         beside = " and a linear model of clicks and words" if params.tune.linear else ""
         beside = f", its scores{beside}" if base_scores(params) else beside
@@ -58,7 +58,7 @@ def describe(model: str, params: Any) -> str:
 
 
 def tuned_tower(params: Any) -> bool:
-    """Whether a language model has been tuned for what LLMGR's logits start from."""
+    """Whether a language model has been tuned for LLMGR's prior alone."""
     return params.tower.enabled and params.tower.encoder == "language-model"
 
 

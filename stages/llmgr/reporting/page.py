@@ -29,6 +29,7 @@ from llmgr.reporting.naming import (
     title_of,
 )
 from llmgr.reporting.significance import least_p
+from llmgr.reporting.summary import main_models
 from llmgr.reporting.tables import TWIN_COLUMNS, seed_tables
 from llmgr.reporting.verdicts import answer, call, p_text, sentence, verdicts
 from llmgr.runtime.masking import masked_all
@@ -49,6 +50,10 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
     drawn = {"buckets": figures.buckets(found["buckets"], found["intervals"], {
         title: {b: text for b, text in ticks.items() if b.startswith(prefix)} for title, prefix in panels.items()},
         {model: looks[model] for model in chosen})}
+    few = first_rows(found, params)
+    drawn["answer"] = figures.answer({model: found["buckets"][model]["test"] for model in few},
+                                     {model: found["intervals"][model]["test"] for model in few},
+                                     {bucket: ticks[bucket] for bucket in ("all", "cold", "warm")}, looks)
     if found["differences"]:
         drawn["differences"] = figures.differences(found["differences"], params.bucket.ours)
     steps, epochs = ({part: frame for part, frame in found[kind].items() if part in chosen or part not in looks}
@@ -60,6 +65,23 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
         drawn["cost"] = figures.cost(*({model: by["test"]["all"] for model, by in found[kind].items()}
                                        for kind in ("buckets", "intervals")), spent, parameters(found), looks)
     return drawn
+
+
+def first_rows(found: Mapping[str, Any], params: Any) -> list[str]:
+    """The page's first table: the main models, and the strongest baseline that is not trained."""
+    untrained = [model for model in found["buckets"] if model in FLOORS]
+    strongest = max(untrained, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"], default=None)
+    return [*filter(None, [strongest]), *(model for model in main_models(found, params) if model != strongest)]
+
+
+def rates(found: Mapping[str, Any]) -> dict[str, str]:
+    """The learning rate of every encoder, and the rates among which validation sessions chose it."""
+    def choice(facts: Mapping[str, Any]) -> str:
+        among = facts.get("search", {}).get("rates", ())
+        return f", chosen among {', '.join(f'{rate:g}' for rate in among)}" if among else ""
+
+    return {model: f"learning rate {facts['lr']:g}{choice(facts)}"
+            for model, facts in found["facts"].get("encoders", {}).items() if "lr" in facts}
 
 
 def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
@@ -81,7 +103,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     found = arranged(found, params)
-    said, ours = verdicts(found, params), params.bucket.ours
+    said, ours, few = verdicts(found, params), params.bucket.ours, first_rows(found, params)
     environment.filters |= {"pretty": pretty, "duration": duration, "signed": signed, "number": number, "value": shown,
                             "four": four}
     return environment.get_template("report.html.j2").render(
@@ -99,4 +121,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
         twin_columns=TWIN_COLUMNS, changes=changes,
         seed_tables=seed_tables(found["seeds"], params) if found["seeds"] else [],
+        short=sentence([v for v in said if v["model"] in few], ours), few=few, rates=rates(found),
+        best_of=lambda models, bucket, metric: max(
+            found["buckets"][model]["test"][bucket].get(metric, 0.0) for model in models),
         facts={name: grid(facts) for name, facts in found["facts"].items()}, settings=masked_all(flat(params)))

@@ -27,7 +27,7 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
         roles[control(params, "linear")] = "the control over the same linear model"
     tower = "the tower among it" if params.tower.enabled else ""
     rest = "" if tuned_tower(params) else "without a language model"
-    roles[START] = ", ".join(filter(None, ("what LLMGR's logits start from", tower, rest)))
+    roles[START] = ", ".join(filter(None, ("LLMGR's prior alone", tower, rest)))
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")
