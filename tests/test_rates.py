@@ -32,8 +32,8 @@ class Accuracy(Toy):
         self.limit = limit
 
     def loss(self, micro):
-        found = super().loss(micro)
-        return found if found.total < self.limit * len(micro) else found._replace(total=found.total * float("nan"))
+        loss = super().loss(micro)
+        return loss if loss.total < self.limit * len(micro) else loss._replace(total=loss.total * float("nan"))
 
     @torch.no_grad()
     def validate(self):
@@ -53,37 +53,37 @@ def at_rate(rate: float, folder: Path, until: int | None = None, **changes) -> t
 
 def test_the_chosen_rate_ends_as_a_training_at_that_rate_alone_and_the_others_cost_less_than_it(tmp_path):
     alone = {rate: at_rate(rate, tmp_path) for rate in RATES}
-    job, asked = Accuracy(), searched()
-    found = fit_best_rate(job, asked, seed=7, resume=tmp_path / "search", name="stamp")
-    assert found.rate == asked.lr == max(RATES, key=lambda rate: alone[rate][1])
-    assert (bytes_of(job), found.progress.best) == alone[found.rate]
-    assert found.record["rates"] == RATES and sorted(found.record["epochs"]) == [1, 2, 3, 4, 6]
-    assert found.record["valid_score"][RATES.index(found.rate)] == found.progress.best
-    assert found.seconds > 0
+    job, options = Accuracy(), searched()
+    chosen = fit_best_rate(job, options, seed=7, resume=tmp_path / "search", name="stamp")
+    assert chosen.rate == options.lr == max(RATES, key=lambda rate: alone[rate][1])
+    assert (bytes_of(job), chosen.progress.best) == alone[chosen.rate]
+    assert chosen.record["rates"] == RATES and sorted(chosen.record["epochs"]) == [1, 2, 3, 4, 6]
+    assert chosen.record["valid_score"][RATES.index(chosen.rate)] == chosen.progress.best
+    assert chosen.seconds > 0
 
 
 @pytest.mark.parametrize(("rungs", "epochs"), [([1], [1] * 4 + [6]), ([1, 3], [1, 3, 3, 3, 6])])
 def test_a_rung_gives_up_the_worst_and_the_last_rung_all_but_the_best(tmp_path, rungs, epochs):
-    found = fit_best_rate(Accuracy(), searched(rungs=rungs), seed=7, resume=tmp_path, name="stamp").record
-    assert sorted(found["epochs"]) == epochs
+    chosen = fit_best_rate(Accuracy(), searched(rungs=rungs), seed=7, resume=tmp_path, name="stamp").record
+    assert sorted(chosen["epochs"]) == epochs
     if len(rungs) > 1:
-        assert found["epochs"][0] == 1, "the lowest rate, which hardly moves"
-    given_up = [score for n, score in zip(found["epochs"], found["valid_score"]) if n == max(rungs)]
-    winner = at_rate(found["rates"][found["epochs"].index(6)], tmp_path, until=max(rungs))
+        assert chosen["epochs"][0] == 1, "the lowest rate, which hardly moves"
+    given_up = [score for n, score in zip(chosen["epochs"], chosen["valid_score"]) if n == max(rungs)]
+    winner = at_rate(chosen["rates"][chosen["epochs"].index(6)], tmp_path, until=max(rungs))
     assert winner[1] > max(given_up)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_where_the_rungs_reach_the_end_the_best_full_training_wins(tmp_path, epochs):
-    found = fit_best_rate(Accuracy(), searched(epochs=epochs, rungs=[epochs]), seed=7, resume=tmp_path, name="stamp")
-    assert found.rate == max(RATES, key=lambda rate: at_rate(rate, tmp_path, epochs=epochs)[1])
-    assert found.record["epochs"] == [epochs] * len(RATES)
+    chosen = fit_best_rate(Accuracy(), searched(epochs=epochs, rungs=[epochs]), seed=7, resume=tmp_path, name="stamp")
+    assert chosen.rate == max(RATES, key=lambda rate: at_rate(rate, tmp_path, epochs=epochs)[1])
+    assert chosen.record["epochs"] == [epochs] * len(RATES)
 
 
 def test_fewer_rates_take_the_later_rungs(tmp_path):
     for rates, epochs in ((RATES[1:4], [3, 4, 6]), (RATES[1:3], [4, 6]), (RATES[1:2], [6])):
-        found = fit_best_rate(Accuracy(), searched(rates=rates), seed=7, resume=tmp_path / str(rates), name="stamp")
-        assert sorted(found.record["epochs"]) == epochs
+        chosen = fit_best_rate(Accuracy(), searched(rates=rates), seed=7, resume=tmp_path / str(rates), name="stamp")
+        assert sorted(chosen.record["epochs"]) == epochs
 
 
 def test_interrupted_anywhere_it_ends_with_the_same_bytes_and_the_same_record(tmp_path):
@@ -96,14 +96,14 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes_and_the_same_record(tm
             fit_best_rate(first, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
         torch.manual_seed(call)  # whatever the random state was
         second = Accuracy()
-        found = fit_best_rate(second, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
-        assert bytes_of(second) == bytes_of(whole) and (found.rate, found.record) == (expected.rate, expected.record)
+        chosen = fit_best_rate(second, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
+        assert bytes_of(second) == bytes_of(whole) and (chosen.rate, chosen.record) == (expected.rate, expected.record)
         assert second.calls == whole.calls - call + 1, "no step is done twice"
 
 
 def test_a_rate_that_diverges_is_given_up(tmp_path, capsys):
-    found = fit_best_rate(Accuracy(limit=3), searched(rates=[3e8, 0.03, 0.003]), seed=7, resume=tmp_path, name="stamp")
-    assert found.rate == 0.03 and found.record["valid_score"][0] is None
+    chosen = fit_best_rate(Accuracy(limit=3), searched(rates=[3e8, 0.03, 0.003]), seed=7, resume=tmp_path, name="stamp")
+    assert chosen.rate == 0.03 and chosen.record["valid_score"][0] is None
     assert "learning rate 3e+08 stopped being finite" in capsys.readouterr().err
 
 
@@ -113,14 +113,14 @@ def test_where_the_best_diverges_later_the_next_takes_its_place(tmp_path):
     best = fit_best_rate(Accuracy(), searched(), seed=7, resume=tmp_path / "a", name="stamp").rate
 
     def loss(micro, plain=job.loss):
-        found = plain(micro)
-        late = asked.lr == best and next(calls) > 5 * 3  # batches an epoch
-        return found._replace(total=found.total * float("nan")) if late else found
+        result = plain(micro)
+        late = options.lr == best and next(calls) > 5 * 3  # batches an epoch
+        return result._replace(total=result.total * float("nan")) if late else result
 
-    job.loss, asked = loss, searched()
-    found = fit_best_rate(job, asked, seed=7, resume=tmp_path / "b", name="stamp")
-    assert found.rate != best and found.progress.epoch == 6
-    assert bytes_of(job) == at_rate(found.rate, tmp_path)[0]
+    job.loss, options = loss, searched()
+    chosen = fit_best_rate(job, options, seed=7, resume=tmp_path / "b", name="stamp")
+    assert chosen.rate != best and chosen.progress.epoch == 6
+    assert bytes_of(job) == at_rate(chosen.rate, tmp_path)[0]
 
 
 def test_where_no_rate_stays_finite_it_says_what_to_do(tmp_path):
@@ -143,10 +143,10 @@ def test_pretraining_records_what_it_chose_and_goes_on_after_an_interruption(
         place: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert stage("pretrain", "--encoder", name, root=place) == 0
     folder, record = place / "models/encoders" / name, place / f"reports/metrics/encoders/{name}.json"
-    found, before = read_json(record), [digest(path) for path in sorted(folder.iterdir())]
-    assert found["lr"] == read_json(folder / "config.json")["settings"]["lr"] == 0.02
-    assert found["search"]["rates"] == [0.0001, 0.02, 1e20] and found["search"]["epochs"] == [2, 4, 0]
-    assert found["search"]["valid_ndcg_at_20"][1] == pytest.approx(found["valid"]["ndcg_at_20"], abs=1e-5)
+    metrics, before = read_json(record), [digest(path) for path in sorted(folder.iterdir())]
+    assert metrics["lr"] == read_json(folder / "config.json")["settings"]["lr"] == 0.02
+    assert metrics["search"]["rates"] == [0.0001, 0.02, 1e20] and metrics["search"]["epochs"] == [2, 4, 0]
+    assert metrics["search"]["valid_ndcg_at_20"][1] == pytest.approx(metrics["valid"]["ndcg_at_20"], abs=1e-5)
     plain, calls = EncoderJob.loss, itertools.count(1)
 
     def loss(self, micro):
@@ -158,7 +158,7 @@ def test_pretraining_records_what_it_chose_and_goes_on_after_an_interruption(
     assert stage("pretrain", "--encoder", name, root=place) == 1
     assert list((place / ".resume").rglob("state.pt"))
     assert stage("pretrain", "--encoder", name, root=place) == 0
-    assert [digest(path) for path in sorted(folder.iterdir())] == before and read_json(record) == found
+    assert [digest(path) for path in sorted(folder.iterdir())] == before and read_json(record) == metrics
 
 
 def test_folds_learn_at_the_rate_that_the_base_chose(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
