@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from machine import ROOT
+from tiny import CHECKPOINTS
 
 import tables
 from llmgr.experiments.pages import BLOCK, Tables, pages
@@ -78,6 +79,19 @@ def test_what_the_commands_name_is_there(page: Path) -> None:
 def test_commands_can_be_pasted(page: Path) -> None:
     commands = blocks((ROOT / page).read_text())
     assert subprocess.run(["bash", "-n"], input=commands, text=True, capture_output=True).stderr == ""
+
+
+def test_the_library_does_what_its_example_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "Llmgr" in block]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/backbone").symlink_to(CHECKPOINTS / "stories260K")
+    (tmp_path / "params.yaml").symlink_to(ROOT / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert names["scores"].shape == (7, 10) and names["loss"].total.item() > 0
+    names["loss"].total.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in names["llmgr"].parameters())
 
 
 def test_the_tree_lists_what_there_is() -> None:
