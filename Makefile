@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro heal experiments test test-fast lint bench twins seeds results tables grid pick mlflow clean
+.PHONY: repro doctor able heal experiments test test-fast lint bench twins seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -12,9 +12,17 @@ $(VENV)/.installed: requirements.lock
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	touch $@
 
-repro: $(VENV)/.installed
+repro: able $(VENV)/.installed
 	@$(BIN)/python stages/heal.py --locks  # of a run that was killed
 	$(BIN)/dvc repro
+
+CHECK = VENV=$(VENV) $$(test -x $(BIN)/python && echo $(BIN)/python || command -v $(PYTHON) || echo python3) stages/doctor.py
+
+doctor:  # what this machine lacks, one line each with the mend
+	@$(CHECK)
+
+able:  # the same, quiet where all is well
+	@$(CHECK) --quiet
 
 heal:  # what a killed dvc left: lock files, references of experiments, the branch
 	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) stages/heal.py
