@@ -96,8 +96,8 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes_and_the_same_record(tm
             fit_best_rate(first, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
         torch.manual_seed(call)  # whatever the random state was
         second = Accuracy()
-        chosen = fit_best_rate(second, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
-        assert bytes_of(second) == bytes_of(whole) and (chosen.rate, chosen.record) == (expected.rate, expected.record)
+        again = fit_best_rate(second, searched(checkpoint_seconds=0), seed=7, resume=tmp_path / f"{call}", name="stamp")
+        assert bytes_of(second) == bytes_of(whole) and (again.rate, again.record) == (expected.rate, expected.record)
         assert second.calls == whole.calls - call + 1, "no step is done twice"
 
 
