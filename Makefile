@@ -7,9 +7,10 @@ export PATH := $(BIN):$(PATH)
 .PHONY: repro doctor able heal experiments test test-fast lint bench twins seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
+	@echo "installing into $(VENV), once: some 2 GB, 2 to 5 minutes; a line a package" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==$$(sed -n 's/^torch==//p' requirements.lock)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.lock)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
 	touch $@
 
 repro: able $(VENV)/.installed

@@ -13,6 +13,7 @@ from llmgr.runtime.errors import UserError, WorkersFailed, disk_is_full, out_of_
 from llmgr.runtime.masking import masked
 from llmgr.runtime.memory import what_helps
 from llmgr.runtime.ownership import alone, follow_dvc
+from llmgr.runtime.plan import Timed
 from llmgr.runtime.resume import home
 
 
@@ -40,6 +41,8 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
         filled = {name: value.partition("-")[0] for name, value in arguments.items() if value is not None}
         params = load("params.yaml").view([key.format(**filled) for key in reads])
         alone(home())
+        timed = Timed(home())
+        timed.announce()
         if workers:
             from llmgr.training.launcher import processes
 
@@ -48,6 +51,7 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
                     main(params, **arguments)
         else:
             main(params, **arguments)
+        timed.done()
     except UserError as error:
         _fail(str(error))
     except WorkersFailed as failed:

@@ -19,6 +19,7 @@ from llmgr.encoders.registry import family, load_encoder
 from llmgr.params.derived import cross_fits
 from llmgr.params.loading import flat
 from llmgr.runtime.artifacts import load_tensors, read_json, replacing_folder, save_tensors, write_json
+from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.resume import resume_folder
 from llmgr.training.cost import cost
@@ -63,6 +64,7 @@ def train_folds(params: Any) -> None:
             raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
         fold_U = fold_of(users, folds, params.seed)
     for fold in range(folds):
+        say(f"fold {fold + 1} of {folds}")
         model = built(params, name, train)
         kept = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
         job = EncoderJob(model, train.subset(kept), valid, settings, arithmetic(settings.precision))

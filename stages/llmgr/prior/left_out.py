@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmgr.params.checks import check_pairs
-from llmgr.runtime.console import say
+from llmgr.runtime.console import during, say
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.memory import available
 from llmgr.sessions.clicks import prefix_clicks
@@ -131,4 +131,5 @@ def left_out(slit: Any, train: Sessions, shuffle: int | None = None) -> LeftOut:
     path = "data/core/items.parquet"
     words, items = catalogue_words(path, shuffle) if slit.text else None, catalogue_size(path)
     say(f"linear model: forming the matrices of all pairs of {items:,} items")  # minutes on a large catalogue
-    return LeftOut(train, slit.ridge, slit.decay, words, slit.text, items)
+    with during("linear model: forming its matrices"):
+        return LeftOut(train, slit.ridge, slit.decay, words, slit.text, items)

@@ -17,6 +17,7 @@ from llmgr.prior.tower import FOLDER, asked
 from llmgr.ranking.loop import rank_sessions
 from llmgr.ranking.metrics import metrics
 from llmgr.runtime.artifacts import read_json, replacing_folder, save_tensors, write_json
+from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.resume import resume_folder
 from llmgr.sessions.clicks import click_weights
@@ -132,6 +133,7 @@ def train_tower(params: Any) -> None:
     untuned, whole = apart(model.state_dict()), {}
     for fold in range(folds + 1):
         name = f"tower without fold {fold}" if fold else "tower"
+        say(f"tower {fold + 1} of {folds + 1}")
         rows = torch.arange(len(train)) if fold == 0 else (fold_N != fold - 1).nonzero()[:, 0]
         model.load_state_dict(untuned)
         job = TowerJob(model, train, None if fold else valid, settings, dtype, rows)

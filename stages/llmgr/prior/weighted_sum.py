@@ -13,6 +13,7 @@ from llmgr.prior.cross_fitting import BASE, OutOfFold
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
 from llmgr.runtime.artifacts import read_json
+from llmgr.runtime.console import during
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
 
@@ -91,7 +92,8 @@ class Prior(nn.Module):
                 total += part.item()
             return total
 
-        optimizer.step(loss)
+        with during("linear model: fitting its weights"):
+            optimizer.step(loss)
         optimizer.zero_grad()
 
 

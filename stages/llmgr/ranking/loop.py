@@ -31,7 +31,10 @@ def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int
     order = torch.argsort(sessions.length.cpu(), stable=True)
     found = {name: torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long) for name in scores}
     seconds = dict.fromkeys(scores, 0.0)
-    for number, samples in enumerate(order.split(batch_size), 1):
+    batches, own = order.split(batch_size), None
+    if bar is None:
+        bar = own = Bar(len(batches), 0, f"ranking {len(sessions):,} sessions", unit="batch")
+    for number, samples in enumerate(batches, 1):
         here = samples.to(sessions.row.device)
         target_B = sessions.target[here]
         seen_B = None if seen is None else seen[samples].to(here.device).long()
@@ -41,6 +44,7 @@ def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int
             rank = [ranks(scores_BV, target_B)] if seen_B is None else ranks_both(scores_BV, target_B, seen_B)
             found[name][samples] = torch.stack(list(rank), 1).cpu()
             seconds[name] += time.monotonic() - start
-        if bar is not None:
-            bar.show(number)
+        bar.show(number)
+    if own is not None:
+        own.close()
     return {name: r[:, 0] if seen is None else (r[:, 0], r[:, 1]) for name, r in found.items()}, seconds

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmgr.runtime.console import Bar
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.clicks import click_weights
 from llmgr.text.items import deal, token_ids
@@ -45,7 +46,7 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
     length = torch.tensor([len(i) for i in ids])
     order = torch.argsort(length, stable=True)
     vectors = torch.zeros(len(texts), model.config.hidden_size)
-    start = 0
+    start, bar = 0, Bar(len(texts), 0, "encoding item texts", unit="text")
     while start < len(order):
         longest = int(length[order[min(len(order), start + BATCH_TEXTS) - 1]])
         size = min(BATCH_TEXTS, max(1, batch_tokens // max(1, longest)))
@@ -56,6 +57,8 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
         hidden = model(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         vectors[chosen] = F.normalize(pooled, dim=-1).cpu()
+        bar.show(min(start, len(order)))
+    bar.close()
     return vectors
 
 

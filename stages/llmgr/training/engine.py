@@ -19,7 +19,7 @@ from torch import nn
 
 from llmgr.params.schema import rate_key
 from llmgr.runtime.artifacts import write_json, write_text
-from llmgr.runtime.console import Bar, say
+from llmgr.runtime.console import Bar, during, say
 from llmgr.runtime.errors import Diverged
 from llmgr.training.checkpoint import load_checkpoint, machine_of, resumed, save_checkpoint
 from llmgr.training.cost import cost
@@ -69,10 +69,12 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
 
     if not progress.epoch_rows and progress.step == 0:
         job.model.eval()
-        if first := workers.validate():
+        with during(f"{name}: first validation"):
+            first = workers.validate()
+        if first:
             progress.epoch_rows.append({"epoch": 0, "step": 0, **first})
         clock(training=False)
-    bar = Bar(total, progress.step, name)
+    bar, shown = Bar(total, progress.step, name), ""
     while progress.epoch < (until or settings.epochs) and not (job.selects and progress.stale(settings.patience)):
         steps = job.steps(progress.epoch, generator.manual_seed(seed + 1000 * progress.epoch))
         job.model.train()
@@ -101,13 +103,15 @@ def fit(job: Job, settings: Any, *, seed: int, resume: Path, name: str, strategy
                                            "lr": optimizer.param_groups[0]["lr"]})
                 progress.epoch_loss = [a + b for a, b in zip(progress.epoch_loss, progress.window)]
                 progress.window = [0.0, 0.0]
-                bar.show(progress.step, f"loss {mean:.4f}")
+                shown = f"loss {mean:.4f}"
+            bar.show(progress.step, shown)
             clock(training=True)
             if due:
                 save_checkpoint(resume / "state.pt", progress, workers, best, machine, name)
                 saved = time.monotonic()
         job.model.eval()
-        metrics = workers.validate()
+        with during(f"{name}: validation"):
+            metrics = workers.validate()
         progress.epoch += 1
         progress.done = 0
         row = {"epoch": progress.epoch, "step": progress.step,
