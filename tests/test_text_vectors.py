@@ -19,7 +19,7 @@ from transformers import (
 
 from llmgr.runtime.errors import UserError
 from llmgr.text.items import item_texts
-from llmgr.text.vectors import encode_texts, position_offset, principal_components, shuffled
+from llmgr.text.vectors import encode_texts, position_offset, principal_components, shuffled, whitening
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -137,3 +137,23 @@ def test_shuffled_texts_and_shuffled_vectors_go_to_the_same_items(tmp_path):
     dealt = item_texts(tmp_path / "items.parquet", "title", 5)
     assert dealt == [f"title {int(n)}" for n in shuffled(vectors, 5)[1:, 0]] != titles
     assert sorted(dealt) == sorted(titles) == sorted(item_texts(tmp_path / "items.parquet", "title"))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_texts_that_are_all_alike_have_no_components(whiten):
+    torch.manual_seed(0)
+    alike = torch.nn.functional.normalize(torch.randn(1, 16), dim=1).repeat(30, 1)
+    alike = torch.cat((torch.zeros(1, 16), alike + 4e-8 * torch.randn(30, 16)))
+    assert not principal_components(alike, 8, whiten).any()
+    mean, axes = whitening(alike[1:])
+    assert not axes.any() and torch.allclose(mean, alike[1])
+
+
+def test_a_direction_in_which_nothing_differs_is_0_and_the_others_are_as_they_were():
+    torch.manual_seed(0)
+    plane = torch.randn(40, 3) @ torch.linalg.qr(torch.randn(8, 8))[0][:3]
+    vectors = torch.cat((torch.zeros(1, 8), plane + 1e-8 * torch.randn(40, 8)))
+    reduced = principal_components(vectors, 8, whiten=True)
+    assert not reduced[:, 3:].any()
+    deviation = reduced[1:, :3].square().mean(0).sqrt()
+    torch.testing.assert_close(deviation, deviation[:1].expand(3))

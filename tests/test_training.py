@@ -421,6 +421,30 @@ def test_arithmetic_is_what_was_asked_for_and_auto_says_why(capsys):
     assert said.startswith("precision auto: " + ("bf16" if chosen is torch.bfloat16 else "fp32")) and "(" in said
 
 
+@pytest.mark.parametrize(("cpu", "bf16", "chosen"), [
+    ({"amx_bf16": True}, 0.5, "bf16"), ({"amx_bf16": True}, 0.9, "fp32"), ({"amx_bf16": True}, 4.0, "fp32"),
+    ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, 0.5, "bf16"), ({"avx512_bf16": True}, 0.5, "fp32"),
+    ({}, 0.5, "fp32")])
+def test_a_cpu_takes_bf16_where_it_has_it_and_it_is_clearly_faster(monkeypatch, capsys, cpu, bf16, chosen):
+    measured = []
+
+    def seconds(dtype):
+        measured.append(dtype)
+        return 0.002 * (bf16 if dtype is torch.bfloat16 else 1)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(precision, "product_seconds", seconds)
+    precision._cpu.cache_clear()
+    try:
+        found = [precision.arithmetic("auto") for _ in range(2)]
+    finally:
+        precision._cpu.cache_clear()
+    assert found == [{"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]] * 2
+    asked = "amx_bf16" in cpu or "cpu_name" in cpu
+    assert len(measured) == 2 * asked, "once"
+    assert (f"2.0 ms in fp32 and {2 * bf16:.1f} ms in bf16" in capsys.readouterr().err) == asked
+
+
 @pytest.mark.parametrize("built_in", [False, True])
 def test_a_gpu_that_emulates_bf16_computes_in_fp32(monkeypatch, capsys, built_in):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

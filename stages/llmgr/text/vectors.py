@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 BATCH_TEXTS = 512
+FLAT = 1e-6
+"""Share of the vectors' length below which they do not differ in a direction but for float32's rounding: it is 0."""
 
 
 def position_offset(model: nn.Module) -> int:
@@ -73,9 +75,10 @@ def principal_components(vectors_VH: Tensor, dim: int, whiten: bool = False) -> 
     axes = axes.flip(1)[:, :dim]
     axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
     reduced = centred @ axes
+    reduced = reduced * (reduced.square().mean(0).sqrt() > FLAT * vectors_VH[1:].double().square().sum(1).mean().sqrt())
     if whiten:
         deviation = reduced.square().mean(0).sqrt()
-        reduced = reduced / deviation.clamp(min=1e-3 * float(deviation.max()))
+        reduced = reduced / deviation.clamp(min=max(1e-3 * float(deviation.max()), 1e-12))
     reduced = reduced / reduced.square().mean().sqrt().clamp(min=1e-12)
     return torch.cat((torch.zeros(1, reduced.shape[1]), reduced.float()))
 
@@ -87,6 +90,7 @@ def whitening(vectors_VH: Tensor) -> tuple[Tensor, Tensor]:
     centred = (vectors_VH - mean_H).double()
     variance_H, axes_HH = torch.linalg.eigh(centred.T @ centred / len(centred))
     deviation_H = variance_H.clamp(min=0).sqrt()
+    axes_HH = axes_HH * (deviation_H > FLAT * vectors_VH.double().square().sum(1).mean().sqrt())
     return mean_H, (axes_HH / deviation_H.clamp(min=max(1e-2 * float(deviation_H.max()), 1e-12))).float()
 
 

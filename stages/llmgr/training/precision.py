@@ -1,9 +1,16 @@
 """Where and in which arithmetic a stage computes."""
 from __future__ import annotations
 
+import functools
+import time
+
 import torch
 
 from llmgr.runtime.console import say
+from llmgr.training.distributed import from_first
+
+FASTER = 1.3
+"""How many times as fast as float32 bf16 must be to be worth its rounding."""
 
 
 def device_of() -> torch.device:
@@ -14,8 +21,9 @@ def device_of() -> torch.device:
 def arithmetic(precision: str) -> torch.dtype:
     """float32 or bfloat16 for `precision`; `auto` takes bf16 where the machine multiplies it faster, and says why.
 
-    That is a GPU, a CPU with AMX tiles, and an AMD one with AVX-512 bf16 (2.3 to 2.5 times the fp32 rate on two threads
-    of a Zen 4). Intel's AVX-512 bf16 without AMX ran at 0.6 to 1.3 times that rate: not worth the rounding.
+    That is a GPU with bf16; and a CPU with AMX tiles, or an AMD one with AVX-512 bf16, where a product in bf16 takes
+    less than 1 / FASTER of the time in float32: a library may be kept from using what the CPU has. Intel's AVX-512 bf16
+    without AMX ran at 0.6 to 1.3 times float32's rate, which is not worth the rounding.
     """
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -24,10 +32,30 @@ def arithmetic(precision: str) -> torch.dtype:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             chosen, reason = torch.float32, "the GPU has no bf16"
     else:
-        cpu = torch.cpu.get_capabilities()
-        amd = cpu.get("avx512_bf16", False) and "AMD" in cpu.get("cpu_name", "")
-        chosen = torch.bfloat16 if amd or cpu.get("amx_bf16", False) else torch.float32
-        reason = {(True, True): "the CPU has AMX tiles", (True, False): "an AMD CPU with AVX-512 bf16"}.get(
-            (chosen is torch.bfloat16, bool(cpu.get("amx_bf16", False))), "bf16 is no faster on this CPU")
+        chosen, reason = from_first(_cpu())
     say(f"precision auto: {'bf16' if chosen is torch.bfloat16 else 'fp32'} ({reason})")
     return chosen
+
+
+@functools.cache
+def _cpu() -> tuple[torch.dtype, str]:
+    cpu = torch.cpu.get_capabilities()
+    tiles, amd = cpu.get("amx_bf16", False), cpu.get("avx512_bf16", False) and "AMD" in cpu.get("cpu_name", "")
+    if not (tiles or amd):
+        return torch.float32, "bf16 is no faster on this CPU"
+    seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    said = (f"{'a CPU with AMX tiles' if tiles else 'an AMD CPU with AVX-512 bf16'}, where a product takes "
+            f"{1e3 * seconds[torch.float32]:.1f} ms in fp32 and {1e3 * seconds[torch.bfloat16]:.1f} ms in bf16")
+    return torch.bfloat16 if ratio >= FASTER else torch.float32, said
+
+
+def product_seconds(dtype: torch.dtype, size: int = 512, times: int = 7) -> float:
+    """Seconds of the fastest of some products of two square matrices, after one that is not counted."""
+    left, right = torch.ones(2, size, size, dtype=dtype)
+    taken = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        left @ right
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
