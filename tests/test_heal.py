@@ -15,7 +15,6 @@ import pytest
 
 from llmgr.runtime import healing
 
-pytestmark = pytest.mark.slow
 STAGES = Path(__file__).resolve().parent.parent / "stages"
 KILLED = """
     import itertools, os, signal, sys

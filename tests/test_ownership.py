@@ -18,7 +18,6 @@ from llmgr.runtime import ownership
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.resume import resume_folder
 
-pytestmark = pytest.mark.slow
 STAGES = Path(__file__).resolve().parent.parent / "stages"
 STAGE = '''
     """A stage that works until it is told to end."""
