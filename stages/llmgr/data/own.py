@@ -182,22 +182,28 @@ def json_columns(path: Path, roles: dict[str, str], bad: Counter[str]) -> tuple[
     import polars as pl
 
     def text(value: Any) -> str | None:
-        if isinstance(value, float) and value.is_integer():
+        if type(value) is float and value.is_integer():
             return str(int(value))
-        return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+        return str(value) if type(value) in (str, int, float) else None
 
     schema = {**dict.fromkeys(roles, pl.String), "line": pl.Int64}
-    frames, rows, total = [pl.DataFrame(schema=schema)], [], 0
+    frames, total = [pl.DataFrame(schema=schema)], 0
+    columns: dict[str, list] = {name: [] for name in schema}
+    fields = [(name, columns[role]) for role, name in roles.items()]
     for number, record in enumerate(objects(path)):
         total += 1
         if record is None:
             bad["no JSON object"] += 1
             continue
-        rows.append((*(text(record.get(name)) for name in roles.values()), number))
-        if len(rows) == BATCH:
-            frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
-            rows.clear()
-    return pl.concat([*frames, pl.DataFrame(rows, schema=schema, orient="row")], rechunk=True), total
+        columns["line"].append(number)
+        for name, values in fields:
+            value = record.get(name)
+            values.append(value if type(value) is str else text(value))
+        if len(columns["line"]) == BATCH:
+            frames.append(pl.DataFrame(columns, schema=schema))
+            for values in columns.values():
+                values.clear()
+    return pl.concat([*frames, pl.DataFrame(columns, schema=schema)], rechunk=True), total
 
 
 def moments(texts: pl.Series) -> pl.Series:
