@@ -123,7 +123,7 @@ class GatedGraph(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        from torch_geometric.nn import SimpleConv  # takes a second, which other encoders need not wait for
+        from torch_geometric.nn import SimpleConv  # takes seconds, which other encoders need not wait for
 
         self.message_in = nn.Linear(dim, dim)
         self.message_out = nn.Linear(dim, dim)

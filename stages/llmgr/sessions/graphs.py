@@ -60,7 +60,7 @@ class GraphBatch:
         Of each: `x` [nodes], the items; `edge_index` [2, edges], from a click's node to the next click's, each pair
         once; `click_index` [clicks], the node of every click in order; `user` [1].
         """
-        from torch_geometric.data import Batch, Data  # takes a second, which only its users need
+        from torch_geometric.data import Batch, Data  # takes seconds, which only its users need
 
         graphs = []
         for nodes, alias, length, user in zip(self.nodes_BN.cpu(), self.alias_BS.cpu(), self.length_B.tolist(),
