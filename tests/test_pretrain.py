@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from machine import DEFAULTS, stage
+from test_training import checkpoint_of
 
 from llmgr.experiments import search
 from llmgr.params.loading import load
@@ -97,7 +98,7 @@ def test_a_loss_that_is_no_number_stops_names_the_step_and_keeps_the_last_good_c
     assert not (place / "models/encoders/stamp").exists()
     step = int(said.split(" at step ")[1].split(";")[0])
     (kept,) = (place / ".resume").rglob("state.pt")
-    state = torch.load(kept, weights_only=True)
+    state = checkpoint_of(kept)
     assert state["progress"]["step"] == step - 1
     assert all(bool(weight.isfinite().all()) for weight in state["weights"].values())
 

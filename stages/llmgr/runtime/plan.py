@@ -1,6 +1,7 @@
 """Where a stage stands in the pipeline, and how long it and the rest took the last time."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -57,8 +58,9 @@ class Timed:
 
     def done(self) -> None:
         """Remember how long it took."""
-        if self.name:
-            write_json(self.path, self._known() | {self.name: round(time.monotonic() - self.begun, 1)})
+        with contextlib.suppress(OSError):  # no reason for a finished stage to fail
+            if self.name:
+                write_json(self.path, self._known() | {self.name: round(time.monotonic() - self.begun, 1)})
 
     def _known(self) -> dict[str, float]:
         try:
