@@ -12,7 +12,7 @@ READS = ("model.base", "encoder.names", "encoder.controls", "encoder.control_tex
 def main(params) -> None:
     import shutil
 
-    from llmgr.params.schema import rate_key
+    from llmgr.params.encoders import rate_key
     from llmgr.runtime.artifacts import load_tensors, replacing_folder, require
     from llmgr.runtime.errors import UserError
 

@@ -3,7 +3,10 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import datetime
+import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from machine import DEFAULTS
 from llmgr.encoders import pretraining
 from llmgr.encoders.registry import REGISTRY
 from llmgr.experiments import ablations
-from llmgr.params import loading, schema
+from llmgr.params import encoders, loading, schema
 from llmgr.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,31 +216,85 @@ def test_a_view_holds_the_declared_keys_and_no_others():
 
 def test_the_models_to_train_and_the_encoders_there_are():
     section = loaded(encoder__control_texts=["shuffled", "text"]).encoder
-    assert schema.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text", "gcsan-linear"]
-    assert schema.trained(loaded(encoder__controls=[], encoder__linear_controls=[], gate__fuse={}).encoder) == [
+    assert encoders.trained(section) == ["gcsan", "gcsan-shuffled", "gcsan-text", "gcsan-linear"]
+    assert encoders.trained(loaded(encoder__controls=[], encoder__linear_controls=[], gate__fuse={}).encoder) == [
         "gcsan"]
-    assert set(schema.encoders()) == set(REGISTRY)
+    assert set(encoders.encoders()) == set(REGISTRY)
     settings = pretraining.with_rate(section.training, 0.07)
     assert settings.rates == [0.07] and settings.epochs == section.training.epochs
     assert pretraining.with_rate(section.training, "auto").rates == section.training.rates
 
 
+def sections() -> dict[type, Path]:
+    """Every dataclass of params.yaml, and the file that it stands in."""
+    found, todo = {}, [schema.Params]
+    while todo:
+        kind = todo.pop()
+        found[kind] = Path(inspect.getsourcefile(kind))
+        todo += [hint for hint in typing.get_type_hints(kind).values() if dataclasses.is_dataclass(hint)]
+    return found
+
+
 def test_every_key_is_documented_below_its_field():
-    tree = ast.parse((ROOT / "stages/llmgr/params/schema.py").read_text())
-    undocumented = []
-    for body in (n for n in tree.body if isinstance(n, ast.ClassDef)):
-        kind = getattr(schema, body.name)
+    undocumented, seen = [], 0
+    for kind, file in sections().items():
+        (body,) = [node for node in ast.parse(file.read_text()).body
+                   if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
         inherited = {f.name for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)
                      for f in dataclasses.fields(base)}
+        hints = typing.get_type_hints(kind)
         for field, following in zip(body.body, [*body.body[1:], None]):
-            if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.dump(field.annotation):
+            if isinstance(field, ast.AnnAssign):
+                seen += 1
                 said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and (
                     len(following.value.value) > 10)
-                section = isinstance(field.annotation, ast.Name) and dataclasses.is_dataclass(
-                    getattr(schema, field.annotation.id, None))
+                section = dataclasses.is_dataclass(hints[field.target.id])
                 if not said and not section and field.target.id not in inherited:
-                    undocumented.append(f"{body.name}.{field.target.id}")
-    assert not undocumented
+                    undocumented.append(f"{kind.__name__}.{field.target.id}")
+    assert not undocumented and seen > 100
+
+
+EXTREMES = [None, True, False, -1, 0, 0.5, 1, 7, 10**9 + 1, 2**63, 2**64, -2**70, 10**400, 1e308, -1e308, 5e-324,
+            float("inf"), float("nan"), "", " ", "1e-05", "1e999", "true", "null", "x" * 100_000, "a\nb", "a\0b",
+            "\ud800", "99" * 3000, [], [[]], [None], [1e308], {}, {"a": 1}, {1: [2]}, b"\xff",
+            datetime.date(2020, 1, 1)]
+
+
+@pytest.mark.parametrize("value", EXTREMES, ids=lambda value: repr(value)[:20])
+def test_whatever_a_key_is_set_to_it_is_taken_or_refused_in_a_sentence(value):
+    whole = loading.flat(loaded())
+    taken = 0
+    for key in [*whole, *CONTENT]:
+        try:
+            params = loading.whole(loading.changed(CONTENT, {key: value})).params
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500 and str(error).encode(), key
+        else:
+            taken += 1
+            numbers = [v for v in loading.flat(params).values() if isinstance(v, float)]
+            assert all(abs(v) <= 1e9 for v in numbers)
+    assert taken < len(whole)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (b"seed: \xff\xfe", "is not UTF-8 from byte 6 on"),
+    (b"seed: " + b"[" * 20_000, "nests values in values without end"),
+    (b"seed: " + b"9" * 5000, "is not YAML"),
+    (b"seed: 2026-99-99", "is not YAML"),
+    (b"tune: &a [*a]", "seed is missing"),
+    (b"tune: &a {epochs: *a}", "is missing"),
+    (b"? [1, 2]\n: 3", "is not YAML"),
+    (b"seed: 0x" + b"f" * 5000, "seed="),
+    (b"a: \x00", "is not YAML"),
+])
+def test_files_that_break_readers_are_refused_in_a_sentence(tmp_path, text, words):
+    file = tmp_path / "params.yaml"
+    rest = b"".join(line for line in DEFAULTS.read_bytes().splitlines(True) if not line.startswith((b"seed:",)))
+    file.write_bytes(text + b"\n" + (rest if b"seed" in text and b"[" not in text and b"\xff" not in text else b""))
+    with pytest.raises(UserError) as caught:
+        loading.load(file)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)

@@ -215,7 +215,6 @@ def test_a_remote_brings_back_every_output(copy: Path, tmp_path: Path) -> None:
     ("align.lr", 5e-4, TUNING),
     ("model.lora_r", 2, TUNING),
     ("model.base", "gcsan-text", {"export", "folds", *TUNING}),
-    ("encoder.linear_controls", [], LAST),
     ("bucket.ours", "gcsan", {"bucket", "report", "track"}),
     ("tune.folds", 3, {"folds", "tower", "tune", "package", *LAST}),
     ("tower.lr", 5e-4, {"tower", "tune", "package", *LAST}),

@@ -24,8 +24,8 @@ from llmgr.evaluation.baselines import (
     word_knn,
 )
 from llmgr.evaluation.gate import Gate, bands
+from llmgr.params.encoders import trained
 from llmgr.params.names import REPEAT, SERVED, START, TOWER
-from llmgr.params.schema import trained
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
 from llmgr.prior.weighted_sum import Prior, build_prior

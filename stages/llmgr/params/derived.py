@@ -5,8 +5,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from llmgr.params.checks import one_of
+from llmgr.params.encoders import encoders, trained
 from llmgr.params.names import FLOORS, REPEAT, SERVED, STAGES, START, TOWER, WHOLE
-from llmgr.params.schema import Params, encoders, trained
+from llmgr.params.schema import Params
 from llmgr.runtime.errors import UserError
 
 TEXTS = ("text", "shuffled", "linear")  # what may follow an encoder's name
@@ -43,7 +44,6 @@ def derived(given: Params) -> Derived:
                "which is not among the models compared")
         lines.append(f"bucket.ours={params.bucket.ours} is not made here: llmgr is compared in its place")
         params = dataclasses.replace(params, bucket=dataclasses.replace(params.bucket, ours="llmgr"))
-    params.check()
     return Derived(params, lines)
 
 

@@ -1,4 +1,4 @@
-"""params.yaml read strictly into the dataclasses of `schema`: types coerced, unknown keys refused."""
+"""params.yaml read strictly into the dataclasses of `schema`, and what is wrong with it in a sentence."""
 from __future__ import annotations
 
 import copy
@@ -7,10 +7,13 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from llmgr.params.derived import Derived, derived
 from llmgr.params.schema import Params
+from llmgr.params.types import LARGE
 from llmgr.runtime.errors import UserError
 
 
@@ -24,11 +27,16 @@ def read(path: str | Path) -> Derived:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is not here: run the stage from the repository's root folder") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 from byte {error.start} on: write it anew, or restore it with "
+                        f"`git checkout {path}`") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none, a number of thousands of digits
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} nests values in values without end: restore it with `git checkout {path}`") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no sections: restore it with `git checkout {path}`")
     return whole(content)
@@ -41,19 +49,13 @@ def whole(content: dict[str, Any]) -> Derived:
 
 def build(kind: type, content: dict[str, Any], prefix: str) -> Any:
     """A dataclass from a mapping, strictly: unknown keys and values of a wrong type are refused."""
-    hints = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in content:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.0)
-            raise UserError(f"params.yaml: unknown key {prefix}{key}; the nearest known one is {prefix}{near[0]}")
-    for key in known:
-        if key not in content:
-            raise UserError(f"params.yaml: {prefix}{key} is missing; add it (the committed file has every key)")
-    values = {key: _coerced(hints[key], value, prefix + key) for key, value in content.items()}
-    result = kind(**values)
-    result.check()
-    return result
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise UserError(_refusal(error, kind, prefix)) from None
+    except RecursionError:
+        raise UserError("params.yaml nests values in values without end: restore it with `git checkout params.yaml`"
+                        ) from None
 
 
 def changed(content: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -80,56 +82,61 @@ def flat(params: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _coerced(hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{key}={value!r} must be a section with keys, such as {key}."
-                            f"{dataclasses.fields(hint)[0].name}")
-        return build(hint, value, key + ".")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{key}={value} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None or value in ("null", ""):
-            return None
-        word = next((a for a in arguments if typing.get_origin(a) is Literal), None)
-        if word and value in typing.get_args(word):
-            return value
-        return _coerced(next(a for a in arguments if a not in (type(None), word)), value, key)
-    if origin is list:
-        if isinstance(value, (str, int, float)):
-            value = [value]
-        if not isinstance(value, list):
-            raise UserError(f"{key}={value!r} must be a list, such as '{key}=[a,b]'")
-        return [_coerced(arguments[0], v, key) for v in value]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{key}={value!r} must map names to values")
-        return {str(k): _coerced(arguments[1], v, f"{key}.{k}") for k, v in value.items()}
-    return _scalar(hint, value, key)
+FIRST = {"unexpected_keyword_argument": 0, "missing": 1}  # said before the rest: a key mistyped is both
 
 
-def _scalar(hint: type, value: Any, key: str) -> Any:
-    wants = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-    refusal = UserError(f"{key}={value} must be {wants}; set it with -S {key}=VALUE")
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        raise refusal
-    if hint is str:
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-        raise refusal
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise refusal
+def _refusal(error: ValidationError, kind: type, prefix: str) -> str:
+    """The first of what is wrong, as one sentence that names the key as one types it."""
+    wrong = min(error.errors(include_url=False), key=lambda one: FIRST.get(one["type"], 2))
+    key, section, bounds = _place(kind, wrong["loc"])
+    key, context, value = prefix + key, wrong.get("ctx", {}), shown(wrong["input"])
+    if wrong["type"] == "unexpected_keyword_argument":
+        parent, _, own = key.rpartition(".")
+        known = [field.name for field in dataclasses.fields(section)]
+        near = difflib.get_close_matches(own, known, 1, 0.0)[0]
+        return f"params.yaml: unknown key {key}; the nearest known one is {f'{parent}.{near}'.lstrip('.')}"
+    if wrong["type"] == "missing":
+        return f"params.yaml: {key} is missing; add it (the committed file has every key)"
+    if wrong["type"] == "value_error":
+        return str(context["error"])
+    if wrong["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key}={value} must be a section with keys, such as {key}.{dataclasses.fields(section)[0].name}"
+    if wrong["type"] == "wanted":
+        return f"{key}={value} must be {context['what']}; set it with -S {key}=VALUE"
+    if wrong["type"] == "list":
+        return f"{key}={value} must be a list, such as '{key}=[a,b]'"
+    if wrong["type"] == "literal_error":
+        return f"{key}={value} is not one of {context['expected'].replace(chr(39), '').replace(' or ', ', ')}"
+    if {"ge", "le"} <= bounds.keys() and bounds["le"] != LARGE:
+        return f"{key}={value} must lie between {bounds['ge']} and {bounds['le']}"
+    words = {"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
+             "less_than_equal": "must be at most {le}"}.get(wrong["type"], wrong["msg"])
+    return f"{key}={value} {words.format(**context) if context else words}"
+
+
+def _place(kind: type, path: tuple[int | str, ...]) -> tuple[str, type, dict[str, float]]:
+    """A value's dotted key, the section that it is or stands in, and its bounds; list places do not count."""
+    section, key, bounds = kind, [], {}
+    for part in path:
+        if isinstance(part, int):
+            continue
+        key.append(str(part))
+        field = {one.name: one for one in dataclasses.fields(section)}.get(str(part))
+        hint = typing.get_type_hints(section, include_extras=True).get(str(part)) if field else None
+        if dataclasses.is_dataclass(hint):
+            section = hint
+        elif hint is not None:
+            for extra in getattr(hint, "__metadata__", ()):
+                for bound in getattr(extra, "metadata", ()):
+                    bounds |= {name: getattr(bound, name) for name in ("gt", "ge", "le") if hasattr(bound, name)}
+    return ".".join(key), section, bounds
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: one line, not too long, whatever it is."""
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise refusal from None
-    if number != number or number in (float("inf"), float("-inf")) or (hint is int and number != int(number)):
-        raise refusal
-    return int(value if isinstance(value, int) else number) if hint is int else number
+        said = str(value) if isinstance(value, (str, int, float, list)) else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; what holds itself
+        return f"({type(value).__name__})"
+    said = " ".join(said.split()).encode("utf-8", "backslashreplace").decode()
+    return said if len(said) <= 80 else f"{said[:77]}..."

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmgr.params.schema import rate_key
+from llmgr.params.encoders import rate_key
 from llmgr.runtime.artifacts import write_json, write_text
 from llmgr.runtime.console import Bar, during, say
 from llmgr.runtime.errors import Diverged

@@ -1,0 +1,98 @@
+"""The language model, and LLMGR over it."""
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmgr.params.types import Count, Flag, Natural, NotNegative, Positive, Share, Text, Whole, Words, dataclass
+from llmgr.runtime.errors import UserError
+
+
+@dataclass
+class Scratch:
+    layers: Count
+    """Decoder blocks of the small LLaMA."""
+    width: Count
+    """Hidden width."""
+    heads: Count
+    """Attention heads; divides the width."""
+    vocabulary: Annotated[Whole, Field(ge=300)]
+    """Entries of its BPE tokenizer."""
+    epochs: Count
+    """Passes over the item texts."""
+    lr: Positive
+    """Peak learning rate."""
+    weight_decay: NotNegative
+    """Decoupled weight decay of matrices."""
+    warmup_share: Share
+    """Share of the steps over which the learning rate rises."""
+    clip: Positive
+    """Largest gradient norm."""
+    batch_size: Count
+    """Texts a step."""
+    checkpoint_seconds: NotNegative
+    """Seconds between checkpoints; an interruption loses at most so much."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise UserError(f"llm.scratch.heads={self.heads}: llm.scratch.width={self.width} must be a multiple of "
+                            "twice the heads (rotary positions need an even head width)")
+        return self
+
+
+@dataclass
+class Llm:
+    name: Text
+    """Hub id (owner/model), local folder with safetensors, or `scratch`: a small LLaMA trained on the texts."""
+    revision: Text
+    """Hub revision; what it resolved to is recorded in models/backbone/backbone.json."""
+    max_text_tokens: Count
+    """Tokens of an item's text that the text vectors see."""
+    scratch: Scratch
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if not self.name.strip():
+            raise UserError("llm.name is empty: give a hub id, a folder or scratch")
+        return self
+
+
+@dataclass
+class Model:
+    base: Text
+    """The pretrained encoder whose item vectors and session graph LLMGR reads: `gcsan`, or a control's `gcsan-text`."""
+    lora_r: Natural
+    """Rank of the LoRA adapters; 0 trains no adapter (the language model stays frozen)."""
+    lora_alpha: Positive
+    """LoRA scale: updates are multiplied by lora_alpha / lora_r."""
+    dropout: Share
+    """Dropout of node and graph vectors before the projection and of the hidden state before the output layer."""
+    lora_dropout: Share
+    """Dropout before the adapters."""
+    lora_targets: Words
+    """Names of the linear layers that get adapters; `auto` takes the attention projections."""
+    attention: Literal["native", "causal"]
+    """`native` keeps the backbone's own masking; `causal` puts a bidirectional one under a causal mask."""
+    readout: Literal["auto", "last", "first", "mean"]
+    """Where the hidden state h is read; `auto`: `last` under causal attention, `first` else."""
+    output: Literal["linear", "items"]
+    """`linear`: the paper's free layer over items; `items`: (W h)·[x_i ; text_i]."""
+    text_dim: Count
+    """Principal components of the text vectors in the `items` output."""
+    weights: Literal["pretrained", "random"]
+    """`random` draws the language model anew: the twin that tells what its pretraining is worth."""
+    texts: Literal["own", "shuffled"]
+    """`shuffled` deals the texts out to other items, here and in the prompts: the twin that tells what they add."""
+    node_text: Flag
+    """Node slots read the item's text features beside its vector: what the text says for no more tokens."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if not self.lora_targets:
+            raise UserError("model.lora_targets is empty: name layers, or set model.lora_r=0 to train no adapter")
+        if self.attention == "causal" and self.readout in ("first", "mean"):
+            raise UserError(f"model.readout={self.readout} reads nothing useful under model.attention=causal: set "
+                            "model.readout=last")
+        return self
