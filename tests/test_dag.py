@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,47 @@ def test_help_answers_at_once(name: str) -> None:
         done = subprocess.run([sys.executable, str(ROOT / "stages" / name), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("Reads:", "Writes:", "Params:"))
+
+
+def reran(path: str) -> set[str]:
+    """The stages that DVC runs anew after an edit of a file, those that read their outputs left aside."""
+    covers = {name: [dep.replace("${item.encoder}", "gcsan") for dep in body.get("deps", [])]
+              for name, body in STAGES.items()}
+    return {name for name, deps in covers.items() if any(path == dep or path.startswith(f"{dep}/") for dep in deps)}
+
+
+@pytest.mark.parametrize("path", ["reporting/buckets.py", "reporting/page.py", "reporting/report.html.j2"])
+def test_an_edit_of_a_bucket_or_of_the_page_trains_and_scores_nothing(path: str) -> None:
+    assert (ROOT / "stages/llmgr" / path).exists()
+    assert reran(f"stages/llmgr/{path}") <= {"bucket", "report", "track"}
+
+
+@pytest.mark.parametrize(("path", "stages"), [
+    ("encoders/gcsan.py", {"pretrain", "control", "linear", "folds", "tune", "gate", "evaluate"}),
+    ("encoders/pretraining.py", {"pretrain", "control", "linear", "folds", "tune", "evaluate"}),
+    ("model/llmgr.py", {"align", "tune", "gate", "evaluate"}),
+    ("training/optimizer.py", {"backbone", "pretrain", "control", "linear", "folds", "tower", "align", "tune"}),
+    ("text/items.py", {"backbone", "tower", "align", "tune", "evaluate"}),
+    ("data/cleaning.py", {"filter"}),
+])
+def test_an_edit_of_what_computes_reruns_what_it_computes(path: str, stages: set[str]) -> None:
+    assert (ROOT / "stages/llmgr" / path).exists()
+    assert stages <= reran(f"stages/llmgr/{path}")
+
+
+def test_an_interrupted_stage_goes_on_after_edits_of_what_it_does_not_reach(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    code = ("import sys; sys.path.insert(0, 'stages'); sys.argv = ['stages/tune.py']\n"
+            "from llmgr.runtime.resume import resume_folder; print(resume_folder('tune', {'tune.lr': 1}, []).name)")
+
+    def fingerprint(*edited: str) -> str:
+        for name in edited:
+            with (tmp_path / "stages/llmgr" / name).open("a") as file:
+                file.write("\n# an edit\n")
+        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                              check=True).stdout.strip()
+
+    before = fingerprint()
+    assert before and fingerprint("reporting/buckets.py", "reporting/page.py", "data/cleaning.py") == before
+    after = fingerprint("encoders/gcsan.py")
+    assert after != before and fingerprint("training/optimizer.py") not in (before, after)
