@@ -6,7 +6,7 @@ import pytest
 LONGEST = ("test_pipeline.py", "test_tracking.py")
 """What takes longest begins first, while others run beside it."""
 SLOW = {*LONGEST, "test_launch.py", "test_heal.py", "test_ownership.py", "test_data_stages.py",
-        "test_serving_http.py", "test_tuning.py"}
+        "test_serving_http.py", "test_tuning.py", "test_pretrain.py", "test_report.py"}
 """Files that run the DAG, start several processes or a server, or train at length."""
 
 
