@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro doctor able heal experiments test test-fast lint bench twins seeds results tables grid pick mlflow clean
+.PHONY: repro doctor able heal experiments test test-fast lint bench ablations seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	@echo "installing into $(VENV), once: some 2 GB, 2 to 5 minutes; a line a package" >&2
@@ -57,10 +57,10 @@ pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the b
 	@test -n "$(MODEL)" -a -n "$(DATASET)" || { echo "error: give both, such as MODEL=gcsan DATASET=office" >&2; exit 2; }
 	$(BIN)/python stages/pick.py --model $(MODEL) --dataset $(DATASET)
 
-twins: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/twins.py
+ablations: $(VENV)/.installed  # LLMGR with one thing taken away, in the background; then python stages/ablations.py
 	@$(BIN)/python stages/heal.py --queue
-	for twin in stages/presets/twins/*.txt; do \
-		changed=$$($(BIN)/python stages/twins.py --options $$twin) && \
+	for ablation in stages/presets/ablations/*.txt; do \
+		changed=$$($(BIN)/python stages/ablations.py --options $$ablation) && \
 		$(BIN)/dvc exp run --queue bucket $$changed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 

@@ -2,7 +2,7 @@
 
     make heal                        # or: python stages/heal.py
     python stages/heal.py --locks    # what keeps `dvc repro` from starting alone; `make repro` does so by itself
-    python stages/heal.py --queue    # whether experiments can be queued here; `make grid`, `twins` and `seeds` ask
+    python stages/heal.py --queue    # whether experiments can be queued here; `make grid`, `ablations` and `seeds` ask
 
 Needs git and Python's standard library alone. Changes in the working tree stay. Nothing is done while DVC or git runs
 here.

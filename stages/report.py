@@ -1,7 +1,7 @@
 """Write the report: one page that opens from the file system, and the figures that DVC compares.
 
-Reads:  reports/metrics/, reports/curves/, reports/{twins,seeds}.json (what
-        stages/{twins,seeds}.py collected)
+Reads:  reports/metrics/, reports/curves/, reports/{ablations,seeds}.json (what
+        stages/{ablations,seeds}.py collected)
 Writes: reports/index.html, and its figures as reports/figures/{buckets,differences,curves,cost}.svg
         reports/metrics.json            LLMGR and the main baselines, what `dvc metrics` and `dvc exp show` read
         reports/plots/losses.csv        training losses by part and step, for `dvc plots`

@@ -20,7 +20,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
 
 
-IN_GIT = ("reports/twins.json", "reports/seeds.json", "data/.watched")
+IN_GIT = ("reports/ablations.json", "reports/seeds.json", "data/.watched")
 
 
 def declared(name: str) -> tuple[list[str], list[str]]:

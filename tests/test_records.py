@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
         "differences": {"gcsan": {split: {"all": gaps(0.4), "cold": gaps(0.4)} for split in ("test", "test_unseen")}},
         "seeds": {"figures": {seed: {model: figures(by[int(seed)]) for model, by in FIGURES.items()} for seed in "12"},
                   "differences": {"gcsan": {split: gaps(4 / 11) for split in ("test", "test_unseen")}}},
-        "twins": {"llmgr": {"figures": one["llmgr"]}, "frozen": {"figures": figures(0.07)}},
+        "ablations": {"llmgr": {"figures": one["llmgr"]}, "frozen": {"figures": figures(0.07)}},
         "facts": {"filter": {"users": 3}}, "cost": {"tune": {"seconds": 90.0, "peak_memory_mb": 1500.0}},
     }
     write(tmp_path / "two", evidence, seed=1)

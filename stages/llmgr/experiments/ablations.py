@@ -1,4 +1,4 @@
-"""LLMGR's twins, the same experiment with one thing taken away, and the same experiment at other seeds."""
+"""Ablations of LLMGR, the same experiment with one thing taken away, and the same experiment at other seeds."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ from llmgr.reporting.seeds import Figures
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
 
-PRESETS = Path(__file__).resolve().parent.parent.parent / "presets" / "twins"
+PRESETS = Path(__file__).resolve().parent.parent.parent / "presets" / "ablations"
 UNCOMMITTED = ("what params.yaml asks for is itself no commit and no experiment, so the report will not show these: "
                "`dvc exp run`, or commit what `dvc repro` left")
 COUNTED = ("bucket.cold", "bucket.warm")  # which sessions the buckets hold
@@ -52,19 +52,19 @@ def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
             if key in COUNTED or (key.split(".")[0] not in LATER and not is_means(key) and key not in idle)}
 
 
-class Twin(NamedTuple):
-    """What a twin changes, and the parameters that decide its figures, by dotted key."""
+class Ablation(NamedTuple):
+    """What an ablation changes, and the parameters that decide its figures, by dotted key."""
 
     changed: dict[str, Any]
     decisive: dict[str, Any]
 
 
-def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, Twin]:
-    """The twins that the experiment `content` can have, by name, itself first (as `llmgr`).
+def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, Ablation]:
+    """The ablations that the experiment `content` can have, by name, itself first (as `llmgr`).
 
-    A preset that changes nothing here, or asks for what these parameters do not have, is no twin.
+    A preset that changes nothing here, or asks for what these parameters do not have, is no ablation.
     """
-    found = {TUNED: Twin({}, decisive(content))}
+    found = {TUNED: Ablation({}, decisive(content))}
     for path in sorted(presets.glob("*.txt")):
         values = options(path, content)
         try:
@@ -72,18 +72,18 @@ def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, T
             every, asked = flat(params), flat(build(Params, changed(content, values), ""))
             if any(every[key] != asked[key] for key in values):
                 raise UserError("; ".join(lines))
-            twin = Twin(values, decisive(changed(content, values)))
+            ablation = Ablation(values, decisive(changed(content, values)))
         except UserError as error:
-            say(f"warning: {path.stem} is no twin of these parameters: {error}")
+            say(f"warning: {path.stem} is no ablation of these parameters: {error}")
             continue
-        if twin.decisive != found[TUNED].decisive:
-            found[path.stem] = twin
+        if ablation.decisive != found[TUNED].decisive:
+            found[path.stem] = ablation
     return found
 
 
-def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any], asked: Mapping[str, Twin],
+def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any], asked: Mapping[str, Ablation],
               lock: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of the `possible` twins of the experiment `content` that have been run, with LLMGR's figures.
+    """Those of the `possible` ablations of the experiment `content` that have been run, with LLMGR's figures.
 
     `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
     `dvc exp show`, `lock` gives a revision's dvc.lock: figures of other parameters or inputs do not count.
@@ -95,9 +95,9 @@ def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any], a
         if not own or not figures:
             continue
         parameters = decisive(own)
-        for name, twin in asked.items():
-            if parameters == twin.decisive and name not in found and trained(lock(state["rev"]), "bucket", own):
-                found[name] = {"changed": twin.changed, "figures": {
+        for name, ablation in asked.items():
+            if parameters == ablation.decisive and name not in found and trained(lock(state["rev"]), "bucket", own):
+                found[name] = {"changed": ablation.changed, "figures": {
                     convention: {bucket: by[bucket] for bucket in COMPARED if bucket in by}
                     for convention, by in figures.items()}}
     return {name: found[name] for name in asked if name in found}

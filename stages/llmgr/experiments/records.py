@@ -105,7 +105,7 @@ def _metrics(evidence: Mapping[str, Any], seed: int) -> Iterator[tuple]:
     for other, models in (evidence["seeds"] or {"figures": {}})["figures"].items():
         if str(other) != str(seed):
             yield from _figures(other, models)
-    ablations = {f"llmgr.{name}": one["figures"] for name, one in evidence["twins"].items() if name != "llmgr"}
+    ablations = {f"llmgr.{name}": one["figures"] for name, one in evidence["ablations"].items() if name != "llmgr"}
     yield from _figures(seed, ablations)
 
 

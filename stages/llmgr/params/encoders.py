@@ -194,7 +194,7 @@ class Encoder:
     controls: Words
     """Encoders that are trained once more with item vectors that add a linear map of the item's text vector."""
     control_texts: Annotated[list[Literal["text", "shuffled"]], Several]
-    """What the controls read: `text`, the item's own, and its twin `shuffled`, another item's. NAME-text names one."""
+    """What the controls read: `text`, the item's own, and `shuffled`, another item's. NAME-text names one."""
     linear_controls: Words
     """Encoders that are trained as NAME-linear: item vectors as NAME-text, and logits that start from the linear model
     that LLMGR's start from (`tune.linear`): without `tune.folds` the nearest model without a language model. Their loss

@@ -82,9 +82,9 @@ class Model:
     text_dim: Count
     """Principal components of the text vectors in the `items` output."""
     weights: Literal["pretrained", "random"]
-    """`random` draws the language model anew: the twin that tells what its pretraining is worth."""
+    """`random` draws the language model anew: the ablation that tells what its pretraining is worth."""
     texts: Literal["own", "shuffled"]
-    """`shuffled` deals the texts out to other items, here and in the prompts: the twin that tells what they add."""
+    """`shuffled` deals the texts out to other items, here and in the prompts: the ablation that tells what they add."""
     node_text: Flag
     """Node slots read the item's text features beside its vector: what the text says for no more tokens."""
 

@@ -45,7 +45,7 @@ def evidence(reports: Path) -> dict[str, Any]:
         facts["encoders"] = {name: read_json(metrics / f"encoders/{name}.json") for name in encoders}
     required = {name: read_json(metrics / f"{name}.json") for name in REQUIRED}
     return required | {
-        "twins": _own_twins(reports / "twins.json", required["buckets"].get(MAIN)),
+        "ablations": own_ablations(reports / "ablations.json", required["buckets"].get(MAIN)),
         "seeds": own_seeds(reports / "seeds.json", required["buckets"]),
         "facts": facts,
         "cost": costs,
@@ -54,8 +54,8 @@ def evidence(reports: Path) -> dict[str, Any]:
     }
 
 
-def _own_twins(path: Path, main: Mapping | None) -> dict[str, Any]:
-    """The twins that stages/twins.py collected, if they are those of these results: LLMGR's own figures tell."""
+def own_ablations(path: Path, main: Mapping | None) -> dict[str, Any]:
+    """What stages/ablations.py collected, if it belongs to these results: LLMGR's own figures tell."""
     found = read_json(path) if path.exists() else {}
     same = main and found.get(MAIN) and all(
         main[convention][bucket] == figures for convention, by in found[MAIN]["figures"].items()

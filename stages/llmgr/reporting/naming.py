@@ -114,8 +114,8 @@ def four(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def changes(twin: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={shown(value)}" for key, value in twin["changed"].items()) or "–"
+def changes(ablation: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={shown(value)}" for key, value in ablation["changed"].items()) or "–"
 
 
 def grid(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from llmgr.reporting.naming import (
 )
 from llmgr.reporting.significance import least_p
 from llmgr.reporting.summary import main_models
-from llmgr.reporting.tables import TWIN_COLUMNS, seed_tables
+from llmgr.reporting.tables import ABLATION_COLUMNS, seed_tables
 from llmgr.reporting.verdicts import answer, call, p_text, sentence, verdicts
 from llmgr.runtime.masking import masked_all
 
@@ -119,7 +119,7 @@ def render(found: Mapping[str, Any], params: Any, drawn: Mapping[str, str]) -> s
         p=lambda gap: p_text(gap, params.bucket.resamples), seconds=training_seconds(found, params),
         ranking_seconds=ranking_seconds(found, params), parameters=parameters(found),
         hardware=sorted({cost["hardware"] for cost in found["cost"].values()}),
-        twin_columns=TWIN_COLUMNS, changes=changes,
+        ablation_columns=ABLATION_COLUMNS, changes=changes,
         seed_tables=seed_tables(found["seeds"], params) if found["seeds"] else [],
         short=sentence([v for v in said if v["model"] in few], ours), few=few, rates=rates(found),
         best_of=lambda models, bucket, metric: max(

@@ -1,4 +1,4 @@
-"""Twins are told by their parameters, and shown only beside the results that they belong to."""
+"""Ablations are told by their parameters, and shown only beside the results that they belong to."""
 from __future__ import annotations
 
 import copy
@@ -109,7 +109,7 @@ def test_figures_that_an_experiment_did_not_make_are_left_out():
             "abc": lock(BASE), "e": lock(second)}.get)) == ["7", "2026"]
 
 
-def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys, tmp_path: Path):
+def test_a_preset_that_these_parameters_cannot_have_is_no_ablation(capsys, tmp_path: Path):
     for name, line in (("other-base", "model.base=sasrec-text"), ("random-weights", "model.weights=random")):
         (tmp_path / f"{name}.txt").write_text(f"-S {line}\n")
     content = changed(BASE, {"encoder.controls": [], "model.base": "gcsan", "gate.fuse": {}})
@@ -117,7 +117,7 @@ def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys, tmp_path:
     assert "other-base" not in asked and "random-weights" in asked
     collected = ablations.collected([state("abc", content, 0.3)], content, asked, {"abc": lock(content)}.get)
     assert list(collected) == ["llmgr"]
-    assert "other-base is no twin of these parameters: " in capsys.readouterr().err
+    assert "other-base is no ablation of these parameters: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("base", "shuffled"), [("gcsan-text", "gcsan-shuffled"), ("sasrec-text", "sasrec-shuffled"),
@@ -125,8 +125,8 @@ def test_a_preset_that_these_parameters_cannot_have_is_no_twin(capsys, tmp_path:
 def test_shuffled_texts_change_the_base_in_its_texts_alone(base: str, shuffled: str):
     content = changed(BASE, {"encoder.names": ["gcsan", "sasrec"], "encoder.controls": ["gcsan", "sasrec"],
                              "model.base": base})
-    twin = ablations.possible(content)["shuffled-texts"]
-    other = {key: value for key, value in twin.decisive.items() if value != ablations.decisive(content)[key]}
+    ablation = ablations.possible(content)["shuffled-texts"]
+    other = {key: value for key, value in ablation.decisive.items() if value != ablations.decisive(content)[key]}
     assert other == {"model.texts": "shuffled"} | ({"model.base": shuffled} if shuffled != base else {})
 
 
@@ -136,7 +136,7 @@ def test_without_a_tower_none_is_taken_away():
     assert "without-tower" not in ablations.possible(changed(own, {"tower.enabled": False}))
 
 
-def test_the_recommended_run_has_every_twin():
+def test_the_recommended_run_has_every_ablation():
     own = yaml.safe_load((ablations.PRESETS.parents[2] / "params.yaml").read_text())
     assert {path.stem for path in ablations.PRESETS.glob("*.txt")} == set(ablations.possible(own)) - {"llmgr"}
 
@@ -221,15 +221,15 @@ def test_the_scripts_collect_figures_and_ranks_from_experiments(tmp_path, monkey
     hits = {model: np.mean([ranks[seed, model] <= 20 for seed in (2026, 7)]) for model in ("llmgr", "pop")}
     assert gap["difference"] == pytest.approx(hits["llmgr"] - hits["pop"], abs=1e-6) and gap["p_holm"] < 0.01
     assert "llmgr minus it +0." in capsys.readouterr().err
-    importlib.import_module("twins").main(params)
-    assert list(read_json("reports/twins.json")) == ["llmgr"]
+    importlib.import_module("ablations").main(params)
+    assert list(read_json("reports/ablations.json")) == ["llmgr"]
     assert "no commit and no experiment" not in capsys.readouterr().err
     monkeypatch.setattr(search, "shown", lambda: states[:1])
-    for script in ("seeds", "twins"):
+    for script in ("seeds", "ablations"):
         importlib.import_module(script).main(params)
         assert "params.yaml asks for is itself no commit and no experiment" in capsys.readouterr().err, script
     monkeypatch.setattr(search, "shown", lambda: states)
-    importlib.import_module("twins").main(params)
+    importlib.import_module("ablations").main(params)
     shutil.rmtree(".dvc/cache")
     shutil.rmtree("reports/ranks")
     capsys.readouterr()
@@ -245,13 +245,13 @@ def test_a_preset_that_is_no_list_of_options_is_refused(tmp_path):
         ablations.changes(tmp_path / "odd.txt")
 
 
-def test_the_report_shows_twins_of_these_results_alone(tmp_path):
+def test_the_report_shows_ablations_of_these_results_alone(tmp_path):
     main = figures(0.3)
     content = {"llmgr": {"changed": {}, "figures": copy.deepcopy(main)},
                "without-lora": {"changed": {"model.lora_r": 0}, "figures": figures(0.2)}}
-    write_json(tmp_path / "twins.json", content)
-    assert list(evidence._own_twins(tmp_path / "twins.json", main)) == ["llmgr", "without-lora"]
-    assert evidence._own_twins(tmp_path / "twins.json", figures(0.4)) == {}
-    assert evidence._own_twins(tmp_path / "none.json", main) == {}
+    write_json(tmp_path / "ablations.json", content)
+    assert list(evidence.own_ablations(tmp_path / "ablations.json", main)) == ["llmgr", "without-lora"]
+    assert evidence.own_ablations(tmp_path / "ablations.json", figures(0.4)) == {}
+    assert evidence.own_ablations(tmp_path / "none.json", main) == {}
     assert (naming.four(0.2), naming.four(None)) == ("0.2000", "–"), "a bucket without sessions"
-    assert [naming.changes(twin) for twin in content.values()] == ["–", "model.lora_r=0"]
+    assert [naming.changes(ablation) for ablation in content.values()] == ["–", "model.lora_r=0"]
