@@ -36,8 +36,8 @@ def main(params, shape: str | None) -> None:
 
     device, files = device_of(params.launch), Layout("data", "models", "reports")
     dtype = arithmetic(params.tune.precision)
-    sessions = [read_split(split, params.data.max_session)[0].to(device) for split in ("train", "valid")]
-    prior = build_prior(params, sessions[0], device) if params.tune.linear else None
+    sessions = [read_split(files, split, params.data.max_session)[0].to(device) for split in ("train", "valid")]
+    prior = build_prior(params, files, sessions[0], device) if params.tune.linear else None
     model = build_ranker(params, files, dtype, device, prior, weights=None if shape else files.aligned, shape=shape)
     model.llmgr.unfreeze_encoder(params.tune.train_encoder)
     model.train()

@@ -25,6 +25,7 @@ def main(params) -> None:
     from llmgr.runtime.artifacts import replacing_folder, write_json, write_table
     from llmgr.runtime.console import Bar, say
     from llmgr.runtime.errors import UserError
+    from llmgr.runtime.layout import Layout
     from llmgr.sessions.reading import read_split, seen_items
     from llmgr.training.cost import scoring_cost
     from llmgr.training.precision import device_of
@@ -32,10 +33,10 @@ def main(params) -> None:
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: name gate as the "
                         "last stage (`dvc exp run -S split.selection=true gate`), or set it to false")
-    device = device_of()
+    device, files = device_of(), Layout("data", "models", "reports")
     start = time.monotonic()
-    tables = {split: read_split(split, params.data.max_session) for split in ("valid", "test")}
-    models = loaded(params, device)
+    tables = {split: read_split(files, split, params.data.max_session) for split in ("valid", "test")}
+    models = loaded(params, files, device)
     found = {name: {} for name in models}
     seconds = dict.fromkeys(models, 0.0)
     with replacing_folder("reports/ranks") as folder:

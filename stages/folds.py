@@ -13,8 +13,9 @@ READS = ("seed", "data.max_session", "tune.folds", "tune.linear", "encoder.dim",
 
 def main(params) -> None:
     from llmgr.prior.cross_fitting import train_folds
+    from llmgr.runtime.layout import Layout
 
-    train_folds(params)
+    train_folds(params, Layout("data", "models", "reports"))
 
 
 if __name__ == "__main__":

@@ -22,19 +22,21 @@ def main(params) -> None:
     from llmgr.evaluation.models import parts
     from llmgr.runtime.artifacts import replacing_folder, write_json
     from llmgr.runtime.console import say
+    from llmgr.runtime.layout import Layout
     from llmgr.sessions.reading import read_split, seen_items
     from llmgr.training.cost import scoring_cost
     from llmgr.training.precision import device_of
 
-    device, settings = device_of(), params.gate
+    device, settings, files = device_of(), params.gate, Layout("data", "models", "reports")
     start = time.monotonic()
-    valid, frame = read_split("valid", params.data.max_session)
+    valid, frame = read_split(files, "valid", params.data.max_session)
     chosen = draw(len(valid), settings.sessions, params.seed)
     valid, seen = valid.subset(chosen), seen_items(frame)[chosen]
-    known = parts(params, device)
+    known = parts(params, files, device)
     makers = {name: known[name] for names in settings.fuse.values() for name in names}
     tables, seconds = score_tables(makers, valid.to(device), params.evaluate.batch_size)
-    band_V, target, seen = (t.to(device) for t in (bands(training_interactions(), settings.edges), valid.target, seen))
+    band_V = bands(training_interactions(files), settings.edges)
+    band_V, target, seen = (t.to(device) for t in (band_V, valid.target, seen))
     found = {}
     with replacing_folder("models/gates") as folder:
         for name, fused in settings.fuse.items():

@@ -17,13 +17,16 @@ def main(params, encoder: str) -> None:
     from llmgr.encoders.pretraining import pretrain
     from llmgr.prior.left_out import left_out
     from llmgr.prior.weighted_sum import Prior
+    from llmgr.runtime.layout import Layout
+
+    files = Layout("data", "models", "reports")
 
     def fitted(train) -> Prior:
-        prior = Prior(left_out(params.slit, train)).to(train.row.device)
+        prior = Prior(left_out(params.slit, files, train)).to(train.row.device)
         prior.fit(train, params.seed)
         return prior
 
-    pretrain(params, f"{encoder}-linear", fitted)
+    pretrain(params, files, f"{encoder}-linear", fitted)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ def main(params) -> None:
 
     from llmgr.runtime.artifacts import write_json
     from llmgr.runtime.console import say
+    from llmgr.runtime.layout import Layout
     from llmgr.serving.building import built, tuned_from
     from llmgr.serving.package import FOLDER, write_package
     from llmgr.sessions.reading import read_split
     from llmgr.training.cost import scoring_cost
 
-    start = time.monotonic()
-    train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
-    prior = tuned_from(params, train) if params.tune.linear else None
+    start, files = time.monotonic(), Layout("data", "models", "reports")
+    train, valid = (read_split(files, split, params.data.max_session)[0] for split in ("train", "valid"))
+    prior = tuned_from(params, files, train) if params.tune.linear else None
     package, found = built(params, prior, valid)
     write_package(FOLDER, package)
     size = sum(path.stat().st_size for path in Path(FOLDER).iterdir()) / 1e6

@@ -87,11 +87,13 @@ def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
     from llmgr.encoders.registry import family
     from llmgr.experiments import recbole
     from llmgr.runtime.artifacts import write_json
+    from llmgr.runtime.layout import Layout
     from llmgr.sessions.reading import catalogue_size, read_split
 
     base, _ = family(encoder)
-    train, _ = read_split("train", params.data.max_session)
-    found = recbole.speed(params, base, train, catalogue_size("data/core/items.parquet"))
+    files = Layout("data", "models", "reports")
+    train, _ = read_split(files, "train", params.data.max_session)
+    found = recbole.speed(params, base, train, catalogue_size(files.items))
     write_json(folder / dataset / "speed" / f"{base}.json", found)
     console.say(f"{base}: {found}")
 
@@ -105,19 +107,22 @@ def table(params: Any, folder: Path, dataset: str) -> None:
     from llmgr.ranking.loop import rank_sessions
     from llmgr.ranking.metrics import metrics
     from llmgr.runtime.artifacts import read_json, write_text
+    from llmgr.runtime.layout import Layout
     from llmgr.sessions.reading import catalogue_size, read_split
 
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: set it to false")
-    items = catalogue_size("data/core/items.parquet")
-    train, test = (read_split(split, params.data.max_session)[0] for split in ("train", "test"))
+    files = Layout("data", "models", "reports")
+    items = catalogue_size(files.items)
+    train, test = (read_split(files, split, params.data.max_session)[0] for split in ("train", "test"))
     fits = [read_json(path) for path in sorted((folder / dataset / "fits").glob("*.json"))]
     found = []
     for name in REGISTRY:
         trained, timed = Path(f"reports/metrics/encoders/{name}.json"), folder / dataset / "speed" / f"{name}.json"
         if not (trained.exists() and timed.exists() and Path("models/encoders", name).exists()):
             continue
-        ranks = rank_sessions(encoder(name, items, torch.device("cpu"))(test), test, params.evaluate.batch_size)
+        score = encoder(files.encoder(name), items, torch.device("cpu"))(test)
+        ranks = rank_sessions(score, test, params.evaluate.batch_size)
         settings = read_json(Path("models/encoders", name, "config.json"))["settings"]
         settings = {key: settings[key] for key in ("lr", "gnn_layers", "length") if key in settings}
         found.append(recbole.Ours(name, read_json(trained)["valid"], metrics(ranks), recbole.standard_errors(ranks),

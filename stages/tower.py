@@ -13,8 +13,9 @@ READS = ("seed", "data.max_session", "model.weights", "model.texts", "tower", "t
 
 def main(params) -> None:
     from llmgr.prior.tower_training import train_tower
+    from llmgr.runtime.layout import Layout
 
-    train_tower(params)
+    train_tower(params, Layout("data", "models", "reports"))
 
 
 if __name__ == "__main__":

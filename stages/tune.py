@@ -36,13 +36,13 @@ def main(params) -> None:
 
     settings, files = params.tune, Layout("data", "models", "reports")
     resume = resume_folder("tune", flat(params), INPUTS)
-    train, valid = (read_split(split, params.data.max_session)[0] for split in ("train", "valid"))
+    train, valid = (read_split(files, split, params.data.max_session)[0] for split in ("train", "valid"))
     dtype, device = arithmetic(settings.precision), device_of(params.launch)
     train, valid = train.to(device), valid.to(device)
     torch.manual_seed(params.seed)
     begun, prior, fitted = time.monotonic(), None, {}
     if settings.linear:
-        prior = build_prior(params, train, device)
+        prior = build_prior(params, files, train, device)
         prior.fit(train, params.seed, settings.recency)
         fitted = {name: weights.clone() for name, weights in prior.state_dict().items()}
     prepared = time.monotonic() - begun

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 from machine import DEFAULTS
-from tiny import llmgr, tokenizer
+from tiny import FILES, llmgr, tokenizer
 
 from llmgr.encoders.registry import build_recommender, save_recommender
 from llmgr.evaluation import baselines, models
@@ -58,7 +58,7 @@ def test_popularity_counts_every_training_click_once(tmp_path, monkeypatch, wind
     written(tmp_path, window)
     expected = collections.Counter(i for x in histories() if len(x) > 3 for i in x[:-2])  # one click trains nothing
     sessions, _ = read_sessions("data/sessions/test.parquet", window)
-    scores = baselines.popularity(CPU)(sessions)(torch.tensor([4, 0]))
+    scores = baselines.popularity(FILES, CPU)(sessions)(torch.tensor([4, 0]))
     assert scores.shape == (2, ITEMS + 1)
     assert scores[0].tolist() == scores[1].tolist() == [float(expected[i]) for i in range(ITEMS + 1)]
 
@@ -75,7 +75,7 @@ def test_text_knn_is_a_decayed_sum_of_cosines_of_whitened_vectors(tmp_path, monk
     white = axes[:, :dim] / np.linalg.norm(axes[:, :dim], axis=1, keepdims=True)
     sessions, frame = read_sessions("data/sessions/test.parquet", 4)
     samples = torch.tensor([7, 2, 11, 0])
-    scores = baselines.text_knn(dim, decay, CPU)(sessions)(samples)
+    scores = baselines.text_knn(FILES, dim, decay, CPU)(sessions)(samples)
     for row, sample in enumerate(samples.tolist()):
         items = frame["items"][sample].to_list()
         for candidate in range(1, ITEMS + 1):
@@ -108,7 +108,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                    encoder=types.SimpleNamespace(
                                        names=["gcsan"], controls=["gcsan"], control_texts=["text"],
                                        linear_controls=[]))
-    found = models.scorers(params, CPU)
+    found = models.scorers(params, FILES, CPU)
     assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr", SERVED]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(len(sessions))
@@ -131,7 +131,7 @@ def test_llmgr_is_scored_in_the_arithmetic_that_it_was_tuned_in(tmp_path, monkey
     write_json("models/tuned/config.json", {"precision": kept} if kept else {})
     params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision=asked, linear=False))
     with pytest.raises(Built) as built:
-        models.llmgr(params, CPU, None)
+        models.llmgr(params, FILES, CPU, None)
     assert built.value.args == (expected,)
 
 
@@ -157,8 +157,8 @@ def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monk
         tuned = Ranker(llmgr(), BehaviourPrompts(tokenizer(), "slot", None, 4, False), torch.float32)
         tuned.llmgr.encoder = model.encoder
         monkeypatch.setattr(building, "build_ranker", lambda *_, tuned=tuned, **__: tuned)
-        for folder, over in ((f"models/encoders/{base}", models.encoder(base, ITEMS, CPU)),
-                             ("model.base", models.llmgr(params, CPU, None))):
+        for folder, over in ((f"models/encoders/{base}", models.encoder(FILES.encoder(base), ITEMS, CPU)),
+                             ("model.base", models.llmgr(params, FILES, CPU, None))):
             if known == users:
                 over(sessions)
                 continue
@@ -179,8 +179,8 @@ def test_gates_stand_beside_their_scorers_which_score_a_batch_once(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     written(tmp_path, 5)
     calls = []
-    makers = models.scorers(gate_params(), CPU)
-    counted = baselines.popularity(CPU)
+    makers = models.scorers(gate_params(), FILES, CPU)
+    counted = baselines.popularity(FILES, CPU)
 
     def over(sessions):
         score = counted(sessions)
@@ -192,13 +192,13 @@ def test_gates_stand_beside_their_scorers_which_score_a_batch_once(tmp_path, mon
     for name, parts in params.gate.fuse.items():
         weight = torch.arange(1.0, 1 + 3 * len(parts)).view(len(parts), 3)
         Gate(parts, [1, 3], weight, torch.zeros(3)).save(tmp_path / f"models/gates/{name}.json")
-    scorers = models.loaded(params, CPU)
+    scorers = models.loaded(params, FILES, CPU)
     assert list(scorers) == ["pop", "item-knn", "mine", "other"]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(4)
     scores = {name: over(sessions)(samples) for name, over in scorers.items()}
     assert calls == [4]
-    band = bands(baselines.training_interactions(), [1, 3])
+    band = bands(baselines.training_interactions(FILES), [1, 3])
     repeat = torch.zeros(4, ITEMS + 1).scatter_(1, sessions.graphs(samples).items_BS, 1.0)
     weight = torch.arange(1.0, 10.0).view(3, 3)[:, band]
     expected = weight[0] * scores["item-knn"] + weight[1] * scores["pop"] + weight[2] * repeat

@@ -9,13 +9,14 @@ import pytest
 import torch
 from machine import DEFAULTS, stage
 from test_pretrain import ITEMS, USERS, set_up, write_data
+from tiny import FILES
 from torch.nn import functional as F
 
 from llmgr.encoders.registry import REGISTRY, build_encoder, load_encoder
 from llmgr.params.loading import load
 from llmgr.params.names import WHOLE
 from llmgr.prior import cross_fitting
-from llmgr.prior.cross_fitting import OutOfFold, fold_of
+from llmgr.prior.cross_fitting import CrossFitted, fold_of
 from llmgr.prior.left_out import LeftOut
 from llmgr.prior.weighted_sum import BANDS, Prior
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors, write_json
@@ -65,7 +66,7 @@ def test_a_session_that_was_trained_on_is_scored_without_its_user_and_any_other_
     assert stage("folds", root=place) == 0
     monkeypatch.chdir(place)
     monkeypatch.setattr(cross_fitting, "READ", 7)
-    scores, fold = OutOfFold(PARAMS, ITEMS, torch.device("cpu")), fold_of(USERS, FOLDS, 2026)
+    scores, fold = CrossFitted(PARAMS, FILES, ITEMS, torch.device("cpu")), fold_of(USERS, FOLDS, 2026)
     encoder, vectors = load_encoder("models/embeddings", ITEMS)
     config = read_json("models/embeddings/config.json")
     own = {}
@@ -74,7 +75,7 @@ def test_a_session_that_was_trained_on_is_scored_without_its_user_and_any_other_
         one = build_encoder("gcsan", config["dim"], config["dropout"], config["settings"])
         one.load_state_dict({key[8:]: value for key, value in tensors.items() if key != "vectors"})
         own[k] = one.eval(), tensors["vectors"]
-    train, _ = read_split("train", 50)
+    train, _ = read_split(FILES, "train", 50)
     with torch.no_grad():
         chosen = torch.randperm(len(train))[:20]
         found = scores(train, chosen, True)
@@ -83,7 +84,7 @@ def test_a_session_that_was_trained_on_is_scored_without_its_user_and_any_other_
             torch.testing.assert_close(found[row], (one(train.graphs(sample[None]), table) @ table.T)[0])
         every = torch.arange(USERS)
         for split in ("valid", "test"):
-            sessions, _ = read_split(split, 50)
+            sessions, _ = read_split(FILES, split, 50)
             torch.testing.assert_close(scores(sessions, every, False),
                                        encoder.eval()(sessions.graphs(every), vectors) @ vectors.T)
 
@@ -97,7 +98,7 @@ def test_a_folds_item_vectors_are_turned_onto_the_bases(place: Path, monkeypatch
     path = "models/folds/1.safetensors"
     save_tensors(path, load_tensors(path) | {"vectors": vectors @ turn})
     count = torch.arange(ITEMS + 1.0)
-    base = OutOfFold(PARAMS, ITEMS, torch.device("cpu"))
+    base = CrossFitted(PARAMS, FILES, ITEMS, torch.device("cpu"))
     same, other, _ = base.shifts(count)
     torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-5, rtol=0)
     assert other.norm() > 0.1 and not other[0].any()
@@ -117,8 +118,8 @@ def test_the_bases_scores_are_weighted_by_how_often_others_chose_an_item(place: 
                                                                        ) -> None:
     assert stage("folds", root=place) == 0
     monkeypatch.chdir(place)
-    train, frame = read_split("train", 50)
-    model, base = LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), OutOfFold(PARAMS, ITEMS, torch.device("cpu"))
+    train, frame = read_split(FILES, "train", 50)
+    model, base = LeftOut(train, 3.0, 0.7, None, 0.0, ITEMS), CrossFitted(PARAMS, FILES, ITEMS, torch.device("cpu"))
     prior = Prior(model, base)
     samples = torch.arange(len(train))
     with torch.no_grad():
@@ -188,7 +189,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(place: Path, monkeypatch: py
 
     def refused(told: str, params: SimpleNamespace = PARAMS) -> None:
         with pytest.raises(UserError, match=f"{told}: run `dvc repro` to train (them|it) anew"):
-            OutOfFold(params, ITEMS, cpu)
+            CrossFitted(params, FILES, ITEMS, cpu)
 
     for params, told in ((SimpleNamespace(seed=2026, tune=SimpleNamespace(folds=2)), "2 of gcsan at seed 2026"),
                          (SimpleNamespace(seed=1, tune=SimpleNamespace(folds=3)), "3 of gcsan at seed 1")):
@@ -197,10 +198,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(place: Path, monkeypatch: py
     write_json("models/embeddings/config.json", config | {"settings": config["settings"] | {"lr": 0.5}})
     refused("3 folds of gcsan of other settings at seed 2026, not 3 of gcsan at seed 2026")
     write_json("models/embeddings/config.json", config)
-    train, _ = read_split("train", 50)
+    train, _ = read_split(FILES, "train", 50)
     train.user = train.user.clamp(max=USERS - 1)
     with pytest.raises(UserError, match="models/folds was trained for other users than the sessions have"):
-        OutOfFold(PARAMS, ITEMS, cpu)(train, torch.arange(3), True)
+        CrossFitted(PARAMS, FILES, ITEMS, cpu)(train, torch.arange(3), True)
     path = place / "models/folds/2.safetensors"
     tensors = load_tensors(path)
     save_tensors(path, tensors | {"vectors": tensors["vectors"][:-1]})

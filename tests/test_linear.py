@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 from test_neighbours import ITEMS, histories, project, weights
-from tiny import encoder_section
+from tiny import FILES, encoder_section
 from torch.nn import functional as F
 
 from llmgr.encoders import pretraining
@@ -65,7 +65,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     params = SimpleNamespace(data=SimpleNamespace(max_session=50), slit=SimpleNamespace(
         ridge=ridge, decay=decay))
     sessions, frame = read_sessions("data/sessions/test.parquet", 50)
-    score = baselines.slit(baselines.linear_model(params, CPU), share)(sessions)
+    score = baselines.slit(FILES, baselines.linear_model(params, FILES, CPU), share)(sessions)
     expected = torch.from_numpy(dense(frame["items"].to_list(), decay) @ B).float()
     assert expected.abs().max() > 0.05
     torch.testing.assert_close(score(torch.arange(len(sessions))), expected, atol=2e-5, rtol=1e-4)
@@ -73,7 +73,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
     formed = left_out.LeftOut(read_sessions("data/sessions/train.parquet", 50)[0], ridge, decay, None, 0.0, ITEMS)
     monkeypatch.setattr(slit.Slit, "solved", None)  # the inverse that others need is used as it is
-    score = baselines.slit(baselines.linear_model(params, CPU, formed), share)(sessions)
+    score = baselines.slit(FILES, baselines.linear_model(params, FILES, CPU, formed), share)(sessions)
     torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
 
 
@@ -106,7 +106,8 @@ def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.chdir(root)
         catalogue()
         sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
-        found.append(baselines.slit(baselines.linear_model(params, CPU), 0.1)(sessions)(torch.arange(len(sessions))))
+        score = baselines.slit(FILES, baselines.linear_model(params, FILES, CPU), 0.1)(sessions)
+        found.append(score(torch.arange(len(sessions))))
     assert found[0].any()
     torch.testing.assert_close(*found)
 
@@ -119,7 +120,7 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
     monkeypatch.chdir(tmp_path)
     catalogue()
     train, frame = read_sessions("data/sessions/train.parquet", 50)
-    words = catalogue_words("data/core/items.parquet")
+    words = catalogue_words(FILES.items)
     likeness = (words @ words.T).toarray()
     clicks = dense(frame["items"].to_list(), 0.7)
     target, user = np.eye(ITEMS + 1)[frame["target"].to_numpy()], frame["user"].to_numpy()
@@ -154,7 +155,7 @@ def test_the_prior_weighs_scores_by_how_often_others_chose_an_item(tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     catalogue()
     train, frame = read_sessions("data/sessions/train.parquet", 50)
-    model = left_out.LeftOut(train, 3.0, 0.7, catalogue_words("data/core/items.parquet"), 0.1, ITEMS)
+    model = left_out.LeftOut(train, 3.0, 0.7, catalogue_words(FILES.items), 0.1, ITEMS)
     count = torch.bincount(train.target, minlength=ITEMS + 1).float()
     prior = weighted_sum.Prior(model)
     prior.scale *= larger
@@ -222,7 +223,7 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
     torch.manual_seed(0)
     model = build_recommender(name, ITEMS, section, F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0)),
                               users=int(train.user.max()), max_session=50)
-    model.offset = weighted_sum.Prior(left_out.left_out(slit, train))
+    model.offset = weighted_sum.Prior(left_out.left_out(slit, FILES, train))
     model.offset.fit(train, 1)
     job = EncoderJob(model, train, test, section.training, torch.float32)
     monkeypatch.setattr(pretraining, "CHUNK", 7)
@@ -246,7 +247,7 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
             slit=slit, tune=SimpleNamespace(linear=False),
             tower=SimpleNamespace(enabled=False), data=SimpleNamespace(max_session=50),
             encoder=SimpleNamespace(names=[], controls=[], control_texts=[], linear_controls=[base]))
-        found = models.scorers(params, CPU)[name]()(test)(torch.arange(len(test)))
+        found = models.scorers(params, FILES, CPU)[name]()(test)(torch.arange(len(test)))
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         rank = (wanted[:, 1:] >= wanted.gather(1, test.target[:, None])).sum(1)
     assert job.validate()["valid_mrr_at_20"] == pytest.approx(((rank <= 20) / rank).mean().item(), rel=1e-4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 from test_evaluation import ITEMS, SCHEMA, histories, written
+from tiny import FILES
 
 from llmgr.evaluation import baselines, neighbours
 from llmgr.sessions.clicks import last_clicks
@@ -82,7 +83,7 @@ def test_scores_equal_a_loop_over_the_training_sessions(tmp_path: Path, monkeypa
     assert any(len(set(x)) < len(x) for x in frame["items"].to_list())  # clicks that come back
     make, reference = ((baselines.item_knn, item_reference) if kind == "item" else
                        (baselines.session_knn, session_reference))
-    score = make(size, decay, CPU)(sessions)
+    score = make(FILES, size, decay, CPU)(sessions)
     whole = score(torch.arange(len(sessions)))
     assert whole.shape == (len(sessions), ITEMS + 1) and not whole[:, 0].any() and whole.any()
     for row, clicks in zip(whole.tolist(), frame["items"].to_list()):
@@ -98,7 +99,7 @@ def test_held_out_targets_change_no_score(tmp_path: Path, monkeypatch: pytest.Mo
         project(tmp_path / name, lists=lists)
         monkeypatch.chdir(tmp_path / name)
         sessions, _ = read_sessions("data/sessions/valid.parquet", 50)
-        found[name] = [make(5, 0.7, CPU)(sessions)(torch.arange(len(sessions)))
+        found[name] = [make(FILES, 5, 0.7, CPU)(sessions)(torch.arange(len(sessions)))
                        for make in (baselines.item_knn, baselines.session_knn)]
     for a, b in zip(*found.values()):
         torch.testing.assert_close(a, b)
@@ -140,7 +141,7 @@ def test_word_knn_is_a_decayed_sum_of_the_cosines_of_rare_words(tmp_path: Path, 
         return sum(weight.get(w, 0) ** 2 for w in a & b)
 
     sessions, frame = read_sessions("data/sessions/test.parquet", 50)
-    scores = baselines.word_knn(0.7, CPU)(sessions)(torch.arange(len(sessions)))
+    scores = baselines.word_knn(FILES, 0.7, CPU)(sessions)(torch.arange(len(sessions)))
     assert scores.shape == (len(sessions), ITEMS + 1) and not scores[:, 0].any()
     for row, clicks in zip(scores.tolist(), frame["items"].to_list()):
         for candidate in range(1, ITEMS + 1):
@@ -157,7 +158,7 @@ def test_the_likeness_of_all_pairs_of_items_is_never_formed(monkeypatch: pytest.
     matrix = words.word_matrix([f"word{i % 3} other{i % 7}" for i in range(items)])
     monkeypatch.setattr(baselines, "catalogue_words", lambda: matrix)
     tracemalloc.start()
-    scores = baselines.word_knn(0.7, CPU)(sessions)(two)
+    scores = baselines.word_knn(FILES, 0.7, CPU)(sessions)(two)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert scores.shape == (2, items + 1) and scores.count_nonzero() > items

@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 from machine import DEFAULTS, small_disk, stage, within
-from tiny import CHECKPOINTS, language_model, tokenizer
+from tiny import CHECKPOINTS, FILES, language_model, tokenizer
 
 from llmgr.experiments.ablations import changes
 from llmgr.params import loading
@@ -266,10 +266,10 @@ def figures(ranks: list[int]) -> dict[str, float]:
 def test_the_logits_start_from_what_fits_later_clicks(reproduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(reproduced)
     settings = loading.load("params.yaml")
-    train, place = read_split("train", settings.data.max_session)[0], torch.device("cpu")
+    train, place = read_split(FILES, "train", settings.data.max_session)[0], torch.device("cpu")
     fitted = load_tensors("models/tuned/prior.safetensors")
     for recency in (0.5, 1.0):
-        prior = build_prior(settings, train, place)
+        prior = build_prior(settings, FILES, train, place)
         prior.fit(train, settings.seed, recency)
         assert all(torch.allclose(fitted[name], value, atol=0.02, rtol=0.02)
                    for name, value in prior.state_dict().items()) == (recency == 0.5)

@@ -11,7 +11,7 @@ import torch
 from machine import stage
 from test_pretrain import ITEMS as CATALOGUE
 from test_pretrain import USERS, set_up, write_data
-from tiny import ITEMS, LISTS, TITLES, language_model, prefixes, tokenizer
+from tiny import FILES, ITEMS, LISTS, TITLES, language_model, prefixes, tokenizer
 from torch.nn import functional as F
 
 from llmgr.params.loading import load
@@ -214,13 +214,13 @@ def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypat
         return Progress(epoch_rows=[{"epoch": 0}])
 
     monkeypatch.setattr(tower_training, "fit", trained)
-    tower_training.train_tower(params)
-    train, _ = read_split("train", 50)
+    tower_training.train_tower(params, FILES)
+    train, _ = read_split(FILES, "train", 50)
     user, fold = train.user[train.row], fold_of(USERS, 3, params.seed)
     assert [name for name, *_ in seen] == ["tower", *(f"tower without fold {k}" for k in (1, 2, 3))]
     for number, (_, rows, _) in enumerate(seen):
         assert set(rows.tolist()) == {n for n in range(len(train)) if number == 0 or fold[user[n]] != number - 1}
-    model, every = Tower(params, CATALOGUE, CPU), torch.arange(len(train))
+    model, every = Tower(params, FILES, CATALOGUE, CPU), torch.arange(len(train))
     found = model(train, every, True) / model.scale
     for sample in every:
         own = seen[1 + int(fold[user[sample]])][2]
@@ -232,10 +232,10 @@ def test_other_ways_of_tuning_end_where_the_plain_one_does(tmp_path, monkeypatch
     ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params, ends = load("params.yaml"), []
-    train, valid = (read_split(split, 50)[0] for split in ("train", "valid"))
+    train, valid = (read_split(FILES, split, 50)[0] for split in ("train", "valid"))
     for number, changes in enumerate(({}, change)):
         settings = replace(params.tower, **{"precision": "fp32", "batch_size": 40, "epochs": 2} | changes)
-        model = tower_training.built(replace(params, tower=settings), CPU)
+        model = tower_training.built(replace(params, tower=settings), FILES, CPU)
         model.train()
         made = TowerJob(model, train, valid, settings, arithmetic(settings.precision), torch.arange(len(train)))
         progress = fit(made, settings, seed=1, resume=tmp_path / str(number), name="tower")
@@ -287,14 +287,14 @@ def saved(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[torch.Tensor]:
     for name, one in zip(("whole", "1", "2"), vectors):
         save_tensors(root / f"models/tower/{name}.safetensors", {"vectors": one})
     write_json(root / "models/backbone/backbone.json", {"sha256": {"model.safetensors": "own"}})
-    write_json(root / "models/tower/config.json", tower.asked(PARAMS) | {"users": len(LISTS)})
+    write_json(root / "models/tower/config.json", tower.made_of(PARAMS, FILES) | {"users": len(LISTS)})
     return vectors
 
 
 def test_a_session_that_was_tuned_on_is_scored_without_its_user_and_any_other_by_the_whole(tmp_path, monkeypatch):
     vectors, sessions = saved(monkeypatch, tmp_path), prefixes()
     sessions.user = torch.arange(1, len(LISTS) + 1)
-    model, every = Tower(PARAMS, ITEMS, CPU), torch.arange(len(sessions))
+    model, every = Tower(PARAMS, FILES, ITEMS, CPU), torch.arange(len(sessions))
     fold = fold_of(len(LISTS), 2, 5)
     assert set(fold[1:].tolist()) == {0, 1}
     trained, fresh = model(sessions, every, True), model(sessions, every, False)
@@ -323,10 +323,10 @@ def test_a_tower_of_other_parameters_is_refused(tmp_path, monkeypatch, change, t
     if not change:
         write_json(digest, {"sha256": {"model.safetensors": "other"}})
     with pytest.raises(UserError, match=told):
-        Tower(SimpleNamespace(**vars(PARAMS) | change), ITEMS, CPU)
+        Tower(SimpleNamespace(**vars(PARAMS) | change), FILES, ITEMS, CPU)
     digest.write_bytes(own)
     with pytest.raises(UserError, match=f"{ITEMS} items, the catalogue {ITEMS + 1}"):
-        Tower(PARAMS, ITEMS + 1, CPU)
+        Tower(PARAMS, FILES, ITEMS + 1, CPU)
 
 
 def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_not_met(tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_
     sessions = prefixes()
     sessions.user = torch.arange(1, len(LISTS) + 1)
     model = LeftOut(sessions, 3.0, 0.7, None, 0.0, ITEMS)
-    plain, term = Prior(model), Prior(model, None, Tower(PARAMS, ITEMS, CPU))
+    plain, term = Prior(model), Prior(model, None, Tower(PARAMS, FILES, ITEMS, CPU))
     every = torch.arange(len(sessions))
     with torch.no_grad():
         weight = 0.1 * torch.arange(1.0, len(BANDS) + 2)
@@ -357,7 +357,7 @@ def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path
     ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params = load("params.yaml")
-    own, random, dealt = (tower_training.built(replace(params, model=replace(params.model, **change)), CPU).means
+    own, random, dealt = (tower_training.built(replace(params, model=replace(params.model, **change)), FILES, CPU).means
                           for change in ({}, {"weights": "random"}, {"texts": "shuffled"}))
     name = "language_model.encoder.layer.0.attention.self.query.weight"
     weights = [dict(model.named_parameters())[name] for model in (own, random, dealt)]
@@ -372,7 +372,7 @@ def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_the_texts_dealt_out_to
     write_json(tmp_path / "models/backbone/backbone.json", {"width": 12})
     params, every = load("params.yaml"), torch.arange(1, CATALOGUE + 1)
     changes = {}, {}, {"seed": params.seed + 1}, {"model": replace(params.model, texts="shuffled")}
-    own, again, other, dealt = (tower_training.built(replace(params, **change), CPU).means(every).detach()
+    own, again, other, dealt = (tower_training.built(replace(params, **change), FILES, CPU).means(every).detach()
                                 for change in changes)
     assert own.shape == (CATALOGUE, 12) and torch.equal(own, again) and not torch.allclose(own, other, atol=1e-2)
     assert not torch.equal(own, dealt)

@@ -27,11 +27,13 @@ from llmgr.model.llmgr import Llmgr
 from llmgr.params.loading import load
 from llmgr.prior.left_out import LeftOut
 from llmgr.prior.weighted_sum import Prior
+from llmgr.runtime.layout import Layout
 from llmgr.sessions.tensors import Sessions
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT.parent / "shared" / "llm"
 ITEMS, DIM, TEXT = 12, 8, 5
+FILES = Layout("data", "models", "reports")  # of the folder that a test stands in
 TITLES = [f"{'abcdefghijkl'[i] * (1 + i % 4)}-{i + 1}" for i in range(ITEMS)]
 KINDS = ["llama", "bert", "mpnet", "stories260K", "all-MiniLM-L6-v2"]
 DRAWN = ("llama", "bert", "mpnet")

@@ -17,6 +17,7 @@ from llmgr.ranking.loop import Score, rank_sessions
 from llmgr.ranking.metrics import metrics
 from llmgr.runtime.artifacts import load_tensors, write_json
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.runtime.resume import resume_folder
 from llmgr.sessions.batching import alike
 from llmgr.sessions.reading import catalogue_size, read_split
@@ -42,8 +43,8 @@ PIECE = 512  # sessions that an encoder without padding reads at a time, so that
 CHUNK = 128  # rows of logits formed at a time, so that they stay in cache
 
 
-def pretrain(params: Any, name: str, offset: Callable[[Sessions], nn.Module] | None = None) -> None:
-    """Train the encoder or control `name` from data/ and models/backbone into models/encoders/NAME, with its records.
+def pretrain(params: Any, files: Layout, name: str, offset: Callable[[Sessions], nn.Module] | None = None) -> None:
+    """Train the encoder or control `name` into its folder of `files`, with its records.
 
     `offset` makes, from the training sessions, what is added to the logits (see `Recommender.offset`). UserError as
     `fit`, and where the sessions are of another catalogue.
@@ -51,10 +52,10 @@ def pretrain(params: Any, name: str, offset: Callable[[Sessions], nn.Module] | N
     base, text = family(name)
     if (text == "linear") != (offset is not None):
         raise UserError(f"{name} is not trained here: run stages/linear.py --encoder {base}")
-    resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs(text),
-                                                              *(["data/core/items.parquet"] if offset else [])])
-    train, valid = sessions_here(params)
-    model = built(params, name, train)
+    resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs(files, text),
+                                                              *([files.items] if offset else [])])
+    train, valid = sessions_here(params, files)
+    model = built(params, files, name, train)
     settings = with_rate(params.encoder.training,
                          getattr(params.encoder, base).lr if text == "none" else params.encoder.text_lr)
     started = time.monotonic()
@@ -64,33 +65,32 @@ def pretrain(params: Any, name: str, offset: Callable[[Sessions], nn.Module] | N
     job = EncoderJob(model, train, valid, settings, arithmetic(settings.precision))
     best = fit_best_rate(job, settings, seed=params.seed, resume=resume, name=name)
     model.encoder.config["settings"]["lr"] = best.rate
-    save_recommender(f"models/encoders/{name}", name, model)
-    write_json(f"reports/metrics/encoders/{name}.json", outcome(best.progress) | {"lr": best.rate} | (
+    save_recommender(files.encoder(name), name, model)
+    write_json(files.metrics(f"encoders/{name}"), outcome(best.progress) | {"lr": best.rate} | (
         {"search": best.record} if len(settings.rates) > 1 else {}))
-    finish(best.progress, model, name=name, resume=resume, reports=Path("reports"), prepared=formed + best.seconds)
+    finish(best.progress, model, name=name, resume=resume, reports=Path(files.reports), prepared=formed + best.seconds)
 
 
-def inputs(text: str) -> list[str]:
+def inputs(files: Layout, text: str) -> list[Path]:
     """What decides a training beside parameters and code; `text` as in `family`."""
-    return ["data/sessions/train.parquet", "data/sessions/valid.parquet",
-            *(["models/backbone/item_text.safetensors"] if text != "none" else [])]
+    return [files.sessions("train"), files.sessions("valid"), *([files.item_vectors] if text != "none" else [])]
 
 
-def sessions_here(params: Any) -> tuple[Sessions, Sessions]:
+def sessions_here(params: Any, files: Layout) -> tuple[Sessions, Sessions]:
     """Training and validation sessions on the GPU, if there is one."""
-    return tuple(read_split(split, params.data.max_session)[0].to(device_of()) for split in ("train", "valid"))
+    return tuple(read_split(files, split, params.data.max_session)[0].to(device_of()) for split in ("train", "valid"))
 
 
-def built(params: Any, name: str, train: Sessions) -> Recommender:
+def built(params: Any, files: Layout, name: str, train: Sessions) -> Recommender:
     """The untrained recommender `name`, drawn by the seed, where `train` is."""
     _, text = family(name)
     features = None
     if text != "none":
-        vectors = load_tensors("models/backbone/item_text.safetensors")["vectors"]
+        vectors = load_tensors(files.item_vectors)["vectors"]
         features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
                                         params.encoder.text_dim)
     torch.manual_seed(params.seed)
-    model = build_recommender(name, catalogue_size("data/core/items.parquet"), params.encoder, features,
+    model = build_recommender(name, catalogue_size(files.items), params.encoder, features,
                               users=int(train.user.max()), max_session=params.data.max_session)
     return model.to(train.row.device)
 

@@ -15,6 +15,7 @@ from llmgr.prior.left_out import LeftOut
 from llmgr.prior.slit import Slit, fitted_slit
 from llmgr.ranking.loop import Score
 from llmgr.runtime.artifacts import load_tensors, read_table
+from llmgr.runtime.layout import Layout
 from llmgr.sessions.clicks import last_clicks
 from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
@@ -30,28 +31,28 @@ if TYPE_CHECKING:
 Over = Callable[[Sessions], Score]
 
 
-def popularity(device: torch.device) -> Over:
+def popularity(files: Layout, device: torch.device) -> Over:
     """Scores an item by its interactions in the training sessions."""
-    count = training_interactions().float().to(device)
+    count = training_interactions(files).float().to(device)
     return lambda sessions: lambda samples: count.expand(len(samples), -1)
 
 
-def training_interactions() -> Tensor:
+def training_interactions(files: Layout) -> Tensor:
     """How often every item was trained on, [V+1]; index 0 is padding."""
-    train = read_table("data/sessions/train.parquet")
-    return torch.from_numpy(training_counts(train, catalogue_size("data/core/items.parquet")))
+    train = read_table(files.sessions("train"))
+    return torch.from_numpy(training_counts(train, catalogue_size(files.items)))
 
 
-def item_knn(shrinkage: float, decay: float, device: torch.device) -> Over:
+def item_knn(files: Layout, shrinkage: float, decay: float, device: torch.device) -> Over:
     """Scores an item by its similarity to the clicks, weighted by `decay` a step back (ItemKNN; Dacrema et al. 2019).
 
     Untrained: similarity is the shrunk cosine of the items' training sessions.
     """
-    similarity = item_similarity(_training_sessions(), shrinkage)
+    similarity = item_similarity(_training_sessions(files), shrinkage)
     return _similar(lambda clicks: (clicks @ similarity).toarray(), similarity.shape[0] - 1, decay, device)
 
 
-def session_knn(most: int, decay: float, device: torch.device) -> Over:
+def session_knn(files: Layout, most: int, decay: float, device: torch.device) -> Over:
     """Scores an item by the summed similarity of the session's nearest training sessions that hold it.
 
     Untrained: SKNN of Jannach & Ludewig (RecSys 2017) where `decay` is 1; below that V-SKNN (Ludewig & Jannach, UMUAI
@@ -59,7 +60,7 @@ def session_knn(most: int, decay: float, device: torch.device) -> Over:
     Deviation: the nearest are taken from all training sessions, not from a sample of recent ones: timestamps are of
     days, and a user is one session. V-SKNN's decay is exponential here, as in the other floors, not linear.
     """
-    matrix = _training_sessions()
+    matrix = _training_sessions(files)
 
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
@@ -71,16 +72,16 @@ def session_knn(most: int, decay: float, device: torch.device) -> Over:
     return over
 
 
-def _training_sessions() -> csr_array:
-    return training_matrix(read_table("data/sessions/train.parquet"), catalogue_size("data/core/items.parquet"))
+def _training_sessions(files: Layout) -> csr_array:
+    return training_matrix(read_table(files.sessions("train")), catalogue_size(files.items))
 
 
-def text_knn(text_dim: int, decay: float, device: torch.device) -> Over:
+def text_knn(files: Layout, text_dim: int, decay: float, device: torch.device) -> Over:
     """Scores an item by the cosine of its text vector to those of the clicks, weighted by `decay` a step back.
 
     Untrained. The vectors are whitened to `text_dim` components, which takes away what all texts share.
     """
-    raw = load_tensors("models/backbone/item_text.safetensors")["vectors"]
+    raw = load_tensors(files.item_vectors)["vectors"]
     vectors = F.normalize(principal_components(raw, text_dim, whiten=True), dim=1).to(device)
 
     def over(sessions: Sessions) -> Score:
@@ -92,36 +93,37 @@ def text_knn(text_dim: int, decay: float, device: torch.device) -> Over:
     return over
 
 
-def word_knn(decay: float, device: torch.device) -> Over:
+def word_knn(files: Layout, decay: float, device: torch.device) -> Over:
     """Scores an item by the words that its title and brand share with those of the clicks (see `word_matrix`).
 
     Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
     A batch goes by way of the words: the likeness of all pairs of items would take memory that grows with V squared.
     """
-    matrix = catalogue_words("data/core/items.parquet")
+    matrix = catalogue_words(files.items)
     return _similar(lambda clicks: (matrix @ (clicks @ matrix).toarray().T).T, matrix.shape[0] - 1, decay, device)
 
 
-def linear_model(params: Any, device: torch.device, formed: LeftOut | None = None) -> tuple[Slit, Over]:
+def linear_model(params: Any, files: Layout, device: torch.device, formed: LeftOut | None = None
+                 ) -> tuple[Slit, Over]:
     """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch.
 
     By the inverse where it is `formed` for other models anyway, else by conjugate gradients.
     """
     decay = params.slit.decay
-    train, _ = read_split("train", params.data.max_session)
-    model = fitted_slit(train, decay, params.slit.ridge, catalogue_size("data/core/items.parquet"), device)
+    train, _ = read_split(files, "train", params.data.max_session)
+    model = fitted_slit(train, decay, params.slit.ridge, catalogue_size(files.items), device)
     solve = model.solved if formed is None else lambda clicks: formed.solved(clicks).to(device)
     return model, functools.cache(lambda sessions: once(lambda samples: solve(
         last_clicks(sessions.graphs(samples), decay, model.items))))
 
 
-def slit(solved: tuple[Slit, Over], text_share: float) -> Over:
+def slit(files: Layout, solved: tuple[Slit, Over], text_share: float) -> Over:
     """Scores of the linear item-item model SLIT (`linear_model`), with `text_share` shrunk to the likeness of words.
 
     Closed form, no gradient, no language model: how far clicks and words go without a network.
     """
     model, over = solved
-    words = catalogue_words("data/core/items.parquet") if text_share else None
+    words = catalogue_words(files.items) if text_share else None
     return lambda sessions: lambda samples: model.scores(over(sessions)(samples), words, text_share)
 
 

@@ -43,49 +43,49 @@ Formed = Callable[[int | None], LeftOut]
 """The linear model, formed once for all that ask; by what shuffles the texts."""
 
 
-def scorers(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
+def scorers(params: Any, files: Layout, device: torch.device) -> dict[str, Callable[[], Over]]:
     """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
-    items = catalogue_size("data/core/items.parquet")
+    items = catalogue_size(files.items)
 
     @functools.cache
     def formed(shuffle: int | None) -> LeftOut:
-        train, _ = read_split("train", params.data.max_session)
-        return left_out(params.slit, train, shuffle)
+        train, _ = read_split(files, "train", params.data.max_session)
+        return left_out(params.slit, files, train, shuffle)
 
     others = (params.tune.linear and texts_shuffled(params) is None) or params.encoder.linear_controls
-    solved = functools.cache(lambda: linear_model(params, device, formed(None) if others else None))
+    solved = functools.cache(lambda: linear_model(params, files, device, formed(None) if others else None))
     found: dict[str, Callable[[], Over]] = {
-        "pop": lambda: popularity(device),
-        "item-knn": lambda: item_knn(params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
-        "session-knn": lambda: session_knn(params.evaluate.session_neighbours, params.evaluate.session_decay, device),
-        "text-knn": lambda: text_knn(params.evaluate.text_dim, params.evaluate.decay, device),
-        "word-knn": lambda: word_knn(params.evaluate.decay, device),
-        "slit": lambda: slit(solved(), 0.0),
-        "slit-text": lambda: slit(solved(), params.slit.text)}
+        "pop": lambda: popularity(files, device),
+        "item-knn": lambda: item_knn(files, params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
+        "session-knn": lambda: session_knn(files, params.evaluate.session_neighbours, params.evaluate.session_decay,
+                                           device),
+        "text-knn": lambda: text_knn(files, params.evaluate.text_dim, params.evaluate.decay, device),
+        "word-knn": lambda: word_knn(files, params.evaluate.decay, device),
+        "slit": lambda: slit(files, solved(), 0.0),
+        "slit-text": lambda: slit(files, solved(), params.slit.text)}
     if params.tower.enabled:
-        found[TOWER] = lambda: tower(params, items, device)
+        found[TOWER] = lambda: tower(params, files, items, device)
     for name in trained(params.encoder):
-        found[name] = lambda name=name: encoder(name, items, device, formed)
+        found[name] = lambda name=name: encoder(files.encoder(name), items, device, formed)
     if params.tune.linear:
-        found[START] = lambda: fitted_prior(params, device, formed)
-    found["llmgr"] = lambda: llmgr(params, device, formed)
+        found[START] = lambda: fitted_prior(params, files, device, formed)
+    found["llmgr"] = lambda: llmgr(params, files, device, formed)
     found[SERVED] = lambda: served(items)
     return found
 
 
-def tower(params: Any, items: int, device: torch.device) -> Over:
+def tower(params: Any, files: Layout, items: int, device: torch.device) -> Over:
     """Scores an item by the cosine of its text's tuned vector to those of the clicks (`llmgr.prior.tower`)."""
-    model = Tower(params, items, device)
+    model = Tower(params, files, items, device)
     return lambda sessions: lambda samples: model(sessions, samples, False)
 
 
-def encoder(name: str, items: int, device: torch.device, formed: Formed | None = None) -> Over:
+def encoder(folder: Path, items: int, device: torch.device, formed: Formed | None = None) -> Over:
     """Scores of a pretrained encoder: inner products of its session and item vectors, over its offset if any."""
-    folder = Path("models/encoders") / name
     module, vectors = load_encoder(folder, items)
     module, vectors = module.to(device).eval(), vectors.to(device)
     offset = None
-    if family(name)[1] == "linear":
+    if family(folder.name)[1] == "linear":
         offset = Prior(formed(None))
         offset.load_state_dict(load_tensors(folder / "offset.safetensors"))
         offset.to(device)
@@ -97,14 +97,13 @@ def encoder(name: str, items: int, device: torch.device, formed: Formed | None =
     return over
 
 
-def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
+def llmgr(params: Any, files: Layout, device: torch.device, formed: Formed) -> Over:
     """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
     from llmgr.model.building import build_ranker
     from llmgr.training.precision import arithmetic
 
-    files = Layout("data", "models", "reports")
     dtype = arithmetic(read_json(files.tuned / "config.json").get("precision", params.tune.precision))
-    prior = own_prior(params, device, formed) if params.tune.linear else None
+    prior = own_prior(params, files, device, formed) if params.tune.linear else None
     model = build_ranker(params, files, dtype, device, prior, weights=files.tuned).eval()
     model.llmgr.execution.join_products()
 
@@ -115,18 +114,18 @@ def llmgr(params: Any, device: torch.device, formed: Formed) -> Over:
     return over
 
 
-def own_prior(params: Any, device: torch.device, formed: Formed) -> Prior:
+def own_prior(params: Any, files: Layout, device: torch.device, formed: Formed) -> Prior:
     """LLMGR's prior, its weights yet to be loaded."""
-    return build_prior(params, None, device, formed(texts_shuffled(params)))
+    return build_prior(params, files, None, device, formed(texts_shuffled(params)))
 
 
-def fitted_prior(params: Any, device: torch.device, formed: Formed) -> Over:
+def fitted_prior(params: Any, files: Layout, device: torch.device, formed: Formed) -> Over:
     """Scores of LLMGR's prior as it was fitted before stage 2: no language model but for a tower of one."""
-    prior = own_prior(params, device, formed)
-    weights = load_tensors("models/tuned/prior.safetensors")
+    prior = own_prior(params, files, device, formed)
+    weights = load_tensors(files.tuned / "prior.safetensors")
     if weights.keys() != prior.state_dict().keys():
-        raise UserError("models/tuned has another prior than tune.folds and tower.enabled ask for: run `dvc repro` to "
-                        "train it anew")
+        raise UserError(f"{files.tuned} has another prior than tune.folds and tower.enabled ask for: run `dvc repro` "
+                        "to train it anew")
     prior.load_state_dict(weights)
     return lambda sessions: lambda samples: prior(sessions, samples)
 
@@ -146,15 +145,15 @@ def served(items: int) -> Over:
     return over
 
 
-def parts(params: Any, device: torch.device) -> dict[str, Callable[[], Over]]:
+def parts(params: Any, files: Layout, device: torch.device) -> dict[str, Callable[[], Over]]:
     """`scorers`, and what a gate alone may fuse."""
-    return scorers(params, device) | {REPEAT: lambda: repeat(catalogue_size("data/core/items.parquet"))}
+    return scorers(params, files, device) | {REPEAT: lambda: repeat(catalogue_size(files.items))}
 
 
-def gated(name: str, params: Any, device: torch.device, shared: dict[str, Over]) -> Over:
+def gated(name: str, params: Any, files: Layout, device: torch.device, shared: dict[str, Over]) -> Over:
     """Scores of the gate `name` of gate.fuse; `shared` holds its scorers, which others may use, too."""
-    gate = Gate.load(Path("models/gates") / f"{name}.json", params.gate.fuse[name], params.gate.edges)
-    band_V = bands(training_interactions(), gate.edges).to(device)
+    gate = Gate.load(files.gates / f"{name}.json", params.gate.fuse[name], params.gate.edges)
+    band_V = bands(training_interactions(files), gate.edges).to(device)
 
     def over(sessions: Sessions) -> Score:
         scores = [shared[part](sessions) for part in gate.scorers]
@@ -163,11 +162,11 @@ def gated(name: str, params: Any, device: torch.device, shared: dict[str, Over])
     return over
 
 
-def loaded(params: Any, device: torch.device) -> dict[str, Over]:
+def loaded(params: Any, files: Layout, device: torch.device) -> dict[str, Over]:
     """Every model, loaded, then the gates of gate.fuse by name; what a gate fuses scores a batch once for all."""
     fused = {name for names in params.gate.fuse.values() for name in names}
-    made = {name: make() for name, make in parts(params, device).items() if name != REPEAT or REPEAT in fused}
+    made = {name: make() for name, make in parts(params, files, device).items() if name != REPEAT or REPEAT in fused}
     models = {name: over for name, over in made.items() if name != REPEAT}
     shared = {name: functools.cache(lambda sessions, over=made[name]: once(over(sessions))) for name in fused}
-    gates = {name: gated(name, params, device, shared) for name in params.gate.fuse}
+    gates = {name: gated(name, params, files, device, shared) for name in params.gate.fuse}
     return models | {name: over for name, over in shared.items() if name in models} | gates

@@ -1,12 +1,13 @@
 """The base trained without a part of the users, and its scores of training sessions whose user it has not met.
 
 A model's scores of the sessions that it was trained on say what it remembers, not what it knows: whatever is fitted to
-them trusts it too much. Scores out of fold (stacked generalisation, Wolpert 1992) mend that.
+them trusts it too much. Cross-fitted scores (stacked generalisation, Wolpert 1992) mend that.
 """
 from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from llmgr.params.loading import flat
 from llmgr.runtime.artifacts import load_tensors, read_json, replacing_folder, save_tensors, write_json
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.runtime.resume import resume_folder
 from llmgr.training.cost import cost
 from llmgr.training.engine import fit
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from llmgr.encoders.layers import SessionEncoder
     from llmgr.sessions.tensors import Sessions
 
-
-
-FOLDER, BASE = "models/folds", "models/embeddings/config.json"
 READ = 1024  # sessions that an encoder reads at a time
 
 
@@ -43,21 +42,22 @@ def fold_of(users: int, folds: int, seed: int) -> Tensor:
     return torch.cat((torch.tensor([-1]), fold))
 
 
-def train_folds(params: Any) -> None:
-    """Train the base of models/embeddings without each of `tune.folds` parts of the users into models/folds/.
+def train_folds(params: Any, files: Layout) -> None:
+    """Train the base of `files.embeddings` without each of `tune.folds` parts of the users into `files.folds`.
 
     The folder says so and no more where there are none, or where the base cannot be trained so. The learning rate is
     the base's, and the best pass is chosen on all validation sessions, as the base's. UserError as `fit`, and where
     there are more folds than users.
     """
-    config = read_json(BASE)
+    path = files.embeddings / "config.json"
+    config = read_json(path)
     name, models, ends = config["name"], [], []
     folds = params.tune.folds if cross_fits(name) else 0
     if folds:
         base, text = family(name)
         setattr(params.encoder, base, SimpleNamespace(**config["settings"]))
-        resume = resume_folder("folds", flat(params), [BASE, *inputs(text)])
-        train, valid = sessions_here(params)
+        resume = resume_folder("folds", flat(params), [path, *inputs(files, text)])
+        train, valid = sessions_here(params, files)
         settings = with_rate(params.encoder.training, config["settings"]["lr"])
         users = int(train.user.max())
         if folds > users:
@@ -65,48 +65,49 @@ def train_folds(params: Any) -> None:
         fold_U = fold_of(users, folds, params.seed)
     for fold in range(folds):
         say(f"fold {fold + 1} of {folds}")
-        model = built(params, name, train)
+        model = built(params, files, name, train)
         kept = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
         job = EncoderJob(model, train.subset(kept), valid, settings, arithmetic(settings.precision))
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold + 1),
                         name=f"{name} without fold {fold + 1}"))
         models.append(model)
-    with replacing_folder(FOLDER) as folder, torch.no_grad():
+    with replacing_folder(files.folds) as folder, torch.no_grad():
         for fold, model in enumerate(models):
             save_tensors(folder / f"{fold + 1}.safetensors", {
                 "vectors": model.vectors(), **{f"encoder.{k}": v for k, v in model.encoder.state_dict().items()}})
         write_json(folder / "config.json", {"base": config, "folds": folds, "seed": params.seed})
-    write_json("reports/metrics/folds.json", {f"fold {fold + 1}": outcome(end) for fold, end in enumerate(ends)})
+    write_json(files.metrics("folds"), {f"fold {fold + 1}": outcome(end) for fold, end in enumerate(ends)})
     whole = Progress(**{key: sum(getattr(end, key) for end in ends) for key in ("seconds", "training_seconds",
                                                                                  "samples")})
-    write_json("reports/metrics/cost/folds.json", cost(whole, nn.ModuleList(models)))
+    write_json(files.metrics("cost/folds"), cost(whole, nn.ModuleList(models)))
     if folds:
         shutil.rmtree(resume, ignore_errors=True)
 
 
-class OutOfFold:
+class CrossFitted:
     """The base's scores of all items: of a training session by the base that was trained without its user.
 
     Any other session is scored by the base that was trained on all, which knows more and has not met its target.
     """
 
-    def __init__(self, params: Any, items: int, place: torch.device) -> None:
-        """Load models/embeddings and models/folds; UserError where the folds are of another base, catalogue or seed."""
-        encoder, vectors = load_encoder("models/embeddings", items)
-        self.whole = (encoder.to(place).eval(), vectors.to(place))
-        config, base = read_json(f"{FOLDER}/config.json"), read_json(BASE)
+    def __init__(self, params: Any, files: Layout, items: int, device: torch.device) -> None:
+        """Load the base and its folds; UserError where the folds are of another base, catalogue or seed."""
+        encoder, vectors = load_encoder(files.embeddings, items)
+        self.whole = (encoder.to(device).eval(), vectors.to(device))
+        self.folder = files.folds
+        config, base = read_json(files.folds / "config.json"), read_json(files.embeddings / "config.json")
         if (config["base"], config["folds"], config["seed"]) != (base, params.tune.folds, params.seed):
             was = config["base"]["name"] + (" of other settings" if config["base"]["name"] == base["name"]
                                             and config["base"] != base else "")
-            raise UserError(f"{FOLDER} holds {config['folds']} folds of {was} at seed {config['seed']}, not "
+            raise UserError(f"{files.folds} holds {config['folds']} folds of {was} at seed {config['seed']}, not "
                             f"{params.tune.folds} of {base['name']} at seed {params.seed}: run `dvc repro` to train "
                             "them anew")
-        self.folds = [self._loaded(f"{FOLDER}/{fold + 1}.safetensors") for fold in range(config["folds"])]
+        self.folds = [self._loaded(files.folds / f"{fold + 1}.safetensors") for fold in range(config["folds"])]
         self.users = base["settings"]["users"]
         self.fold_U = fold_of(self.users, config["folds"], config["seed"])
         self.read: WeakKeyDictionary[Sessions, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
-    def _loaded(self, path: str) -> tuple[SessionEncoder, Tensor]:
+    def _loaded(self, path: Path) -> tuple[SessionEncoder, Tensor]:
         tensors, (whole, vectors) = load_tensors(path), self.whole
         own = tensors.pop("vectors")
         if len(own) != len(vectors):
@@ -149,8 +150,8 @@ class OutOfFold:
     def _read(self, sessions: Sessions) -> tuple[Tensor, Tensor]:
         """Session vectors of all training samples, each by its fold's encoder [N, E], and the folds [N] on the CPU."""
         if int(sessions.user.max()) != self.users:
-            raise UserError(f"{FOLDER} was trained for other users than the sessions have: run `dvc repro` to train it "
-                            "anew")
+            raise UserError(f"{self.folder} was trained for other users than the sessions have: run `dvc repro` to "
+                            "train it anew")
         fold_N = self.fold_U[sessions.user[sessions.row].cpu()]
         session_ND = self.whole[1].new_zeros(len(sessions), self.whole[1].shape[1])
         for samples in torch.argsort(sessions.length.cpu(), stable=True).split(READ):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from llmgr.params.checks import check_pairs
 from llmgr.runtime.console import during, say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.runtime.memory import available
 from llmgr.sessions.clicks import prefix_clicks
 from llmgr.sessions.reading import catalogue_size
@@ -123,13 +124,12 @@ class LeftOut:
         return weight[row, column], asked[row], own[column]
 
 
-def left_out(slit: Any, train: Sessions, shuffle: int | None = None) -> LeftOut:
+def left_out(slit: Any, files: Layout, train: Sessions, shuffle: int | None = None) -> LeftOut:
     """The linear model of the catalogue and its training sessions, as the slit section has it.
 
     `shuffle` as in `catalogue_words`.
     """
-    path = "data/core/items.parquet"
-    words, items = catalogue_words(path, shuffle) if slit.text else None, catalogue_size(path)
+    words, items = catalogue_words(files.items, shuffle) if slit.text else None, catalogue_size(files.items)
     say(f"linear model: forming the matrices of all pairs of {items:,} items")  # minutes on a large catalogue
     with during("linear model: forming its matrices"):
         return LeftOut(train, slit.ridge, slit.decay, words, slit.text, items)

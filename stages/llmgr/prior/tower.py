@@ -9,39 +9,37 @@ from torch import Tensor
 from llmgr.prior.cross_fitting import fold_of
 from llmgr.runtime.artifacts import load_tensors, read_json, rounded
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.text.vectors import likeness
 
 if TYPE_CHECKING:
     from llmgr.sessions.tensors import Sessions
 
 
-
-FOLDER = "models/tower"
-
-
-def asked(params: Any) -> dict[str, Any]:
+def made_of(params: Any, files: Layout) -> dict[str, Any]:
     """What a tower's folder must have been made with, as its config.json keeps it."""
     return rounded({"enabled": params.tower.enabled, "encoder": params.tower.encoder, "folds": params.tune.folds,
                     "seed": params.seed, "decay": params.tower.decay, "texts": params.model.texts,
                     "weights": params.model.weights,
-                    "backbone": read_json("models/backbone/backbone.json")["sha256"]})
+                    "backbone": read_json(files.backbone / "backbone.json")["sha256"]})
 
 
 class Tower:
     """The tower's scores of all items: of a training session by the one that was tuned without its user."""
 
-    def __init__(self, params: Any, items: int, place: torch.device) -> None:
-        """Load models/tower; UserError where it is of other folds, texts, weights, seed or another catalogue."""
-        config = read_json(f"{FOLDER}/config.json")
-        for key, value in asked(params).items():
+    def __init__(self, params: Any, files: Layout, items: int, device: torch.device) -> None:
+        """Load the item vectors; UserError where it is of other folds, texts, weights, seed or another catalogue."""
+        self.folder = files.tower
+        config = read_json(files.tower / "config.json")
+        for key, value in made_of(params, files).items():
             if config.get(key) != value:
                 was = "another backbone" if key == "backbone" else f"{key}={config.get(key)}, not {value}"
-                raise UserError(f"{FOLDER} was made with {was}: run `dvc repro` to make it anew")
+                raise UserError(f"{self.folder} was made with {was}: run `dvc repro` to make it anew")
         names = ["whole", *map(str, range(1, config["folds"] + 1))]
-        self.vectors = [load_tensors(f"{FOLDER}/{name}.safetensors")["vectors"].to(place) for name in names]
+        self.vectors = [load_tensors(files.tower / f"{name}.safetensors")["vectors"].to(device) for name in names]
         if len(self.vectors[0]) != items + 1:
-            raise UserError(f"{FOLDER} has {len(self.vectors[0]) - 1} items, the catalogue {items}: run `dvc repro` to "
-                            "make it anew")
+            raise UserError(f"{self.folder} has {len(self.vectors[0]) - 1} items, the catalogue {items}: run `dvc "
+                            "repro` to make it anew")
         self.decay, self.users = params.tower.decay, config["users"]
         self.scale = len(self.vectors[0]) / float((self.vectors[0].T @ self.vectors[0]).norm())
         self.fold_U = fold_of(self.users, config["folds"], config["seed"]) if config["folds"] else None
@@ -54,8 +52,8 @@ class Tower:
         if not trained:
             return likeness(sessions, samples, self.vectors[0], self.decay) * self.scale
         if int(sessions.user.max()) != self.users:
-            raise UserError(f"{FOLDER} was tuned on other users than the sessions have: run `dvc repro` to make it "
-                            "anew")
+            raise UserError(f"{self.folder} was tuned on other users than the sessions have: run `dvc repro` to make "
+                            "it anew")
         fold_R = self.fold_U[sessions.user[sessions.row[samples]].cpu()]
         scores = self.vectors[0].new_empty(len(samples), len(self.vectors[0]))
         for fold in fold_R.unique().tolist():

@@ -13,12 +13,13 @@ from llmgr.language_model.loading import load_language_model, load_tokenizer
 from llmgr.params.loading import flat
 from llmgr.prior.cross_fitting import fold_of
 from llmgr.prior.text_tower import QUICK, LanguageModelMeans, TextTower, TokenMeans
-from llmgr.prior.tower import FOLDER, asked
+from llmgr.prior.tower import made_of
 from llmgr.ranking.loop import rank_sessions
 from llmgr.ranking.metrics import metrics
 from llmgr.runtime.artifacts import read_json, replacing_folder, save_tensors, write_json
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.runtime.resume import resume_folder
 from llmgr.sessions.clicks import click_weights
 from llmgr.text.items import item_texts, texts_shuffled, token_ids, token_table
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 
 
-INPUTS = ("models/backbone", "data/core/items.parquet", "data/sessions/train.parquet", "data/sessions/valid.parquet")
 RANKED = 512  # validation sessions scored at a time
 
 
@@ -107,29 +107,30 @@ def validated(vectors_VH: Tensor, sessions: Sessions, decay: float) -> dict[str,
     return {name: found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
 
 
-def train_tower(params: Any) -> None:
-    """Tune a tower over all training users, and one without each fold of them, into models/tower/, with the records.
+def train_tower(params: Any, files: Layout) -> None:
+    """Tune a tower over all training users, and one without each fold of them, into `files.tower`, with the records.
 
     The folder says so and no more where `tower.enabled` is false. UserError as `fit`, where there are more folds than
     users, and where a language model is to read texts longer than its positions.
     """
     settings, folds = params.tower, params.tune.folds
-    config = asked(params)
-    resume = resume_folder("tower", flat(params), INPUTS)
+    config = made_of(params, files)
+    resume = resume_folder("tower", flat(params), (files.backbone, files.items, files.sessions("train"),
+                                                    files.sessions("valid")))
     if not settings.enabled:
-        with replacing_folder(FOLDER) as folder:
+        with replacing_folder(files.tower) as folder:
             write_json(folder / "config.json", config)
-        write_json("reports/metrics/tower.json", {})
-        finish(Progress(), nn.Module(), name="tower", resume=resume, reports=Path("reports"))
+        write_json(files.metrics("tower"), {})
+        finish(Progress(), nn.Module(), name="tower", resume=resume, reports=Path(files.reports))
         return
-    train, valid = sessions_here(params)
+    train, valid = sessions_here(params, files)
     users = int(train.user.max())
     if folds > users:
         raise UserError(f"tune.folds={folds} are more than the {users} users: lower it")
     fold_N = fold_of(users, folds, params.seed)[train.user[train.row].cpu()] if folds else None
     dtype = arithmetic(settings.precision) if settings.encoder == "language-model" else torch.float32
     vectors, ends, found = [], [], {}
-    model = built(params, train.row.device)
+    model = built(params, files, train.row.device)
     untuned, whole = apart(model.state_dict()), {}
     for fold in range(folds + 1):
         name = f"tower without fold {fold}" if fold else "tower"
@@ -143,16 +144,16 @@ def train_tower(params: Any) -> None:
         vectors.append(vectors_VH.cpu())
         if fold == 0:
             whole = apart({key: p for key, p in model.named_parameters() if p.requires_grad})
-    with replacing_folder(FOLDER) as folder:
+    with replacing_folder(files.tower) as folder:
         for fold, vectors_VH in enumerate(vectors):
             save_tensors(folder / (f"{fold}.safetensors" if fold else "whole.safetensors"), {"vectors": vectors_VH})
         save_tensors(folder / "tower.safetensors", whole)
         write_json(folder / "config.json", config | {"users": users})
-    write_json("reports/metrics/tower.json", found)
+    write_json(files.metrics("tower"), found)
     together = Progress(**{key: sum(getattr(end, key) for end in ends)
                            for key in ("seconds", "training_seconds", "samples", "tokens")},
                         step_rows=ends[0].step_rows, epoch_rows=ends[0].epoch_rows)
-    finish(together, model, name="tower", resume=resume, reports=Path("reports"))
+    finish(together, model, name="tower", resume=resume, reports=Path(files.reports))
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,18 +161,18 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
 
 
-def built(params: Any, place: torch.device) -> TextTower:
+def built(params: Any, files: Layout, place: torch.device) -> TextTower:
     """The tower before tuning, at `place`: all its weights are to learn."""
     torch.manual_seed(params.seed)
     settings, longest = params.tower, params.tower.max_text_tokens
-    texts = item_texts("data/core/items.parquet", "text", texts_shuffled(params))
-    token_VL, count_V = token_table(token_ids(load_tokenizer("models/backbone"), texts, longest, special=True), longest)
+    texts = item_texts(files.items, "text", texts_shuffled(params))
+    token_VL, count_V = token_table(token_ids(load_tokenizer(files.backbone), texts, longest, special=True), longest)
     if settings.encoder == "tokens":
-        width = read_json("models/backbone/backbone.json")["width"]
+        width = read_json(files.backbone / "backbone.json")["width"]
         means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, width)
     else:
         random = params.seed if params.model.weights == "random" else None
-        language_model = load_language_model("models/backbone", random=random).requires_grad_(True)
+        language_model = load_language_model(files.backbone, random=random).requires_grad_(True)
         positions = language_model.config.max_position_embeddings - position_offset(language_model)
         if longest > positions:
             raise UserError(f"tower.max_text_tokens={longest} exceeds the backbone's {positions} positions: lower it")

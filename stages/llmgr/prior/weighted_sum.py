@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.params.derived import cross_fits
-from llmgr.prior.cross_fitting import BASE, OutOfFold
+from llmgr.prior.cross_fitting import CrossFitted
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
 from llmgr.runtime.artifacts import read_json
 from llmgr.runtime.console import during
+from llmgr.runtime.layout import Layout
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
 
@@ -25,13 +26,13 @@ class Prior(nn.Module):
     """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
 
     Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
-    model of clicks and words leaves open. With a `base` (`llmgr.prior.cross_fitting.OutOfFold`: a
+    model of clicks and words leaves open. With a `base` (`llmgr.prior.cross_fitting.CrossFitted`: a
     training session's scores are of one that has not met its user either) the logits have d[band] times its scores,
     too, and with a `tower` (`llmgr.prior.tower.Tower`, likewise) e[band] times those. a to e learn with it, from the
     values that fit training prefixes best.
     """
 
-    def __init__(self, model: LeftOut, base: OutOfFold | None = None, tower: Tower | None = None) -> None:
+    def __init__(self, model: LeftOut, base: CrossFitted | None = None, tower: Tower | None = None) -> None:
         super().__init__()
         self.model, self.base, self.tower = model, base, tower
         self.register_buffer("count", torch.from_numpy(model.targets.sum(0)), persistent=False)
@@ -97,13 +98,15 @@ class Prior(nn.Module):
         optimizer.zero_grad()
 
 
-def build_prior(params: Any, train: Sessions | None, place: torch.device, formed: LeftOut | None = None) -> Prior:
+def build_prior(params: Any, files: Layout, train: Sessions | None, device: torch.device, formed: LeftOut | None = None
+                ) -> Prior:
     """The linear model of the training sessions, and with `tune.folds` the base's scores, and with a tower its scores,
     weighted; yet to be fitted.
 
     `params` has the seed and the model, tune, tower and slit sections; what is `formed` already needs no sessions.
     """
-    model = left_out(params.slit, train, texts_shuffled(params)) if formed is None else formed
-    base = OutOfFold(params, model.items, place) if params.tune.folds and cross_fits(read_json(BASE)["name"]) else None
-    tower = Tower(params, model.items, place) if params.tower.enabled else None
-    return Prior(model, base, tower).to(place)
+    model = left_out(params.slit, files, train, texts_shuffled(params)) if formed is None else formed
+    divided = params.tune.folds and cross_fits(read_json(files.embeddings / "config.json")["name"])
+    base = CrossFitted(params, files, model.items, device) if divided else None
+    tower = Tower(params, files, model.items, device) if params.tower.enabled else None
+    return Prior(model, base, tower).to(device)

@@ -67,3 +67,7 @@ class Layout:
     @property
     def gates(self) -> Path:
         return Path(self.models, "gates")
+
+    def metrics(self, name: str) -> Path:
+        """The figures of a stage; those of an encoder are `encoders/NAME`, what something cost is `cost/NAME`."""
+        return Path(self.reports, "metrics", f"{name}.json")

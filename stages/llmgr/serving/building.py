@@ -13,6 +13,7 @@ from llmgr.prior.weighted_sum import BANDS, build_prior
 from llmgr.ranking.metrics import metrics, ranks
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, read_table
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.serving.package import Package
 from llmgr.serving.scoring import Scorer
 
@@ -64,9 +65,9 @@ def built(params: Any, prior: Prior | None, valid: Sessions) -> tuple[Package, d
         "entries": entries, "valid": {str(name): by for name, by in valid_metrics.items()}}
 
 
-def tuned_from(params: Any, train: Sessions) -> Prior:
+def tuned_from(params: Any, files: Layout, train: Sessions) -> Prior:
     """LLMGR's prior as it was fitted before stage 2; UserError where it has other parts than asked."""
-    prior = build_prior(params, train, torch.device("cpu"))
+    prior = build_prior(params, files, train, torch.device("cpu"))
     weights = load_tensors("models/tuned/prior.safetensors")
     if weights.keys() != prior.state_dict().keys():
         raise UserError("models/tuned has another prior than tune.folds and tower.enabled ask for: run `dvc "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmgr.runtime.artifacts import read_table
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 from llmgr.sessions.tensors import Sessions
 
 if TYPE_CHECKING:
@@ -72,16 +73,16 @@ def padded(lists: pl.Series) -> Tensor:
     return table
 
 
-def read_split(split: str, max_session: int) -> tuple[Sessions, pl.DataFrame]:
+def read_split(files: Layout, split: str, max_session: int) -> tuple[Sessions, pl.DataFrame]:
     """The sessions of `train`, `valid` or `test` and their table.
 
     UserError where they hold an item that the catalogue lacks.
     """
-    path, items = f"data/sessions/{split}.parquet", catalogue_size("data/core/items.parquet")
+    path, items = files.sessions(split), catalogue_size(files.items)
     sessions, frame = read_sessions(path, max_session)
     highest = max(int(sessions.items.max()), int(sessions.target.max()))
     if highest > items:
-        raise UserError(f"{path} holds item {highest}, but data/core/items.parquet has {items} items: run `dvc repro` "
+        raise UserError(f"{path} holds item {highest}, but {files.items} has {items} items: run `dvc repro` "
                         "to split anew")
     return sessions, frame
 
