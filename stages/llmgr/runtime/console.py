@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from llmgr.runtime.masking import masked
+
 WORKERS = "LLMGR_WORKERS"  # environment: the folder where workers meet and leave what they died of
 PARENT = "LLMGR_PARENT"  # environment: the process that started them and ends them
 
@@ -30,7 +32,7 @@ def say(text: str) -> None:
     global _spoken
     if first():
         _spoken = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
+        print(masked(text, paths=False), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
