@@ -1,10 +1,13 @@
-"""Recommend items: for the item ids of one session, or for a file of sessions.
+"""Recommend items: for the item ids of one session, or for a file of sessions; or change the package's items.
 
   python stages/recommend.py B0001 B0002 --k 10 --explain
   python stages/recommend.py --sessions sessions.parquet --out recommended.parquet
+  python stages/recommend.py --add new.csv
+  python stages/recommend.py B0001 B0002 --block
 
 A file of sessions is Parquet or JSON lines with a list `items`, or CSV whose `items` are parted by spaces; what is
-written is Parquet or JSON lines. The same command goes on where it was killed.
+written is Parquet or JSON lines. The same command goes on where it was killed. A file of new items has the columns
+item and title, and may have text; an item that the package has gets its new text.
 """
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ def main() -> int:
     parser.add_argument("--explain", action="store_true", help="say which parts the scores are made of")
     parser.add_argument("--sessions", type=Path, help="a file of sessions")
     parser.add_argument("--out", type=Path, help="the file to write their recommendations to")
+    parser.add_argument("--add", type=Path, help="a file of new items, or new texts, for the package")
+    parser.add_argument("--remove", action="store_true", help="take the items out of the package")
+    parser.add_argument("--block", action="store_true", help="do not recommend the items from now on")
+    parser.add_argument("--unblock", action="store_true", help="recommend the items again")
     parser.add_argument("--package", type=Path, default=Path("models/recommender"), help="the package's folder")
     arguments = parser.parse_args()
 
@@ -42,6 +49,10 @@ def _work(arguments: argparse.Namespace) -> None:
     from llmgr.serving.bulk import recommend_file
     from llmgr.serving.recommender import Recommender
 
+    changes = [name for name in ("add", "remove", "block", "unblock") if getattr(arguments, name)]
+    if changes:
+        _change(arguments, changes)
+        return
     given = (bool(arguments.items), arguments.sessions is not None)
     if sum(given) != 1 or (arguments.sessions is None) != (arguments.out is None):
         raise UserError("name the item ids of one session, or both --sessions and --out")
@@ -53,6 +64,37 @@ def _work(arguments: argparse.Namespace) -> None:
     answer = Recommender.load(arguments.package).recommend([arguments.items], arguments.k, not arguments.keep_seen,
                                                            arguments.explain)
     _show(answer.row(0, named=True), arguments.explain)
+
+
+def _change(arguments: argparse.Namespace, changes: list[str]) -> None:
+    from llmgr.runtime.errors import UserError
+    from llmgr.serving.recommender import Recommender
+
+    if len(changes) > 1 or bool(arguments.items) != (changes != ["add"]) or arguments.sessions:
+        raise UserError("change one thing at a time: --add FILE, or item ids with --remove, --block or --unblock")
+    recommender = Recommender.load(arguments.package)
+    if arguments.add:
+        recommender = recommender.add_items(_items(arguments.add))
+    elif arguments.remove:
+        recommender = recommender.remove_items(arguments.items)
+    else:
+        recommender = recommender.block_items(arguments.items, arguments.block)
+    recommender.save(arguments.package)
+    print(f"{arguments.package}: {len(recommender.number):,} items")
+
+
+def _items(path: Path):
+    import polars as pl
+
+    from llmgr.runtime.errors import UserError
+
+    read = {".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".csv": lambda p: pl.read_csv(p, infer_schema=False)}
+    if path.suffix not in read or not path.is_file():
+        raise UserError(f"{path} must be a .parquet, .jsonl or .csv file of items")
+    try:
+        return read[path.suffix](path)
+    except (pl.exceptions.PolarsError, OSError):
+        raise UserError(f"{path} cannot be read as {path.suffix}: write it again") from None
 
 
 def _show(answer: dict, explain: bool) -> None:

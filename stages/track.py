@@ -1,7 +1,9 @@
 """Publish the results as one MLflow run with a run a model below it, or find the run that already holds them.
 
-Reads:  reports/metrics/, reports/curves/, reports/plots/, reports/figures/, reports/ranks/, reports/index.html;
-        data/ and dvc.lock for the lineage
+The package goes with it, as the registered model llmgr.
+
+Reads:  reports/metrics/, reports/curves/, reports/plots/, reports/figures/, reports/ranks/, reports/index.html,
+        models/recommender/; data/ and dvc.lock for the lineage
 Writes: reports/mlflow_run.json  run id, experiment, name, key and kind of store
 Params: the whole file, to log it; track says where to
 """
@@ -20,9 +22,10 @@ READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", 
 def main(params: Any) -> None:
     from llmgr.reporting import tracking
     from llmgr.runtime.artifacts import require, write_json
+    from llmgr.serving.package import FOLDER
 
     require("reports/index.html")
-    run = tracking.publish(params, Path("reports"))
+    run = tracking.publish(params, Path("reports"), Path(FOLDER))
     write_json("reports/mlflow_run.json", run)
     console.say(f"MLflow run {run['name']} ({run['run_id']}) in experiment {run['experiment']}, {run['store']} store")
 

@@ -19,12 +19,14 @@ import pytest
 import yaml
 from machine import DEFAULTS, small_disk
 from test_report import write_reports
+from tiny_package import package
 
 from llmgr.experiments.search import Trial
 from llmgr.params.loading import flat, load
 from llmgr.reporting import runs as contents
 from llmgr.reporting import store, tracking
 from llmgr.runtime.errors import UserError
+from llmgr.serving.package import write_package
 
 ROOT = Path(__file__).parents[1]
 TRACK = [sys.executable, str(ROOT / "stages/track.py")]
@@ -40,6 +42,10 @@ def experiment(folder: Path, **changes: Any) -> Path:
         section, key = name.split("__")
         content[section][key] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    evaluated = folder / "reports/metrics/evaluate.json"
+    figures = json.loads(evaluated.read_text())
+    evaluated.write_text(json.dumps(figures | {"served": figures["llmgr"]}))
+    write_package(folder / "models/recommender", package())
     (folder / "reports/index.html").write_text("<p>report</p>")
     (folder / "reports/ranks").mkdir()
     (folder / "reports/ranks/llmgr.parquet").write_bytes(b"ranks")
@@ -61,7 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **CLEAN, "DVC_ROOT": str(root), "DVC_EXP_NAME": f"exp-{folder.name}", "DVC_EXP_BASELINE_REV": "b" * 40})
         for folder in folders]
     for process in running:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     return root
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.params.loading import flat
+from llmgr.params.names import SERVED
 from llmgr.reporting import runs
 from llmgr.reporting.cost import training_parts
 from llmgr.reporting.evidence import MAIN, evidence, left_behind
@@ -26,6 +27,7 @@ from llmgr.reporting.runs import legal
 from llmgr.reporting.store import address_of, finished, opened
 from llmgr.runtime.artifacts import digest, read_json
 from llmgr.runtime.masking import masked, masked_all
+from llmgr.serving.registry import log_package
 
 KEY = "llmgr.key"
 LAYOUT = "2"  # of a run: what was published in another is not what is published now
@@ -78,10 +80,11 @@ def kinds(params: Any) -> dict[str, str]:
             "backbone": llm_name(params), "seed": str(params.seed)}
 
 
-def publish(params: Any, reports: Path) -> dict[str, str]:
+def publish(params: Any, reports: Path, package: Path | None = None) -> dict[str, str]:
     """Publish the results under `reports`, or find the run that already holds them; what stands in mlflow_run.json.
 
-    `params` are all parameters. UserError where the store cannot be reached or does not answer as one.
+    `params` are all parameters. A new run gets the folder `package` as a model, which `llmgr.serving.registry`
+    registers. UserError where the store cannot be reached or does not answer as one.
     """
     logged = {name: value for name, value in flat(params).items() if not name.startswith("track.")}
     results = {"evaluate": read_json(reports / "metrics/evaluate.json")} | evidence(reports)
@@ -95,6 +98,9 @@ def publish(params: Any, reports: Path) -> dict[str, str]:
             _fill(client, run, logged, results, params, reports, end)
             for model in results["buckets"]:
                 _publish_model(client, run, model, logged, results, params, reports)
+            if package is not None:
+                score = results["evaluate"][SERVED]["valid"]["all"]["ndcg_at_20"]
+                log_package(client, run.info.run_id, params.data.dataset, score, package)
             client.set_terminated(run.info.run_id, "FINISHED", end_time=end)
         _save_columns(client, experiment_id)
     return {"run_id": run.info.run_id, "experiment": params.track.experiment, "name": run.info.run_name,

@@ -1,7 +1,6 @@
 """A package made of what the pipeline trained."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,39 +8,45 @@ import torch
 from torch import Tensor
 
 from llmgr.encoders.registry import load_encoder
+from llmgr.language_model.loading import load_tokenizer
 from llmgr.prior.weighted_sum import BANDS, build_prior
+from llmgr.ranking.loop import rank_sessions
 from llmgr.ranking.metrics import metrics, ranks
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, read_table
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
+from llmgr.serving.new_items import text_tensors, word_tensors
 from llmgr.serving.package import Package
 from llmgr.serving.scoring import Scorer
+from llmgr.text.items import item_texts, token_table
 
 if TYPE_CHECKING:
+    from llmgr.model.outputs import Factors
     from llmgr.prior.weighted_sum import Prior
+    from llmgr.serving.student import Student
     from llmgr.sessions.tensors import Sessions
 
 ENTRIES = (50, 100, 200, 400, 800)  # strongest entries kept of a row of the item-item matrix, the fewest that suffice
 COST = 0.01  # share of NDCG@20 on validation that pruning may cost
 DRAWN = 4096  # validation sessions at most that say what pruning costs
-SOURCES = ("data/core/items.parquet", "models/embeddings", "models/tower", "models/tuned")
 
 
-def built(params: Any, prior: Prior | None, valid: Sessions) -> tuple[Package, dict[str, Any]]:
+def built(params: Any, files: Layout, prior: Prior | None, valid: Sessions) -> tuple[Package, dict[str, Any]]:
     """The package of the prior whose weights are loaded, or of the base encoder alone where there is none.
 
     And what pruning the item-item matrix costs on validation sessions of strangers, for the metrics.
     """
-    table = read_table("data/core/items.parquet").sort("item_id")
-    base, _ = load_encoder("models/embeddings", len(table))
+    table = read_table(files.items).sort("item_id")
+    base, _ = load_encoder(files.embeddings, len(table))
     tensors: dict[str, Tensor] = {}
     config = {"max_session": params.data.max_session, "decay": params.slit.decay, "edges": list(BANDS),
-              "encoder": {key: value for key, value in read_json("models/embeddings/config.json").items()
+              "encoder": {key: value for key, value in read_json(files.embeddings / "config.json").items()
                           if key != "items"},
               "tower": None, "entries": 0, "student": False,
-              "made_of": {path: digest(path) for path in SOURCES if Path(path).exists()}}
+              "made_of": {path.name: digest(path) for path in (
+                  files.items, files.embeddings, files.tower, files.tuned) if path.exists()}}
     if prior is None:
-        count = np.bincount(read_table("data/sessions/train.parquet", ["target"])["target"],
+        count = np.bincount(read_table(files.sessions("train"), ["target"])["target"],
                             minlength=len(table) + 1)
         bands = torch.ones(len(BANDS) + 1)
         tensors |= {"weights.bias": 0 * bands, "weights.base_weight": bands, "weights.clicked": torch.zeros(1)}
@@ -52,7 +57,7 @@ def built(params: Any, prior: Prior | None, valid: Sessions) -> tuple[Package, d
             tensors["tower"] = prior.tower.vectors[0].cpu()
             config["tower"] = {"decay": prior.tower.decay, "scale": prior.tower.scale}
     if prior is None or prior.base is not None:
-        tensors["base"] = load_encoder("models/embeddings", len(table))[1]
+        tensors["base"] = load_encoder(files.embeddings, len(table))[1]
         tensors |= {f"encoder.{name}": value for name, value in base.state_dict().items()}
     items = table.select("item", "title").with_columns(
         count=count[1:].astype(np.int32), blocked=np.zeros(len(table), bool))
@@ -65,10 +70,52 @@ def built(params: Any, prior: Prior | None, valid: Sessions) -> tuple[Package, d
         "entries": entries, "valid": {str(name): by for name, by in valid_metrics.items()}}
 
 
+def with_student(package: Package, weights: dict[str, Tensor], student: Student, said: Factors) -> Package:
+    """The package with a student of what LLMGR `said`, and the weights that its prior has after stage 2, `weights`.
+
+    Without weights LLMGR had no prior, and the student answers alone.
+    """
+    less = ("weights.",) if weights else ("weights.", "base", "encoder.", "transitions.", "tower")
+    tensors = {name: value for name, value in package.tensors.items() if not name.startswith(less)}
+    if not weights:
+        weights = {"bias": torch.zeros(len(BANDS) + 1), "clicked": torch.zeros(1)}
+    tensors |= {f"weights.{name}": value.detach().cpu().clone() for name, value in weights.items()}
+    tensors |= {f"student.net.{name}": value for name, value in student.state_dict().items()}
+    tensors["student.table"] = said.table_VK.clone()
+    if said.bias_V is not None:
+        tensors["student.bias"] = said.bias_V.clone()
+    return Package(package.config | {"student": True}, package.items, tensors)
+
+
+def with_reader(package: Package, params: Any, files: Layout, prior: Prior | None) -> Package:
+    """The package with what it needs to read new texts; itself where the tower is off or a language model."""
+    if "tower" not in package.tensors or params.tower.encoder != "tokens":
+        return package
+    texts = item_texts(files.items, "text")
+    tokenizer = files.backbone / "tokenizer.json"
+    longest = params.tower.max_text_tokens
+    token_VL, count_V = token_table(
+        load_tokenizer(files.backbone)(texts, truncation=True, max_length=longest)["input_ids"], longest)
+    token_T = torch.unique(token_VL[torch.arange(longest) < count_V[:, None]])
+    tensors = text_tensors(package, load_tensors(files.tower / "tower.safetensors"), token_T, tokenizer.read_bytes())
+    if params.slit.text:
+        squares = np.asarray(prior.model.clicks.multiply(prior.model.clicks).sum(0)).ravel()
+        share_V = params.slit.text * prior.scale * params.slit.ridge / (params.slit.ridge + squares)
+        tensors |= word_tensors(item_texts(files.items, "words"), share_V)
+    return Package(package.config | {"tower": package.config["tower"] | {"max_text_tokens": longest}}, package.items,
+                   package.tensors | tensors)
+
+
+def ranked(package: Package, sessions: Sessions) -> dict[str, float]:
+    """The metrics of a package on sessions, as those of strangers."""
+    scorer = Scorer(package)
+    return metrics(rank_sessions(lambda samples: scorer(sessions.graphs(samples)), sessions, 256))
+
+
 def tuned_from(params: Any, files: Layout, train: Sessions) -> Prior:
     """LLMGR's prior as it was fitted before stage 2; UserError where it has other parts than asked."""
     prior = build_prior(params, files, train, torch.device("cpu"))
-    weights = load_tensors("models/tuned/prior.safetensors")
+    weights = load_tensors(files.tuned / "prior.safetensors")
     if weights.keys() != prior.state_dict().keys():
         raise UserError("models/tuned has another prior than tune.folds and tower.enabled ask for: run `dvc "
                         "repro` to train it anew")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmgr.runtime.errors import UserError
-from llmgr.serving.package import FOLDER, Package, load_package
+from llmgr.serving.new_items import blocking, with_items, without_items
+from llmgr.serving.package import FOLDER, Package, load_package, write_package
 from llmgr.serving.scoring import PARTS, Scorer
 from llmgr.sessions.tensors import Sessions
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CELLS = 2**22  # scores held at a time, so that a batch of any size fits
 MOST = 512  # sessions scored at a time
+NAMED = 100  # unknown ids of a session that are named at most
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Read:
 
 
 class Recommender:
-    """Ranks the items of a package for sessions. Threads may share it: a request reads one state from first to last."""
+    """Ranks the items of a package for sessions. It never changes, so that threads may share it: what changes its items
+    gives another recommender."""
 
     def __init__(self, package: Package) -> None:
+        self.package = package
         self.scorer = Scorer(package)
         items = package.items
         self.ids, self.titles = items["item"].to_list(), items["title"].to_list()
-        self.number = {item: number for number, item in enumerate(self.ids, 1)}
+        self.number = {item: number for number, item in enumerate(self.ids, 1) if item}
         blocked = torch.from_numpy(items["blocked"].to_numpy().copy())
         self.never = torch.cat((torch.ones(1, dtype=torch.bool), blocked))
         self.popular = torch.cat((torch.zeros(1), torch.from_numpy(items["count"].to_numpy().copy()).float()))
@@ -48,6 +52,22 @@ class Recommender:
     def load(cls, folder: str | Path = FOLDER) -> Recommender:
         """The recommender of a folder that the stage `package` wrote; UserError as `load_package`."""
         return cls(load_package(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Write its package; a server that follows `folder` answers with it from the next request on."""
+        write_package(folder, self.package)
+
+    def add_items(self, items: pl.DataFrame) -> Recommender:
+        """One with new items, or new texts of its own: see `llmgr.serving.new_items.with_items`."""
+        return Recommender(with_items(self.package, items))
+
+    def remove_items(self, items: Sequence[str]) -> Recommender:
+        """One that neither recommends `items` nor knows their clicks; UserError where it has one of them not."""
+        return Recommender(without_items(self.package, items))
+
+    def block_items(self, items: Sequence[str], blocked: bool = True) -> Recommender:
+        """One that does not recommend `items`, though their clicks count; or does so again."""
+        return Recommender(blocking(self.package, items, blocked))
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20, exclude_seen: bool = True,
                   explain: bool = False) -> pl.DataFrame:
@@ -77,7 +97,7 @@ class Recommender:
     def _read(self, session: Sequence[str]) -> Read:
         numbers = [self.number.get(item, 0) for item in session]
         unknown = dict.fromkeys(item for item, number in zip(session, numbers) if not number)
-        return Read([number for number in numbers if number], list(unknown))
+        return Read([number for number in numbers if number], list(unknown)[:NAMED])
 
     @torch.inference_mode()
     def _rows(self, read: list[Read], k: int, exclude_seen: bool, explain: bool) -> list[dict[str, Any]]:
@@ -93,7 +113,7 @@ class Recommender:
             scores = made if len(warm) == len(read) else scores.index_copy(0, torch.tensor(warm), made)
         scores[:, self.never] = -torch.inf
         if exclude_seen:
-            pairs = [(row, number) for row, session in enumerate(read) for number in session.numbers]
+            pairs = [(row, number) for row, session in enumerate(read) for number in dict.fromkeys(session.numbers)]
             if pairs:
                 scores[tuple(torch.tensor(pairs).T)] = -torch.inf
         best, item = scores.topk(min(k, scores.shape[1] - 1), 1)

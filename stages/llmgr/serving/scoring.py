@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.sparse import csr_array
+from torch.nn import functional as F
 
 from llmgr.encoders.registry import build_encoder, family
+from llmgr.serving.student import Student
 from llmgr.sessions.clicks import last_clicks
 from llmgr.text.vectors import click_sum
 
@@ -48,6 +50,11 @@ class Scorer:
             self.encoder.load_state_dict(package.under("encoder."))
             self.encoder.eval()
 
+        self.table, self.student = tensors.get("student.table"), None
+        if self.table is not None:
+            self.student = Student(self.table.shape[1]).eval()
+            self.student.load_state_dict(package.under("student.net."))
+
     def parts(self, graphs: GraphBatch) -> dict[str, Tensor]:
         """The parts [B, V+1] of the scores, those of PARTS that the package has."""
         graphs = replace(graphs, user_B=torch.zeros_like(graphs.user_B))
@@ -61,6 +68,9 @@ class Scorer:
             about = self.package.config["tower"]
             summed_BH = click_sum(graphs, self.tower, about["decay"]) * about["scale"]
             made["text"] = self._by_band(summed_BH @ self.tower.T, "tower_weight")
+        if self.student is not None:
+            query_BK = self.student(graphs, self.table)
+            made["student"] = F.linear(query_BK, self.table, self.package.tensors.get("student.bias"))
         bias_BV = self.weights["bias"][self.band_V].repeat(len(graphs.length_B), 1)
         clicked = self.weights["clicked"].expand(graphs.nodes_BN.shape)
         made["popularity"] = bias_BV.scatter_add_(1, graphs.nodes_BN, clicked)
