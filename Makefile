@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: repro doctor able heal experiments test test-fast lint bench ablations seeds results tables grid pick mlflow clean
+.PHONY: repro doctor able heal experiments test test-fast lint bench bench-serve ablations seeds results tables grid pick mlflow clean
 
 $(VENV)/.installed: requirements.lock
 	@echo "installing into $(VENV), once: some 2 GB, 2 to 5 minutes; a line a package" >&2
@@ -72,6 +72,9 @@ seeds: $(VENV)/.installed  # the same at other seeds, in the background: make se
 
 bench: $(VENV)/.installed  # the tuning step's speed against the machine's
 	$(BIN)/python stages/bench.py
+
+bench-serve: $(VENV)/.installed  # the recommender's speed on one core
+	OMP_NUM_THREADS=1 $(BIN)/python stages/bench_serve.py
 
 mlflow: $(VENV)/.installed  # open http://127.0.0.1:5000 and compare experiments
 	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

@@ -137,7 +137,7 @@ def test_an_experiments_run_describes_itself_and_holds_the_files(home: Path, ins
     assert note.startswith("LLMGR ranks the next item") and f"{found['llmgr']['test']['all']['hr_at_20']:.4f}" in note
     assert f"(#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/index.html)" in note
     assert {f.path for f in inside.list_artifacts(run.info.run_id)} == {
-        "index.html", "metrics", "curves", "plots", "ranks", "tables"}
+        "index.html", "metrics", "curves", "plots", "ranks", "tables", "model"}
     assert run.info.artifact_uri.startswith((home / "mlartifacts").as_uri())
     table = json.loads((Path(run.info.artifact_uri.removeprefix("file://")) / "tables/metrics.json").read_text())
     rows = [dict(zip(table["columns"], row)) for row in table["data"]]

@@ -44,7 +44,7 @@ class Recommender:
         self.ids, self.titles = items["item"].to_list(), items["title"].to_list()
         self.number = {item: number for number, item in enumerate(self.ids, 1) if item}
         blocked = torch.from_numpy(items["blocked"].to_numpy().copy())
-        self.never = torch.cat((torch.ones(1, dtype=torch.bool), blocked))
+        self.never = torch.cat((torch.ones(1, dtype=torch.bool), blocked)).nonzero()[:, 0]
         self.popular = torch.cat((torch.zeros(1), torch.from_numpy(items["count"].to_numpy().copy()).float()))
         self.longest = package.config["max_session"]
 
@@ -102,7 +102,8 @@ class Recommender:
     @torch.inference_mode()
     def _rows(self, read: list[Read], k: int, exclude_seen: bool, explain: bool) -> list[dict[str, Any]]:
         warm = [place for place, session in enumerate(read) if session.numbers]
-        scores, parts, graphs = self.popular.repeat(len(read), 1), {}, None
+        graphs: GraphBatch | None = None
+        parts: dict[str, Tensor] = {}
         if warm:
             graphs = self._graphs([read[place].numbers for place in warm])
             if explain:
@@ -110,8 +111,12 @@ class Recommender:
                 made = sum(parts.values())
             else:
                 made = self.scorer(graphs)
-            scores = made if len(warm) == len(read) else scores.index_copy(0, torch.tensor(warm), made)
-        scores[:, self.never] = -torch.inf
+        if len(warm) < len(read):
+            scores = self.popular.repeat(len(read), 1)
+            scores[torch.tensor(warm, dtype=torch.long)] = made if warm else scores[:0]
+        else:
+            scores = made
+        scores.index_fill_(1, self.never, -torch.inf)
         if exclude_seen:
             pairs = [(row, number) for row, session in enumerate(read) for number in dict.fromkeys(session.numbers)]
             if pairs:

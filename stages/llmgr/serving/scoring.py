@@ -38,6 +38,7 @@ class Scorer:
         count = torch.cat((torch.zeros(1), torch.from_numpy(package.items["count"].to_numpy().copy()).float()))
         self.band_V = torch.bucketize(count, torch.tensor(config["edges"], dtype=torch.float), right=True)
         self.weights = package.under("weights.")
+        self.weight_V = {name: value[self.band_V] for name, value in self.weights.items() if name != "clicked"}
         matrix = package.under("transitions.")
         self.matrix = None
         if matrix:
@@ -71,7 +72,7 @@ class Scorer:
         if self.student is not None:
             query_BK = self.student(graphs, self.table)
             made["student"] = F.linear(query_BK, self.table, self.package.tensors.get("student.bias"))
-        bias_BV = self.weights["bias"][self.band_V].repeat(len(graphs.length_B), 1)
+        bias_BV = self.weight_V["bias"].repeat(len(graphs.length_B), 1)
         clicked = self.weights["clicked"].expand(graphs.nodes_BN.shape)
         made["popularity"] = bias_BV.scatter_add_(1, graphs.nodes_BN, clicked)
         return made
@@ -86,7 +87,7 @@ class Scorer:
         return last_clicks(graphs, self.package.config["decay"], self.size - 1).astype(np.float32)
 
     def _by_band(self, scores_BV: Tensor, weight: str) -> Tensor:
-        return scores_BV.mul_(self.weights[weight][self.band_V])
+        return scores_BV.mul_(self.weight_V[weight])
 
     @torch.inference_mode()
     def __call__(self, graphs: GraphBatch) -> Tensor:
@@ -105,7 +106,7 @@ class Scorer:
             if self.matrix is not None:
                 weight = torch.tensor([clicks[row, node] for node in nodes])[:, None]
                 entries = torch.from_numpy(self.matrix[nodes][:, items].toarray())
-                gain_BNK[row, :len(nodes)] += entries * weight * self.weights["weight"][self.band_V[items]]
+                gain_BNK[row, :len(nodes)] += entries * weight * self.weight_V["weight"][items]
             if self.tower is not None:
                 about = self.package.config["tower"]
                 place = graphs.length_B[row] - 1 - torch.arange(int(graphs.length_B[row]))
@@ -113,6 +114,6 @@ class Scorer:
                 weight = torch.zeros(len(nodes)).index_add(0, graphs.alias_BS[row, :len(place)], power)
                 cosine = self.tower[nodes] @ self.tower[items].T
                 gain_BNK[row, :len(nodes)] += (cosine * weight[:, None] * about["scale"]
-                                               * self.weights["tower_weight"][self.band_V[items]])
+                                               * self.weight_V["tower_weight"][items])
         best_BK, node_BK = gain_BNK.max(1)
         return torch.where(best_BK > 0, node_BN.gather(1, node_BK), 0)
