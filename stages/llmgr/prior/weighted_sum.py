@@ -12,6 +12,7 @@ from llmgr.params.derived import cross_fits
 from llmgr.prior.cross_fitting import CrossFitted
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
+from llmgr.ranking.banded_sum import banded_sum, fit
 from llmgr.runtime.artifacts import read_json
 from llmgr.runtime.console import during
 from llmgr.runtime.layout import Layout
@@ -61,17 +62,18 @@ class Prior(nn.Module):
 
     def _weighted(self, scores: Tensor, base: Tensor | None, tower: Tensor | None, row: Tensor, item: Tensor,
                   band: Tensor, nodes: Tensor) -> Tensor:
-        band_V = torch.bucketize(self.count, self.edges, right=True)
-        logits = torch.addcmul(self.bias[band_V], scores, self.weight[band_V])
-        own = self.bias[band] + scores[row, item] * self.weight[band]
-        for other, weight in ((base, "base_weight"), (tower, "tower_weight")):
-            if other is not None:
-                logits = torch.addcmul(logits, other, getattr(self, weight)[band_V])
-                own = own + other[row, item] * getattr(self, weight)[band]
+        parts = [(scores, self.weight)]
+        if base is not None:
+            parts.append((base, self.base_weight))
+        if tower is not None:
+            parts.append((tower, self.tower_weight))
+        scores_M, weight_MN = zip(*parts)
+        logits = banded_sum(scores_M, weight_MN, self.bias, torch.bucketize(self.count, self.edges, right=True))
+        own = banded_sum([part[row, item] for part in scores_M], weight_MN, self.bias, band)
         return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
 
     def fit(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
-        """Fit a to e alone to training prefixes drawn by `seed`: a convex problem (L-BFGS, Liu & Nocedal 1989).
+        """Fit a to e alone to training prefixes drawn by `seed`: a convex problem.
 
         Below 1, `recency` has them drawn with repetition, by the weights of `Sessions.recency`.
         """
@@ -82,20 +84,13 @@ class Prior(nn.Module):
             drawn = torch.multinomial(train.recency(recency).cpu(), number, replacement=True, generator=generator)
         drawn = drawn.to(train.row.device)
         read = [(self._read(train, samples, True), train.target[samples] - 1) for samples in drawn.split(256)]
-        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
-        def loss() -> float:
-            optimizer.zero_grad()
-            total = 0.0
-            for parts, target in read:
-                part = F.cross_entropy(self._weighted(*parts)[:, 1:], target, reduction="sum") / len(drawn)
-                part.backward()
-                total += part.item()
-            return total
+        def losses(part: tuple[tuple[Tensor | None, ...], Tensor]) -> Tensor:
+            parts, target = part
+            return F.cross_entropy(self._weighted(*parts)[:, 1:], target, reduction="none")
 
         with during("linear model: fitting its weights"):
-            optimizer.step(loss)
-        optimizer.zero_grad()
+            fit(list(self.parameters()), losses, read)
 
 
 def build_prior(params: Any, files: Layout, train: Sessions | None, device: torch.device, formed: LeftOut | None = None
