@@ -15,7 +15,7 @@ from machine import DEFAULTS
 
 import bucket as stage
 from llmgr.data.interactions import training_counts
-from llmgr.params.names import FLOORS
+from llmgr.params.names import BASELINES
 from llmgr.ranking import metrics
 from llmgr.reporting import buckets, significance
 from llmgr.runtime.errors import UserError
@@ -111,11 +111,11 @@ def test_pooling_pairs_every_sessions_mean_over_the_seeds() -> None:
         buckets.pooled(ranks, "llmgr", 100, 1)
 
 
-def test_models_stand_floors_first_controls_by_their_encoder_llmgr_last() -> None:
+def test_models_stand_baselines_first_controls_by_their_encoder_llmgr_last() -> None:
     names = ["llmgr", "text-knn", "narm", "gcsan-text", "caser", "gcsan", "gcsan-shuffled", "pop", "slit-text",
              "word-knn", "session-knn", "item-knn", "slit", "gcsana", "gated-llmgr"]
     assert buckets.order(names, "gated-llmgr") == [
-        *FLOORS, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm", "llmgr", "gated-llmgr"]
+        *BASELINES, "caser", "gcsan", "gcsan-shuffled", "gcsan-text", "gcsana", "narm", "llmgr", "gated-llmgr"]
 
 
 def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

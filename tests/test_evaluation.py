@@ -19,7 +19,7 @@ from llmgr.model import building
 from llmgr.model.prompts import BehaviourPrompts
 from llmgr.model.ranker import Ranker
 from llmgr.params.loading import load
-from llmgr.params.names import FLOORS, SERVED
+from llmgr.params.names import BASELINES, SERVED
 from llmgr.runtime.artifacts import save_tensors, write_json
 from llmgr.runtime.errors import UserError
 from llmgr.sessions import reading
@@ -109,7 +109,7 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
                                        names=["gcsan"], controls=["gcsan"], control_texts=["text"],
                                        linear_controls=[]))
     found = models.scorers(params, FILES, CPU)
-    assert list(found) == [*FLOORS, "gcsan", "gcsan-text", "llmgr", SERVED]
+    assert list(found) == [*BASELINES, "gcsan", "gcsan-text", "llmgr", SERVED]
     sessions, _ = read_sessions("data/sessions/test.parquet", 5)
     samples = torch.arange(len(sessions))
     with torch.no_grad():

@@ -28,7 +28,7 @@ from tiny import CHECKPOINTS, FILES, language_model, tokenizer
 
 from llmgr.experiments.ablations import changes
 from llmgr.params import loading
-from llmgr.params.names import FLOORS
+from llmgr.params.names import BASELINES
 from llmgr.prior.weighted_sum import build_prior
 from llmgr.runtime import memory
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors
@@ -247,7 +247,7 @@ def test_other_encoders_without_controls_simply_work(copy: Path) -> None:
         "model.base=sasrec in place of gcsan, which encoder.names, encoder.controls and encoder.control_texts do not "
         "train", "gate gated-gcsan-text left out", "gate gated-both left out"]
     assert set(read_json(copy / "reports/metrics/evaluate.json")) == {
-        *FLOORS, "tower", "sasrec", "gru4rec", "gcsan-linear", "llmgr-start", "llmgr", "gated-llmgr",
+        *BASELINES, "tower", "sasrec", "gru4rec", "gcsan-linear", "prior", "llmgr", "gated-llmgr",
         "served"}
     assert read_json(copy / "models/folds/config.json")["base"]["name"] == "sasrec"
     assert set(RAN.findall(said)) >= {"check", "pretrain@sasrec", "pretrain@gru4rec", "export", "folds", "tune"}
@@ -281,8 +281,8 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
     counts = dict(items.select("item_id", "count").iter_rows())
     evaluated, bucketed, gaps = (read_json(reproduced / f"reports/metrics/{name}.json")
                                  for name in ("evaluate", "buckets", "differences"))
-    assert set(evaluated) == set(bucketed) == {*FLOORS, "tower", "gcsan", "gcsan-text", "gcsan-shuffled",
-                                               "gcsan-linear", "llmgr", "llmgr-start", "served", "gated-gcsan-text",
+    assert set(evaluated) == set(bucketed) == {*BASELINES, "tower", "gcsan", "gcsan-text", "gcsan-shuffled",
+                                               "gcsan-linear", "llmgr", "prior", "served", "gated-gcsan-text",
                                                "gated-llmgr", "gated-both"}
     for model in evaluated:
         table = pl.read_parquet(reproduced / f"reports/ranks/{model}.parquet")

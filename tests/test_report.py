@@ -23,7 +23,7 @@ from llmgr.reporting import buckets, cost, evidence, figures, naming, page, verd
 from llmgr.runtime.artifacts import write_json, write_table
 from llmgr.runtime.errors import UserError
 
-MODELS = (*names.FLOORS, "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
+MODELS = (*names.BASELINES, "gcsan", "gcsan-shuffled", "gcsan-text", "llmgr")
 PARAMS = load(DEFAULTS)
 PARAMS = dataclasses.replace(PARAMS, bucket=dataclasses.replace(PARAMS.bucket, resamples=400))
 VIEW = PARAMS.view(stage.READS)
@@ -59,7 +59,7 @@ def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int 
     write_json(metrics / "backbone.json", {"name": "scratch", "revision": None, "perplexity": 21.35})
     write_json(metrics / "align.json", {"accuracy": 0.31})
     curves.mkdir(parents=True)
-    trained_parts = [m for m in models if m not in (*names.FLOORS, "llmgr")] + ["backbone", "align", "tune"]
+    trained_parts = [m for m in models if m not in (*names.BASELINES, "llmgr")] + ["backbone", "align", "tune"]
     for number, name in enumerate(trained_parts):
         epochs = 1 if name == "align" else 6
         with (curves / f"{name}_steps.csv").open("w", newline="") as handle:
@@ -202,7 +202,7 @@ def test_the_page_says_whether_the_control_is_beaten(tmp_path: Path, gain: float
     assert "which the control lacks. A control over the same linear model tells the two apart" in text
     view.tune = dataclasses.replace(view.tune, folds=2)
     text = Page(page.render(found, view, {"buckets": "", "differences": ""})).text()
-    assert "what LLMGR gains on top of all that, alone in the tables as llmgr-start" in text
+    assert "what LLMGR gains on top of all that, alone in the tables as prior" in text
     assert "over the same linear model" not in text
     view.bucket = dataclasses.replace(PARAMS.bucket, resamples=100)
     text = Page(page.render(found, view, {"buckets": "", "differences": ""})).text()
@@ -225,20 +225,20 @@ def test_gates_stand_behind_what_they_fuse_and_count_its_ranking_time() -> None:
     other = SimpleNamespace(**vars(VIEW) | {"tune": with_term, "llm": folder})
     assert naming.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors and a linear model of clicks and words")
-    assert naming.describe("llmgr-start", other) == (
+    assert naming.describe("prior", other) == (
         "LLMGR's prior alone: a linear model of clicks and words, no language model tuned")
     other.tune = dataclasses.replace(with_term, folds=4)
     assert naming.describe("llmgr", other) == (
         "language model (all-MiniLM-L6-v2) over gcsan's item vectors, its scores and a linear model of clicks and "
         "words")
-    assert naming.describe("llmgr-start", other) == (
+    assert naming.describe("prior", other) == (
         "LLMGR's prior alone: a linear model of clicks and words and gcsan, no language model tuned")
     other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="tokens")
     start = "LLMGR's prior alone: a linear model of clicks and words and gcsan and tower"
-    assert naming.describe("llmgr-start", other) == start + ", no language model tuned"
+    assert naming.describe("prior", other) == start + ", no language model tuned"
     assert naming.describe("tower", other).endswith("no language model")
     other.tower = dataclasses.replace(VIEW.tower, enabled=True, encoder="language-model")
-    assert naming.describe("llmgr-start", other) == start
+    assert naming.describe("prior", other) == start
     assert "language model, tuned" in naming.describe("tower", other)
     assert naming.describe("llmgr", other).endswith("its scores and a linear model of clicks and words and the tower's "
                                                     "scores")
@@ -267,13 +267,13 @@ def test_p_that_the_resamples_cannot_resolve_is_a_bound() -> None:
 
 def test_the_page_holds_with_many_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoders = [f"net{letter}" for letter in "abcdefgh"]
-    models = (*names.FLOORS, *(name for e in [*encoders, "gcsan"] for name in (e, f"{e}-text")), "llmgr")
+    models = (*names.BASELINES, *(name for e in [*encoders, "gcsan"] for name in (e, f"{e}-text")), "llmgr")
     write_reports(tmp_path, models=models, sessions=400)
     found = evidence.evidence(tmp_path / "reports")
     chosen = page.highlights(found, VIEW)
     others = {m: by["test"]["all"]["ndcg_at_20"] for m, by in found["buckets"].items() if m.startswith("net")}
     strongest = sorted(others, key=others.get)[-3:]
-    assert set(chosen) == {*names.FLOORS, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == page.DRAWN
+    assert set(chosen) == {*names.BASELINES, "gcsan", "gcsan-text", "llmgr", *strongest} and len(chosen) == page.DRAWN
     assert chosen == [m for m in models if m in chosen]
     drawn = page.draw(found, VIEW)
     weakest = min(others, key=others.get)
@@ -326,11 +326,11 @@ def test_training_time_counts_all_that_a_model_needs(written: Path) -> None:
             "buckets": {**found["buckets"], "gated-llmgr": found["buckets"]["llmgr"]}}
     took_both = {"seconds": took["tune"], "prepared_seconds": 3.0}
     started = {**found, "cost": {**found["cost"], "folds": {"seconds": 40.0}, "tune": took_both},
-               "buckets": {**found["buckets"], "llmgr-start": found["buckets"]["llmgr"]}}
+               "buckets": {**found["buckets"], "prior": found["buckets"]["llmgr"]}}
     folded = SimpleNamespace(**vars(VIEW) | {"tune": dataclasses.replace(VIEW.tune, linear=True, folds=2)})
-    assert cost.training_seconds(started, folded)["llmgr-start"] == pytest.approx(spent["gcsan"] + 43)
+    assert cost.training_seconds(started, folded)["prior"] == pytest.approx(spent["gcsan"] + 43)
     assert cost.training_seconds(started, folded)["llmgr"] == pytest.approx(spent["llmgr"] + 40)
-    assert cost.training_seconds({**started, "cost": found["cost"] | {"tune": took_both}}, VIEW)["llmgr-start"] == 3
+    assert cost.training_seconds({**started, "cost": found["cost"] | {"tune": took_both}}, VIEW)["prior"] == 3
     fitted = cost.training_seconds(more, VIEW)
     assert fitted["gated-llmgr"] == pytest.approx(spent["llmgr"] + 1.5) and fitted["llmgr"] == spent["llmgr"]
 
@@ -368,7 +368,7 @@ def test_the_page_opens_with_a_sentence_a_figure_and_few_rows(written: Path) -> 
     chosen = {"lr": 0.003, "search": {"rates": [0.001, 0.003, 0.01], "ndcg_at_20": [0.1, 0.3, 0.2]}}
     found["facts"]["encoders"] = {"gcsan": chosen, "gcsan-text": {"lr": 0.003}}
     few = page.first_rows(found, VIEW)
-    untrained = max(names.FLOORS, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
+    untrained = max(names.BASELINES, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     assert few == [untrained, "gcsan", "gcsan-text", "llmgr"]
     drawn = page.draw(found, VIEW)
     assert all(f">{model}<" in drawn["answer"] for model in few) and ">gcsan-shuffled<" not in drawn["answer"]

@@ -58,7 +58,7 @@ def session_knn(files: Layout, most: int, decay: float, device: torch.device) ->
     Untrained: SKNN of Jannach & Ludewig (RecSys 2017) where `decay` is 1; below that V-SKNN (Ludewig & Jannach, UMUAI
     2018), whose session vector weighs recent clicks more.
     Deviation: the nearest are taken from all training sessions, not from a sample of recent ones: timestamps are of
-    days, and a user is one session. V-SKNN's decay is exponential here, as in the other floors, not linear.
+    days, and a user is one session. V-SKNN's decay is exponential here, as in the other baselines, not linear.
     """
     matrix = _training_sessions(files)
 

@@ -25,7 +25,7 @@ from llmgr.evaluation.baselines import (
 )
 from llmgr.evaluation.gate import Gate, bands
 from llmgr.params.encoders import trained
-from llmgr.params.names import REPEAT, SERVED, START, TOWER
+from llmgr.params.names import PRIOR, REPEAT, SERVED, TOWER
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
 from llmgr.prior.weighted_sum import Prior, build_prior
@@ -68,7 +68,7 @@ def scorers(params: Any, files: Layout, device: torch.device) -> dict[str, Calla
     for name in trained(params.encoder):
         found[name] = lambda name=name: encoder(files.encoder(name), items, device, formed)
     if params.tune.linear:
-        found[START] = lambda: fitted_prior(params, files, device, formed)
+        found[PRIOR] = lambda: fitted_prior(params, files, device, formed)
     found["llmgr"] = lambda: llmgr(params, files, device, formed)
     found[SERVED] = lambda: served(items)
     return found

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from llmgr.params.checks import one_of
 from llmgr.params.encoders import encoders, trained
-from llmgr.params.names import FLOORS, REPEAT, SERVED, STAGES, START, TOWER, WHOLE
+from llmgr.params.names import BASELINES, PRIOR, REPEAT, SERVED, STAGES, TOWER, WHOLE
 from llmgr.params.schema import Params
 from llmgr.runtime.errors import UserError
 
@@ -23,14 +23,14 @@ class Derived(NamedTuple):
 def derived(given: Params) -> Derived:
     """What is left out or replaced because other parameters ask for no part of it.
 
-    Another base where `model.base` is not trained; no folds without a linear start; no tower beside a start without
+    Another base where `model.base` is not trained; no folds without a prior; no tower beside a prior without
     folds; no gate of a model that is not made; LLMGR where `bucket.ours` is not made. UserError for names that no
     parameters could make.
     """
     lines: list[str] = []
     params = _with_base(given, lines)
     if params.tune.folds and not params.tune.linear:
-        lines.append(f"tune.folds={params.tune.folds} left out: it adds to the linear start, which tune.linear=false "
+        lines.append(f"tune.folds={params.tune.folds} left out: it adds to the prior, which tune.linear=false "
                      "takes away")
         params = dataclasses.replace(params, tune=dataclasses.replace(params.tune, folds=0))
     if params.tower.enabled and params.tune.linear and not params.tune.folds:
@@ -60,14 +60,14 @@ def base_scores(params: Any) -> bool:
 
 def models(params: Params) -> list[str]:
     """Every model that these parameters make, but for gates, in the order of every table."""
-    return [*FLOORS, *([TOWER] if params.tower.enabled else []), *trained(params.encoder),
-            *([START] if params.tune.linear else []), "llmgr"]
+    return [*BASELINES, *([TOWER] if params.tower.enabled else []), *trained(params.encoder),
+            *([PRIOR] if params.tune.linear else []), "llmgr"]
 
 
 def possible() -> list[str]:
     """Every model that some parameters make, but for gates."""
-    return [*FLOORS, TOWER, *(name for base in encoders() for name in (base, *(f"{base}-{text}" for text in TEXTS))),
-            START, "llmgr"]
+    return [*BASELINES, TOWER, *(name for base in encoders() for name in (base, *(f"{base}-{text}" for text in TEXTS))),
+            PRIOR, "llmgr"]
 
 
 def _with_base(params: Params, lines: list[str]) -> Params:
@@ -76,14 +76,14 @@ def _with_base(params: Params, lines: list[str]) -> Params:
         raise UserError("encoder.names is empty, and so are encoder.controls and encoder.linear_controls: LLMGR reads "
                         "an encoder, name one such as 'encoder.names=[gcsan]'")
     if base not in known:
-        one_of(possible()[len(FLOORS) + 1:-2], base, "model.base", "which is no encoder")
+        one_of(possible()[len(BASELINES) + 1:-2], base, "model.base", "which is no encoder")
         own = base.partition("-")[0]
         base = own if own in known else known[0]
         lines.append(f"model.base={base} in place of {params.model.base}, which encoder.names, encoder.controls and "
                      "encoder.control_texts do not train")
         params = dataclasses.replace(params, model=dataclasses.replace(params.model, base=base))
     if params.tune.folds and params.tune.linear and not cross_fits(base):
-        reason = WHOLE.get(base.partition("-")[0], "has a linear start of its own")
+        reason = WHOLE.get(base.partition("-")[0], "has a linear model of its own")
         lines.append(f"tune.folds={params.tune.folds} leaves the scores of model.base={base} out, which {reason}")
     return params
 
@@ -108,7 +108,7 @@ def _maker(model: str) -> str:
     """What would have made a model, as the end of a sentence."""
     if model == TOWER:
         return "tower.enabled and tune.folds do not make"
-    if model == START:
+    if model == PRIOR:
         return "tune.linear=false does not make"
     text = model.partition("-")[2]
     key = {"": "encoder.names", "linear": "encoder.linear_controls", "text": "encoder.controls",

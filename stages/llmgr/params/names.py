@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 HEADLINE = ("hr_at_20", "ndcg_at_20", "mrr_at_20")  # what tables and pages show first
-FLOORS = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
+BASELINES = ("pop", "item-knn", "session-knn", "text-knn", "word-knn", "slit", "slit-text")
 """Models without training by gradients, in the order of every table."""
 TOWER = "tower"  # the text encoder tuned on item texts, by itself
-START = "llmgr-start"  # what LLMGR's logits start from, alone, before stage 2
+PRIOR = "prior"  # what LLMGR's logits start from, alone, before stage 2
 SERVED = "served"  # what the package of models/recommender answers, without a language model or knowledge of users
 REPEAT = "repeat"  # a scorer of gates alone: it marks what the session has clicked
 WHOLE = {"fpmc": "has something of each user", "caser": "has something of each user",

@@ -68,7 +68,7 @@ class Tune(Training):
     recency: Share
     """A target's weight in training is this to the power of how many later targets its user has, scaled to a mean of 1:
     what users click last, on sparse data oftener a cold item, is nearer to what is to be predicted. The training loss
-    is weighted so, the validation loss is not; the linear start is fitted to prefixes drawn likewise. 1 weighs all
+    is weighted so, the validation loss is not; the prior is fitted to prefixes drawn likewise. 1 weighs all
     alike, which without `linear` spares memory: the logits need not be formed."""
     linear: Flag
     """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
@@ -78,7 +78,7 @@ class Tune(Training):
     without each of so many parts of the users: a training session is scored by the one that has not met its user, whose
     item vectors LLMGR then reads, too; validation and test sessions by the base itself, which has not met their
     targets. 0 leaves the base's scores out. Not over a base that has something of each user (fpmc, caser), a curved
-    space of items (hcgr) or a linear start of its own."""
+    space of items (hcgr) or a linear model of its own."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -119,7 +119,7 @@ class Tower(Training):
 
 @dataclass
 class Slit:
-    """The linear item-item model, wherever it stands: the floors, and under the logits of LLMGR and of a control."""
+    """The linear item-item model, wherever it stands: as a baseline, and under the logits of LLMGR and of a control."""
 
     ridge: Annotated[Number, Field(ge=0.01)]
     """Weight of the ridge, in clicks, at least 0.01, below which single precision solves it wrongly; the larger, the
@@ -127,7 +127,8 @@ class Slit:
     decay: Share
     """An item's weight falls by this factor a step back in the session; 0: the last alone."""
     text: NotNegative
-    """All but the floor `slit`: what the ridge shrinks a weight to, as a share of the likeness of two items' texts."""
+    """The ridge shrinks a weight to this share of the similarity of two items' texts, everywhere but in the baseline
+    `slit`."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llmgr.params.names import FLOORS, SERVED, START
+from llmgr.params.names import BASELINES, PRIOR, SERVED
 from llmgr.ranking import metrics
 from llmgr.reporting import significance
 from llmgr.runtime.artifacts import read_table
@@ -21,10 +21,10 @@ Ranks = dict[str, dict[str, np.ndarray]]
 
 
 def order(models: Sequence[str], ours: str) -> list[str]:
-    """Models as every table has them: untrained floors, encoders by name, each before its controls, LLMGR, `ours`."""
-    place = {name: number for number, name in enumerate(FLOORS)}
+    """Models in the order of every table: baselines, encoders by name, each before its controls, LLMGR, `ours`."""
+    place = {name: number for number, name in enumerate(BASELINES)}
     return sorted(models, key=lambda name: (
-        name == ours, name == "llmgr", name == SERVED, name == START, place.get(name, len(FLOORS)), name.split("-")))
+        name == ours, name == "llmgr", name == SERVED, name == PRIOR, place.get(name, len(BASELINES)), name.split("-")))
 
 
 def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmgr.params.derived import base_scores
-from llmgr.params.names import SERVED, START, TOWER
+from llmgr.params.names import PRIOR, SERVED, TOWER
 from llmgr.reporting.evidence import MAIN
 
 
@@ -17,7 +17,7 @@ def parameters(found: Mapping[str, Any]) -> dict[str, float]:
 
 def training_parts(found: Mapping[str, Any], params: Any) -> dict[str, set[str]]:
     """The parts (cost files) that each model needs: a control its text vectors, LLMGR its base and stages, a gate what
-    it fuses. `start` stands for what stage 2 prepares of `llmgr-start`."""
+    it fuses. `start` stands for what stage 2 prepares of `prior`."""
     needs = {model: [model, *(["backbone"] if "-" in model else [])] for model in found["buckets"]
              if model in found["cost"]}
     tower = [TOWER, "backbone"] if params.tower.enabled else []
@@ -25,8 +25,8 @@ def training_parts(found: Mapping[str, Any], params: Any) -> dict[str, set[str]]
         needs[TOWER] = tower
     if MAIN in found["buckets"]:
         needs[MAIN] = [*needs.get(params.model.base, []), "backbone", "folds", *tower, "align", "tune"]
-    if START in found["buckets"]:
-        needs[START] = ["start", *(needs.get(params.model.base, []) if base_scores(params) else []), "folds", *tower]
+    if PRIOR in found["buckets"]:
+        needs[PRIOR] = ["start", *(needs.get(params.model.base, []) if base_scores(params) else []), "folds", *tower]
     if SERVED in found["buckets"]:
         needs[SERVED] = [*needs.get(MAIN, []), "package"]
     for gate, fused in params.gate.fuse.items():

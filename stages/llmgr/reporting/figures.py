@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from llmgr.params.names import FLOORS
+from llmgr.params.names import BASELINES
 
 INK, QUIET, FAINT, RULE = "#1f2933", "#6b7785", "#c3cad1", "#e3e7eb"
 OURS_COLOUR = "#c2410c"
 COLOURS = ("#1d4e89", "#3a8f85", "#8b6fb3", "#b08a2e", "#5b8c3e", "#a8577e", "#4c7fb8", "#7a6652")
 MARKERS = "osD^vPX*"
-FLOOR_LOOKS = dict(zip(FLOORS, zip(
+BASELINE_LOOKS = dict(zip(BASELINES, zip(
     ("#aab4be", "#95a1ac", "#7c8894", "#616d79", "#4a5561", "#8a7f74", "#6b5d50"), ".<>hp18")))
 WIDTH = 11.5  # inches; at full page width the text then has the size of the small print
 BINS = 200  # points of a drawn training loss
@@ -41,8 +41,8 @@ def palette(models: Sequence[str], ours: str) -> Looks:
     for model in models:
         if model == ours:
             looks[model] = (OURS_COLOUR, "o")
-        elif model in FLOOR_LOOKS:
-            looks[model] = FLOOR_LOOKS[model]
+        elif model in BASELINE_LOOKS:
+            looks[model] = BASELINE_LOOKS[model]
         else:
             looks[model] = (COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
             number += 1

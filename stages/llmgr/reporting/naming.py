@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.params.derived import base_scores
-from llmgr.params.names import SERVED, START, TOWER
+from llmgr.params.names import PRIOR, SERVED, TOWER
 from llmgr.ranking.metrics import names
 from llmgr.reporting.evidence import MAIN
 from llmgr.reporting.figures import count, pretty
@@ -43,7 +43,7 @@ def describe(model: str, params: Any) -> str:
         return "gate over " + ", ".join(params.gate.fuse[model])
     if model == TOWER:
         return TOWERS[params.tower.encoder]
-    if model == START:
+    if model == PRIOR:
         parts = [*([params.model.base] if base_scores(params) else []), *([TOWER] if params.tower.enabled else [])]
         rest = "" if tuned_tower(params) else ", no language model tuned"
         return f"LLMGR's prior alone: {' and '.join(['a linear model of clicks and words', *parts])}{rest}"

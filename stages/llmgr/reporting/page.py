@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.params.loading import flat
-from llmgr.params.names import FLOORS, HEADLINE, START
+from llmgr.params.names import BASELINES, HEADLINE, PRIOR
 from llmgr.ranking.metrics import names
 from llmgr.reporting import figures
 from llmgr.reporting.buckets import LEVEL
@@ -69,7 +69,7 @@ def draw(found: Mapping[str, Any], params: Any) -> dict[str, str]:
 
 def first_rows(found: Mapping[str, Any], params: Any) -> list[str]:
     """The page's first table: the main models, and the strongest baseline that is not trained."""
-    untrained = [model for model in found["buckets"] if model in FLOORS]
+    untrained = [model for model in found["buckets"] if model in BASELINES]
     strongest = max(untrained, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"], default=None)
     return [*filter(None, [strongest]), *(model for model in main_models(found, params) if model != strongest)]
 
@@ -85,11 +85,11 @@ def rates(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def highlights(found: Mapping[str, Any], params: Any) -> list[str]:
-    """The models of a figure with room for `DRAWN`: floors, LLMGR, its base and start, the control, the
+    """The models of a figure with room for `DRAWN`: baselines, LLMGR, its base and prior, the control, the
     strongest others."""
     models = list(found["buckets"])
     kept = [model for model in models if model in (
-        *FLOORS, START, MAIN, params.bucket.ours, params.model.base, control(params), control(params, "linear"))]
+        *BASELINES, PRIOR, MAIN, params.bucket.ours, params.model.base, control(params), control(params, "linear"))]
     rest = sorted((model for model in models if model not in kept),
                   key=lambda model: -found["buckets"][model]["test"]["all"]["ndcg_at_20"])
     kept += rest[:max(0, DRAWN - len(kept))]

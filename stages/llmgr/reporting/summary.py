@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from llmgr.params.names import HEADLINE, START
+from llmgr.params.names import HEADLINE, PRIOR
 from llmgr.reporting.cost import training_parts, training_seconds
 from llmgr.reporting.evidence import MAIN
 
@@ -29,7 +29,7 @@ def strongest_fusion(found: Mapping[str, Any], params: Any) -> str | None:
     """The gate with the highest cross-fitted validation NDCG@20 of those that fuse nothing of LLMGR."""
     fitted = found["facts"].get("gate", {})
     without = [gate for gate, fused in params.gate.fuse.items()
-               if gate in found["buckets"] and not {MAIN, START} & {*fused}]
+               if gate in found["buckets"] and not {MAIN, PRIOR} & {*fused}]
     return max(without, key=lambda gate: fitted.get(gate, {}).get("valid", {}).get(SELECTS, 0.0), default=None)
 
 

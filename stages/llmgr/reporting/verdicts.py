@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmgr.params.names import HEADLINE, START
+from llmgr.params.names import HEADLINE, PRIOR
 from llmgr.reporting.buckets import LEVEL
 from llmgr.reporting.naming import control, title_of, tuned_tower
 from llmgr.reporting.significance import least_p
@@ -27,7 +27,7 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
         roles[control(params, "linear")] = "the control over the same linear model"
     tower = "the tower among it" if params.tower.enabled else ""
     rest = "" if tuned_tower(params) else "without a language model"
-    roles[START] = ", ".join(filter(None, ("LLMGR's prior alone", tower, rest)))
+    roles[PRIOR] = ", ".join(filter(None, ("LLMGR's prior alone", tower, rest)))
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")
