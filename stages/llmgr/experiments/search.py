@@ -57,9 +57,13 @@ def lock_of(revision: str) -> dict[str, Any]:
 
 @functools.cache
 def file_of(revision: str, path: str) -> dict[str, Any]:
-    """A JSON file of an experiment; empty where it has none."""
-    done = _said("git", "show", f"{revision}:{path}")
-    return json.loads(done.stdout) if done.returncode == 0 else {}
+    """A JSON file of an experiment, from git or DVC's cache; empty where it has none."""
+    from dvc.api import DVCFileSystem
+
+    try:
+        return json.loads(DVCFileSystem(rev=revision).read_bytes(path))
+    except FileNotFoundError:
+        return {}
 
 
 def ranks_of(revision: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
