@@ -16,6 +16,7 @@ from llmgr.encoders.pretraining import EncoderJob
 from llmgr.prior import cross_fitting
 from llmgr.runtime.artifacts import digest, read_json, save_tensors
 from llmgr.runtime.errors import UserError
+from llmgr.training import rates as search
 from llmgr.training.engine import fit
 from llmgr.training.rates import fit_best_rate
 
@@ -55,7 +56,7 @@ def test_the_chosen_rate_ends_as_a_training_at_that_rate_alone_and_the_others_co
     alone = {rate: at_rate(rate, tmp_path) for rate in RATES}
     job, options = Accuracy(), searched()
     chosen = fit_best_rate(job, options, seed=7, resume=tmp_path / "search", name="stamp")
-    assert chosen.rate == options.lr == max(RATES, key=lambda rate: alone[rate][1])
+    assert chosen.rate == max(RATES, key=lambda rate: alone[rate][1]) and options == searched()
     assert (bytes_of(job), chosen.progress.best) == alone[chosen.rate]
     assert chosen.record["rates"] == RATES and sorted(chosen.record["epochs"]) == [1, 2, 3, 4, 6]
     assert chosen.record["valid_score"][RATES.index(chosen.rate)] == chosen.progress.best
@@ -107,18 +108,45 @@ def test_a_rate_that_diverges_is_given_up(tmp_path, capsys):
     assert "learning rate 3e+08 stopped being finite" in capsys.readouterr().err
 
 
-def test_where_the_best_diverges_later_the_next_takes_its_place(tmp_path):
+def test_rates_that_diverge_are_trained_once_and_their_seconds_count(tmp_path, monkeypatch, capsys):
+    trained, calls = calls_of(monkeypatch)
+    rates = [3e8, 0.03, 2e8, 1e8, 0.003]
+    clock = itertools.count()
+    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
+    chosen = fit_best_rate(Accuracy(limit=3), searched(rates=rates), seed=7, resume=tmp_path, name="stamp")
+    assert [calls.count(rate) for rate in (3e8, 2e8, 1e8)] == [1, 1, 1]
+    assert capsys.readouterr().err.count("the rate is given up") == 3
+    assert chosen.record["epochs"] == [0, 6, 0, 0, 4] and chosen.rate == 0.03
+    assert chosen.seconds > trained[0.003].seconds + 3
+
+
+def calls_of(monkeypatch):
+    """The progress of every rate's last training, and the rates in the order in which `fit` is called."""
+    trained, calls = {}, []
+
+    def seen(job, settings, **options):
+        calls.append(settings.lr)
+        trained[settings.lr] = fit(job, settings, **options)
+        return trained[settings.lr]
+
+    monkeypatch.setattr(search, "fit", seen)
+    return trained, calls
+
+
+def test_where_the_best_diverges_later_the_next_takes_its_place(tmp_path, monkeypatch):
     job = Accuracy()
+    _, trained = calls_of(monkeypatch)
     calls = itertools.count(1)
     best = fit_best_rate(Accuracy(), searched(), seed=7, resume=tmp_path / "a", name="stamp").rate
 
     def loss(micro, plain=job.loss):
         result = plain(micro)
-        late = options.lr == best and next(calls) > 5 * 3  # batches an epoch
+        late = trained[-1] == best and next(calls) > 5 * 3  # batches an epoch
         return result._replace(total=result.total * float("nan")) if late else result
 
-    job.loss, options = loss, searched()
-    chosen = fit_best_rate(job, options, seed=7, resume=tmp_path / "b", name="stamp")
+    job.loss = loss
+    trained.clear()
+    chosen = fit_best_rate(job, searched(), seed=7, resume=tmp_path / "b", name="stamp")
     assert chosen.rate != best and chosen.progress.epoch == 6
     assert bytes_of(job) == at_rate(chosen.rate, tmp_path)[0]
 

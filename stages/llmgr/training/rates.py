@@ -10,6 +10,8 @@ Pantry GC-SAN validates at 0.003 / 0.01 / 0.03 with NDCG@20 of .0132 / .0180 / .
 """
 from __future__ import annotations
 
+import copy
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +41,8 @@ def fit_best_rate(job: Job, settings: Any, *, seed: int, resume: Path, name: str
 
     After each of `settings.rungs` epochs the worst is given up, after the last of them all but the best; fewer rates
     take the later rungs. Leaves the bytes of `fit` at the chosen rate, also where the search was interrupted and goes
-    on. A rate whose loss stops being finite is given up. UserError where none stays finite, and as `fit` where there is
-    one rate alone.
+    on. A rate whose loss stops being finite is given up and not trained again. `settings` stays as it is. UserError
+    where none stays finite, and as `fit` where there is one rate alone.
     """
     first = {key: p.detach().clone() for key, p in job.model.named_parameters() if p.requires_grad}
     progress = {rate: Progress() for rate in settings.rates}
@@ -51,20 +53,24 @@ def fit_best_rate(job: Job, settings: Any, *, seed: int, resume: Path, name: str
             for key, parameter in job.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(first[key])
-        settings.lr = rate
+        at_rate = copy.copy(settings)
+        at_rate.lr = rate
+        started = time.monotonic()
         try:
-            progress[rate] = fit(job, settings, seed=seed, resume=resume / f"{rate:g}", until=epochs,
+            progress[rate] = fit(job, at_rate, seed=seed, resume=resume / f"{rate:g}", until=epochs,
                                  name=name if len(progress) == 1 else f"{name} at {rate:g}")
         except Diverged:
             if len(progress) == 1:
                 raise
             say(f"{name}: the loss at learning rate {rate:g} stopped being finite: the rate is given up")
             lost.add(rate)
+            progress[rate].seconds += time.monotonic() - started  # Diverged carries no progress
 
     order, left = [*settings.rates], len(settings.rates)
     for epochs in settings.rungs[1 - left:] if left > 1 else ():
         for rate in order[:left]:
-            train(rate, min(epochs, settings.epochs))
+            if rate not in lost:
+                train(rate, min(epochs, settings.epochs))
         order[:left] = sorted(order[:left], key=lambda rate: (rate in lost, -progress[rate].best))
         left -= 1
     for rate in order:
