@@ -107,6 +107,8 @@ def test_a_changed_text_is_read_anew_alone(readable: Package) -> None:
         assert torch.equal(after.tensors[name][others], readable.tensors[name][others]), name
         assert not torch.allclose(after.tensors[name][3], readable.tensors[name][3]), name
     assert after.items["title"][2] == "pale mint" and after.items.height == ITEMS
+    untitled = Recommender(after).add_items(changed.with_columns(title=pl.lit(None, pl.String))).package
+    assert untitled.items.equals(after.items), "a title stays where none is given"
     again = Recommender(after).add_items(pl.DataFrame({"item": ["B0003"], "title": [TEXTS[2]]})).package
     assert torch.allclose(again.tensors["base"], readable.tensors["base"], atol=1e-4)
 
@@ -126,10 +128,22 @@ def test_items_that_are_gone_are_unknown_and_blocked_ones_only_hidden(readable: 
 
 @pytest.mark.parametrize("items", [{"item": ["N1"]}, {"title": ["soap"]}, {"item": ["N1"], "title": [" "]},
                                    {"item": ["N1", "N1"], "title": ["a", "b"]}, {"item": [None], "title": ["a"]},
+                                   {"item": [""], "title": ["a"]}, {"item": [" "], "title": ["a"]},
                                    {"item": [], "title": []}])
 def test_items_without_an_id_or_a_text_are_refused(readable: Package, items: dict) -> None:
     with pytest.raises(UserError, match="item"):
         Recommender(readable).add_items(pl.DataFrame(items))
+
+
+@pytest.mark.parametrize(("title", "text"), [(None, TEXTS[4]), (" ", TEXTS[4]), (TEXTS[4], None), (TEXTS[4], "")])
+def test_an_item_with_a_title_or_a_text_alone_has_it_as_both(readable: Package, title: str | None, text: str | None
+                                                             ) -> None:
+    items = pl.DataFrame({"item": ["N1"], "title": [title], "text": [text]}, {name: pl.String for name in (
+        "item", "title", "text")})
+    added = Recommender(readable).add_items(items).package
+    expected = Recommender(readable).add_items(pl.DataFrame({"item": ["N1"], "title": [TEXTS[4]]})).package
+    assert added.items.equals(expected.items)
+    assert all(torch.equal(added.tensors[name], expected.tensors[name]) for name in expected.tensors)
 
 
 def test_what_a_package_cannot_do_is_said(readable: Package) -> None:

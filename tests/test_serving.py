@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -21,7 +22,7 @@ from llmgr.serving import bulk
 from llmgr.serving.building import chosen_entries, rows_of
 from llmgr.serving.live import Live
 from llmgr.serving.package import CONFIG, TENSORS, load_package, write_package
-from llmgr.serving.recommender import Recommender
+from llmgr.serving.recommender import Recommender, strongest
 from llmgr.serving.scoring import PARTS, Scorer
 from llmgr.sessions.tensors import Sessions
 
@@ -112,6 +113,20 @@ def test_the_best_items_come_first_and_seen_ones_not_at_all(recommender: Recomme
     assert answer["titles"] == [f"title of {item}" for item in answer["items"]]
     everything = recommender.recommend([["B0003", "B0005"]], k=ITEMS, exclude_seen=False).row(0, named=True)
     assert sorted(everything["items"]) == IDS
+
+
+def test_among_equals_the_lower_number_comes_first_so_that_a_short_list_begins_a_long_one() -> None:
+    scores = torch.randint(0, 9, (40, 3000), generator=torch.Generator().manual_seed(4)).float()
+    scores[:20, 7:] = -torch.inf  # fewer than k are left
+    expected = torch.sort(scores, dim=1, descending=True, stable=True)
+    for k in (1, 5, 10, 20, 400, 3000):
+        best, item = strongest(scores, k)
+        real = best > -torch.inf
+        assert torch.equal(best, expected.values[:, :k]) and torch.equal(item[real], expected.indices[:, :k][real]), k
+    plain = package()
+    equal = Recommender(type(plain)(plain.config, plain.items.with_columns(
+        count=pl.lit(3, plain.items.schema["count"])), plain.tensors))
+    assert equal.recommend([[]], k=5)["items"].to_list() == [IDS[:5]]
 
 
 def test_parts_add_up_to_the_score_and_name_a_click(recommender: Recommender) -> None:
@@ -210,18 +225,19 @@ def test_ids_that_are_numbers_are_read_as_texts() -> None:
     numbered = type(numbered)(numbered.config, numbered.items.with_columns(item=pl.Series(map(str, range(1, 13)))),
                               numbered.tensors)
     answer = Recommender(numbered).recommend([[3, "5", 99]], k=2)
+    assert answer.equals(Recommender(numbered).recommend([[np.int64(3), np.str_("5"), np.int32(99)]], k=np.int64(2)))
     assert answer["items"].to_list() == Recommender(numbered).recommend([["3", "5"]], k=2)["items"].to_list()
     assert answer["unknown"].to_list() == [["99"]]
 
 
-@pytest.mark.parametrize("k", [0, -1, True, 2.0, "3", None])
+@pytest.mark.parametrize("k", [0, -1, True, np.bool_(True), np.int64(0), 2.0, "3", None])
 def test_k_that_is_no_count_is_refused(recommender: Recommender, k: object) -> None:
     with pytest.raises(UserError, match="k="):
         recommender.recommend([["B0001"]], k=k)
 
 
 @pytest.mark.parametrize("sessions", ["B0001", ["B0001"], [{"items": []}], [[None]], [[["B0001"]]], [[1.5]], None, 3,
-                                      [[True]], [b"B0001"]])
+                                      [[True]], [[np.bool_(True)]], [[np.float64(1)]], [b"B0001"]])
 def test_what_is_no_list_of_sessions_is_refused(recommender: Recommender, sessions: object) -> None:
     with pytest.raises(UserError, match="session"):
         recommender.recommend(sessions)

@@ -40,7 +40,7 @@ def recommend_file(folder: Path, sessions: Path, out: Path, k: int, exclude_seen
         raise UserError(f"{sessions} is not here: name a file of sessions")
     recommender = Recommender.load(folder)
     parts = out.with_name(f".{out.name}.parts")
-    _begin(parts, {"package": digest(folder / CONFIG), "sessions": digest(sessions), "k": k,
+    _begin(parts, {"package": digest(folder / CONFIG), "sessions": digest(sessions), "k": int(k),
                    "exclude_seen": exclude_seen, "rows": ROWS})
     rows = _rows(sessions)
     done = len(list(parts.glob(f"*{out.suffix}")))

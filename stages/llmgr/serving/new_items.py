@@ -74,16 +74,17 @@ def as_bytes(content: bytes) -> Tensor:
 def with_items(package: Package, items: pl.DataFrame) -> Package:
     """The package with `items`: item and title, and text where that is more than the title.
 
-    An item that the package has gets the new title and text: its vector is made anew, what clicks taught of it stays.
-    Others come after the last. Scores of all other items stay as they are. UserError where columns or texts are
-    missing, or the package stores no text encoder.
+    Of title and text one may be null: the other stands for it. An item that the package has gets the new text, and the
+    title where there is one: its vector is made anew, what clicks taught of it stays. Others come after the last.
+    Scores of all other items stay as they are. UserError where columns or texts are missing, an id is empty, or the
+    package stores no text encoder.
     """
     import polars as pl
 
     items = _checked(items)
     known = {item: number for number, item in enumerate(package.items["item"], 1) if item}
     old = items.filter(pl.col("item").is_in(list(known)))
-    new = items.filter(~pl.col("item").is_in(list(known)))
+    new = items.filter(~pl.col("item").is_in(list(known))).with_columns(title=pl.coalesce("title", "text"))
     tensors = dict(package.tensors)
     if len(old):
         tensors |= _changed(package, torch.tensor([known[item] for item in old["item"]]), old["text"].to_list())
@@ -99,10 +100,11 @@ def _checked(items: pl.DataFrame) -> pl.DataFrame:
 
     if not {"item", "title"} <= set(items.columns):
         raise UserError("new items need the columns item and title, and may have text")
-    text = pl.col("text") if "text" in items.columns else pl.lit(None, pl.String)
-    items = items.select(pl.col("item").cast(pl.String), pl.col("title").cast(pl.String),
-                         pl.coalesce(text.cast(pl.String), "title").alias("text"))
-    if items.is_empty() or items["item"].null_count() or (items["text"].fill_null("").str.strip_chars() == "").any():
+    items = items.select(pl.col(name).cast(pl.String) if name in items.columns else pl.lit(None, pl.String).alias(name)
+                         for name in ("item", "title", "text"))
+    items = items.with_columns(pl.when(pl.all().str.strip_chars() != "").then(pl.all()))  # blanks are missing
+    items = items.with_columns(text=pl.coalesce("text", "title"))
+    if items.is_empty() or sum(items.null_count().row(0)):
         raise UserError("each new item needs an id, and a title or text that is not empty")
     if items["item"].is_duplicated().any():
         twice = items.filter(items["item"].is_duplicated())["item"][0]

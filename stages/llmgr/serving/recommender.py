@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +74,10 @@ class Recommender:
                   explain: bool = False) -> pl.DataFrame:
         """The `k` best items for each session of item ids, oldest click first; a row a session.
 
-        Columns items, titles and scores (lists, best first; fewer than `k` where the catalogue ends), unknown (ids that
-        the catalogue lacks; the other clicks count) and popular (true where no click is known: then the most popular
-        items, scored by how often training had them as targets). With `exclude_seen` no clicked item is among them.
+        Columns items, titles and scores (lists, best first, among equals in the catalogue's order; fewer than `k` where
+        the catalogue ends), unknown (ids that the catalogue lacks, the first 100; the other clicks count) and popular
+        (true where no click is known: then the most popular items, scored by how often training had them as targets).
+        With `exclude_seen` no clicked item is among them.
         With `explain` also a list a part of the score, in `llmgr.serving.scoring.PARTS`, which add up to it, and
         because: the click that adds most to transitions and text, "" where none does. UserError where a session is no
         list of ids, or k is no whole number above 0.
@@ -121,7 +123,7 @@ class Recommender:
             pairs = [(row, number) for row, session in enumerate(read) for number in dict.fromkeys(session.numbers)]
             if pairs:
                 scores[tuple(torch.tensor(pairs).T)] = -torch.inf
-        best, item = scores.topk(min(k, scores.shape[1] - 1), 1)
+        best, item = strongest(scores, min(int(k), scores.shape[1] - 1))
         rows = [self._row(session, best[row], item[row]) for row, session in enumerate(read)]
         if explain:
             self._explain(rows, read, warm, graphs, item, parts)
@@ -159,9 +161,25 @@ class Recommender:
             rows[row]["because"] = [self.ids[number - 1] if number else "" for number in because[place][:size]]
 
 
+def strongest(scores_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` highest scores [R, k] and their columns [R, k], best first, the lower column first among equals."""
+    item_RK = scores_RV.topk(k, 1).indices.sort(1).values  # topk promises no order among equals
+    least_R1 = scores_RV.gather(1, item_RK).amin(1, keepdim=True)
+    split = ((scores_RV >= least_R1).sum(1) > k) & (least_R1[:, 0] > -torch.inf)  # equals within and without
+    if split.any():
+        item_RK[split] = scores_RV[split].sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+    best_RK, place_RK = scores_RV.gather(1, item_RK).sort(dim=1, descending=True, stable=True)
+    return best_RK, item_RK.gather(1, place_RK)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_k(k: Any) -> None:
     """Raise UserError where `k` is no whole number above 0."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_whole(k) or k < 1:
         raise UserError(f"k={k!r} must be a whole number of at least 1")
 
 
@@ -177,7 +195,7 @@ def _ids(session: Any, place: int) -> list[str]:
         raise UserError(f"session {place} must be a list of item ids, not {type(session).__name__}")
     ids = []
     for item in session:
-        if isinstance(item, bool) or not isinstance(item, (str, int)):
+        if not isinstance(item, str) and not is_whole(item):
             raise UserError(f"session {place} holds {str(item)[:40]!r}, which is no item id: ids are texts")
         ids.append(str(item))
     return ids
