@@ -599,6 +599,31 @@ def test_a_frozen_encoders_readouts_are_computed_once_for_all():
     torch.testing.assert_close(once.readouts, expected)
 
 
+def test_samples_of_several_folds_are_refused():
+    train = prefixes()
+    job = behave(llmgr(), train, targets="prefix", prior=linear_prior(train, Base(0.7)))
+    first, other = (int((job.model.fold_N == fold).nonzero()[0]) for fold in (0, 1))
+    for call in (job.model.logits, job.model.factors):
+        with pytest.raises(ValueError, match=r"of one fold, not of \[0, 1\]"):
+            call(train, torch.tensor([first, other]), trained=True)
+    with pytest.raises(ValueError, match="one fold"):
+        job.model.loss(train, torch.tensor([first, other]))
+    assert job.model.logits(train, torch.tensor([first, other])).shape == (2, ITEMS + 1), "none is learned from"
+
+
+def test_validation_sessions_are_cut_and_announced_once(capsys):
+    model, train = llmgr(), prefixes()
+    model.positions = 60
+    job = behave(model, train, titles=True)
+    assert job.cut and capsys.readouterr().err.count("validation prompts are cut") == 1
+    expected = job.model.over(train)(torch.arange(COUNT))
+    loss = F.cross_entropy(expected[:, 1:], train.target - 1).item()
+    capsys.readouterr()
+    for _ in range(2):
+        assert job.validate()["valid_loss"] == pytest.approx(loss, rel=1e-4)
+    assert "cut" not in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_scores_of_a_session_are_those_of_training_and_validation_counts_right():
     model = llmgr()

@@ -35,7 +35,7 @@ class BehaviourJob:
         self.first, self.last, self.sample = spans(train, settings.targets == "positions")
         count = settings.valid_sessions or len(valid)
         order = torch.randperm(len(valid), generator=torch.Generator().manual_seed(seed + 2))
-        self.valid = valid.subset(order[:count].sort()[0])
+        self.valid, _ = model.shortened(valid.subset(order[:count].sort()[0]), "validation")  # once, not every epoch
         self.smoothing = None if smoothing is None else smoothing.to(self.device)
         model.learn_from(train)
 

@@ -54,7 +54,8 @@ class Ranker(nn.Module):
         """Logits [R, V+1] of samples [R] of sessions that fit the prompt (`shortened`); column 0 is padding.
 
         `trained`: the sessions are those that the model learns from. Then `count_B` may say how many samples share a
-        prompt: the prefixes of a row that follow each other, shortest first.
+        prompt: the prefixes of a row that follow each other, shortest first. With folds all samples of a call are of
+        one fold, since they share its item vectors; ValueError otherwise.
         """
         scores_RV = self.factors(sessions, samples_R, count_B, trained=trained)[0].logits()
         offset_RV = self.offset(sessions, samples_R, trained)
@@ -66,7 +67,10 @@ class Ranker(nn.Module):
 
     def factors(self, sessions: Sessions, samples_R: Tensor, count_B: Tensor | None = None, *, trained: bool = False
                 ) -> tuple[Factors, int]:
-        """The factors of LLMGR's own logits, arguments as in `logits`, and the useful tokens that were read."""
+        """The factors of LLMGR's own logits, arguments as in `logits`, and the useful tokens that were read.
+
+        ValueError where `trained` samples are of several folds.
+        """
         laid_out, sample_R = self._on_cpu(sessions), samples_R.cpu()
         samples_R = samples_R.to(self.device)
         graphs = laid_out.graphs(sample_R if count_B is None else sample_R[count_B.cumsum(0) - 1])
@@ -74,7 +78,7 @@ class Ranker(nn.Module):
         shift_VD = None
         if trained:
             prompts = self.llmgr.execution.arranged(prompts, PACKED)
-            shift_VD = None if self.fold_N is None else self.shifts[int(self.fold_N[sample_R[0]])]
+            shift_VD = self._shift(sample_R)
         tokens = prompts.tokens
         if trained and self.readouts is not None:
             session_RD = self.readouts[samples_R]
@@ -88,7 +92,10 @@ class Ranker(nn.Module):
 
     def loss(self, sessions: Sessions, samples_R: Tensor, count_B: Tensor | None = None,
              weight_R: Tensor | None = None, smoothing: TextSmoothing | None = None) -> Loss:
-        """Summed loss of samples that the model learns from (see `logits`); `weight_R` as in `summed_cross_entropy`."""
+        """Summed loss of samples that the model learns from (see `logits`); `weight_R` as in `summed_cross_entropy`.
+
+        With folds all samples of a call are of one fold; ValueError otherwise.
+        """
         factors, tokens = self.factors(sessions, samples_R, count_B, trained=True)
         samples_R = samples_R.to(self.device)
         offset_RV = self.offset(sessions, samples_R, trained=True)
@@ -102,12 +109,13 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def validate(self, sessions: Sessions) -> dict[str, float]:
-        """Mean loss and full-ranking metrics at 20 of sessions that are not learned from."""
-        score, total = self.over(sessions), 0.0
+        """Mean loss and full-ranking metrics at 20 of sessions that are not learned from and fit the prompt
+        (`shortened`)."""
+        total = 0.0
 
         def scored(samples: Tensor) -> Tensor:
             nonlocal total
-            scores = spread(score, samples)
+            scores = spread(lambda part: self.logits(sessions, part), samples)
             total += F.cross_entropy(scores[:, 1:], sessions.target[samples] - 1, reduction="sum").item()
             return scores
 
@@ -146,6 +154,15 @@ class Ranker(nn.Module):
             self.shifts = [shift_VD.to(self.device) for shift_VD in base.shifts(count_V)]
         if not any(p.requires_grad for p in self.llmgr.encoder.parameters()):
             self.readouts = self._all_readouts(sessions)
+
+    def _shift(self, sample_R: Tensor) -> Tensor | None:
+        """The item vectors [V+1, D] of the samples' fold less the base's, None without folds."""
+        if self.fold_N is None:
+            return None
+        fold_R = self.fold_N[sample_R]
+        if (fold_R != fold_R[0]).any():
+            raise ValueError(f"samples of one call must be of one fold, not of {fold_R.unique().tolist()}")
+        return self.shifts[int(fold_R[0])]
 
     def _all_readouts(self, sessions: Sessions) -> Tensor:
         """The graph encoder's readouts of all samples [samples, D], each over its fold's item vectors."""
