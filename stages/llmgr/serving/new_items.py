@@ -104,7 +104,7 @@ def _checked(items: pl.DataFrame) -> pl.DataFrame:
                          for name in ("item", "title", "text"))
     items = items.with_columns(pl.when(pl.all().str.strip_chars() != "").then(pl.all()))  # blanks are missing
     items = items.with_columns(text=pl.coalesce("text", "title"))
-    if items.is_empty() or sum(items.null_count().row(0)):
+    if items.is_empty() or items["item"].null_count() or items["text"].null_count():
         raise UserError("each new item needs an id, and a title or text that is not empty")
     if items["item"].is_duplicated().any():
         twice = items.filter(items["item"].is_duplicated())["item"][0]
