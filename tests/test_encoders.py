@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from llmgr.encoders import pretraining
 from llmgr.encoders.layers import Dropout
 from llmgr.encoders.pretraining import EncoderJob
-from llmgr.encoders.registry import REGISTRY, Recommender, build_recommender, family, load_encoder, save_recommender
+from llmgr.encoders.registry import REGISTRY, EncoderWithItems, build_with_items, family, load_encoder, save_with_items
 from llmgr.ranking.loop import rank_sessions
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.batching import alike
@@ -35,10 +35,10 @@ def sessions(lists: list[list[int]] = LISTS, users: list[int] | None = None) -> 
     return Sessions(items, torch.arange(len(lists)), torch.tensor([len(x) for x in lists]), target, user)
 
 
-def made(name: str, dropout: float = 0.0, items: int = ITEMS) -> Recommender:
+def made(name: str, dropout: float = 0.0, items: int = ITEMS) -> EncoderWithItems:
     torch.manual_seed(0)
     features = F.pad(torch.randn(items, 3), (0, 0, 1, 0))
-    return build_recommender(name, items, encoder_section(DIM, dropout), features, users=USERS, max_session=LONGEST)
+    return build_with_items(name, items, encoder_section(DIM, dropout), features, users=USERS, max_session=LONGEST)
 
 
 def every() -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_only_the_dropout_of_training_is_random(name):
 @torch.no_grad()
 def test_an_encoder_comes_back_as_it_was_and_only_for_its_catalogue(name, tmp_path):
     model = made(name, dropout=0.1).eval()
-    save_recommender(tmp_path / "m", name, model)
+    save_with_items(tmp_path / "m", name, model)
     encoder, vectors = load_encoder(tmp_path / "m", ITEMS)
     session, own = model(sessions().graphs(every()))
     assert torch.equal(vectors, own)

@@ -12,7 +12,7 @@ import torch
 from machine import DEFAULTS
 from tiny import FILES, llmgr, tokenizer
 
-from llmgr.encoders.registry import build_recommender, save_recommender
+from llmgr.encoders.registry import build_with_items, save_with_items
 from llmgr.evaluation import baselines, models
 from llmgr.evaluation.gate import Gate, bands
 from llmgr.model import building
@@ -98,8 +98,8 @@ def test_every_model_is_loaded_by_name_and_an_encoder_scores_by_products(tmp_pat
     section = types.SimpleNamespace(dim=8, training=types.SimpleNamespace(dropout=0.3), gcsan=types.SimpleNamespace(
         gnn_layers=1, attention_layers=1, attention_heads=1, omega=0.6))
     torch.manual_seed(0)
-    model = build_recommender("gcsan", ITEMS, section, None, users=0, max_session=5).eval()
-    save_recommender("models/encoders/gcsan", "gcsan", model)
+    model = build_with_items("gcsan", ITEMS, section, None, users=0, max_session=5).eval()
+    save_with_items("models/encoders/gcsan", "gcsan", model)
     params = types.SimpleNamespace(data=types.SimpleNamespace(max_session=5),
                                    evaluate=types.SimpleNamespace(decay=0.7, text_dim=6),
                                    slit=types.SimpleNamespace(text=0.0),
@@ -152,8 +152,8 @@ def test_sessions_of_more_users_than_an_encoder_knows_are_refused(tmp_path, monk
     write_json("models/tuned/config.json", {})
     params = types.SimpleNamespace(seed=0, model=None, tune=types.SimpleNamespace(precision="fp32", linear=False))
     for known in (users - 1, users):
-        model = build_recommender(base, ITEMS, load(DEFAULTS).encoder, None, users=known, max_session=5)
-        save_recommender(f"models/encoders/{base}", base, model)
+        model = build_with_items(base, ITEMS, load(DEFAULTS).encoder, None, users=known, max_session=5)
+        save_with_items(f"models/encoders/{base}", base, model)
         tuned = Ranker(llmgr(), BehaviourPrompts(tokenizer(), "slot", None, 4, False), torch.float32)
         tuned.llmgr.encoder = model.encoder
         monkeypatch.setattr(building, "build_ranker", lambda *_, tuned=tuned, **__: tuned)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders.gcsan import Gcsan
 from llmgr.encoders.layers import AttentionBlock, item_cross_entropy
-from llmgr.encoders.registry import Recommender
+from llmgr.encoders.registry import EncoderWithItems
 from llmgr.ranking.loop import rank_sessions
 from llmgr.sessions.tensors import Sessions
 
@@ -98,13 +98,13 @@ def test_partial_training_is_the_attention():
 def test_item_vectors_of_the_control():
     torch.manual_seed(0)
     features = F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0))
-    model = Recommender(ITEMS, made()[0], features)
+    model = EncoderWithItems(ITEMS, made()[0], features)
     torch.testing.assert_close(model.vectors(), model.items.table.weight + features @ model.items.text.weight.T)
     assert (model.vectors() - model.items.table.weight).abs().max() > 1e-3
     batch = sessions(LISTS).graphs(torch.arange(len(LISTS)))
     with torch.no_grad():
         model.items.text.weight.zero_()
-    plain = Recommender(ITEMS, made()[0])
+    plain = EncoderWithItems(ITEMS, made()[0])
     plain.items.table.load_state_dict(model.items.table.state_dict())
     plain.encoder.load_state_dict(model.encoder.state_dict())
     model.eval(), plain.eval()

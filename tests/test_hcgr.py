@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders.hcgr import RADIUS, Hcgr
 from llmgr.encoders.pretraining import EncoderJob
-from llmgr.encoders.registry import Recommender, build_recommender
+from llmgr.encoders.registry import EncoderWithItems, build_with_items
 from llmgr.runtime.errors import UserError
 from llmgr.sessions.tensors import Sessions
 from llmgr.training.engine import fit
@@ -77,11 +77,11 @@ def by_hand(model: Hcgr, points: torch.Tensor, items: list[int]) -> torch.Tensor
     return exp(ORIGIN, tangent(readout_by_hand(model.readout, [u[nodes.index(i)] for i in items])))
 
 
-def made(layers: int = 1, **changes) -> tuple[Hcgr, Recommender]:
+def made(layers: int = 1, **changes) -> tuple[Hcgr, EncoderWithItems]:
     torch.manual_seed(0)
     settings = types.SimpleNamespace(**{"gnn_layers": layers, "scale": 3.0, "contrast": 0.5, "margin": 0.7,
                                         "negatives": 4} | changes)
-    model = Recommender(ITEMS, Hcgr(DIM, 0.0, settings))
+    model = EncoderWithItems(ITEMS, Hcgr(DIM, 0.0, settings))
     return model.encoder, model
 
 
@@ -154,9 +154,9 @@ def test_first_points_and_texts_lie_on_the_hyperboloid_within_the_radius():
     assert torch.allclose(distance(far.double(), ORIGIN), torch.tensor(RADIUS).double(), atol=1e-3)
 
 
-def trained(folder, epochs: int, rate: float = 0.2, interrupt: bool = False) -> Recommender:
+def trained(folder, epochs: int, rate: float = 0.2, interrupt: bool = False) -> EncoderWithItems:
     torch.manual_seed(0)
-    model = build_recommender("hcgr", 30, encoder_section(DIM, 0.1), None, users=0, max_session=4)
+    model = build_with_items("hcgr", 30, encoder_section(DIM, 0.1), None, users=0, max_session=4)
     settings = encoder_section(DIM, 0.1, lr=rate).training
     settings.epochs, settings.checkpoint_seconds = epochs, 0
     job = EncoderJob(model, chain(300, 1, False), chain(60, 2, False), settings, torch.float32)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders import pretraining
 from llmgr.encoders.pretraining import EncoderJob
-from llmgr.encoders.registry import build_recommender, save_recommender
+from llmgr.encoders.registry import build_with_items, save_with_items
 from llmgr.evaluation import baselines, models
 from llmgr.prior import left_out, slit, weighted_sum
 from llmgr.runtime.errors import UserError
@@ -221,8 +221,8 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
     slit = SimpleNamespace(ridge=3.0, decay=0.7, text=0.1)
     section, name = encoder_section(8, 0.0), f"{base}-linear"
     torch.manual_seed(0)
-    model = build_recommender(name, ITEMS, section, F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0)),
-                              users=int(train.user.max()), max_session=50)
+    model = build_with_items(name, ITEMS, section, F.pad(torch.randn(ITEMS, 3), (0, 0, 1, 0)),
+                             users=int(train.user.max()), max_session=50)
     model.offset = weighted_sum.Prior(left_out.left_out(slit, FILES, train))
     model.offset.fit(train, 1)
     job = EncoderJob(model, train, test, section.training, torch.float32)
@@ -242,7 +242,7 @@ def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
     assert model.offset.weight.grad.any() and model.items.text.weight.grad.any()
     with torch.no_grad():
         wanted = logits(test, torch.arange(len(test)))
-        save_recommender(f"models/encoders/{name}", name, model)
+        save_with_items(f"models/encoders/{name}", name, model)
         params = SimpleNamespace(
             slit=slit, tune=SimpleNamespace(linear=False),
             tower=SimpleNamespace(enabled=False), data=SimpleNamespace(max_session=50),

@@ -14,7 +14,7 @@ from llmgr.encoders.caser import Caser, Horizontal
 from llmgr.encoders.gru4rec import Gru4rec
 from llmgr.encoders.layers import AttentionBlock
 from llmgr.encoders.narm import Narm
-from llmgr.encoders.registry import Recommender, build_encoder
+from llmgr.encoders.registry import EncoderWithItems, build_encoder
 from llmgr.encoders.sasrec import Sasrec
 from llmgr.encoders.stamp import Stamp
 from llmgr.sessions.graphs import GraphBatch
@@ -243,7 +243,7 @@ def test_first_values_are_those_of_the_source(name, deviation):
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.fill_(7)
-    model = Recommender(2000, encoder, F.pad(torch.randn(2000, 3), (0, 0, 1, 0)))
+    model = EncoderWithItems(2000, encoder, F.pad(torch.randn(2000, 3), (0, 0, 1, 0)))
     table = model.items.table.weight.detach()
     assert float(table[1:].std()) == pytest.approx(deviation, rel=0.1)
     assert table[0].abs().sum() == 0 and model.vectors()[0].abs().sum() == 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.registry import Recommender, build_recommender, family, save_recommender
+from llmgr.encoders.registry import EncoderWithItems, build_with_items, family, save_with_items
 from llmgr.params.loading import flat
 from llmgr.ranking.loop import Score, rank_sessions
 from llmgr.ranking.metrics import metrics
@@ -46,8 +46,8 @@ CHUNK = 128  # rows of logits formed at a time, so that they stay in cache
 def pretrain(params: Any, files: Layout, name: str, offset: Callable[[Sessions], nn.Module] | None = None) -> None:
     """Train the encoder or control `name` into its folder of `files`, with its records.
 
-    `offset` makes, from the training sessions, what is added to the logits (see `Recommender.offset`). UserError as
-    `fit`, and where the sessions are of another catalogue.
+    `offset` makes, from the training sessions, what is added to the logits (see `EncoderWithItems.offset`). UserError
+    as `fit`, and where the sessions are of another catalogue.
     """
     base, text = family(name)
     if (text == "linear") != (offset is not None):
@@ -65,7 +65,7 @@ def pretrain(params: Any, files: Layout, name: str, offset: Callable[[Sessions],
     job = EncoderJob(model, train, valid, settings, arithmetic(settings.precision))
     best = fit_best_rate(job, settings, seed=params.seed, resume=resume, name=name)
     model.encoder.config["settings"]["lr"] = best.rate
-    save_recommender(files.encoder(name), name, model)
+    save_with_items(files.encoder(name), name, model)
     write_json(files.metrics(f"encoders/{name}"), outcome(best.progress) | {"lr": best.rate} | (
         {"search": best.record} if len(settings.rates) > 1 else {}))
     finish(best.progress, model, name=name, resume=resume, reports=Path(files.reports), prepared=formed + best.seconds)
@@ -81,8 +81,8 @@ def sessions_here(params: Any, files: Layout) -> tuple[Sessions, Sessions]:
     return tuple(read_split(files, split, params.data.max_session)[0].to(device_of()) for split in ("train", "valid"))
 
 
-def built(params: Any, files: Layout, name: str, train: Sessions) -> Recommender:
-    """The untrained recommender `name`, drawn by the seed, where `train` is."""
+def built(params: Any, files: Layout, name: str, train: Sessions) -> EncoderWithItems:
+    """The untrained encoder `name` with its items, drawn by the seed, where `train` is."""
     _, text = family(name)
     features = None
     if text != "none":
@@ -90,8 +90,8 @@ def built(params: Any, files: Layout, name: str, train: Sessions) -> Recommender
         features = principal_components(shuffled(vectors, params.seed) if text == "shuffled" else vectors,
                                         params.encoder.text_dim)
     torch.manual_seed(params.seed)
-    model = build_recommender(name, catalogue_size(files.items), params.encoder, features,
-                              users=int(train.user.max()), max_session=params.data.max_session)
+    model = build_with_items(name, catalogue_size(files.items), params.encoder, features,
+                             users=int(train.user.max()), max_session=params.data.max_session)
     return model.to(train.row.device)
 
 
@@ -111,7 +111,8 @@ class EncoderJob:
 
     selects = "valid_ndcg_at_20"
 
-    def __init__(self, model: Recommender, train: Sessions, valid: Sessions, settings: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: EncoderWithItems, train: Sessions, valid: Sessions, settings: Any, dtype: torch.dtype
+                 ) -> None:
         self.model, self.train, self.valid, self.settings, self.dtype = model, train, valid, settings, dtype
         self.length = train.length.cpu()
 

@@ -31,7 +31,7 @@ TEXTS = ("text", "shuffled", "linear")
 """What a control reads: its own texts, those of other items, or its own over the offset that LLMGR's logits have."""
 
 
-class Recommender(nn.Module):
+class EncoderWithItems(nn.Module):
     """A session encoder with its items: `forward(batch)` gives session vectors and the item vectors to score."""
 
     def __init__(self, items: int, encoder: SessionEncoder, features_VT: Tensor | None = None) -> None:
@@ -72,19 +72,19 @@ def build_encoder(base: str, dim: int, dropout: float, settings: dict[str, Any])
     return encoder
 
 
-def build_recommender(name: str, items: int, params: Any, features_VT: Tensor | None, *, users: int, max_session: int
-                      ) -> Recommender:
-    """The untrained recommender `name` for a catalogue of `items`; `params` is the encoder section.
+def build_with_items(name: str, items: int, params: Any, features_VT: Tensor | None, *, users: int, max_session: int
+                     ) -> EncoderWithItems:
+    """The untrained encoder `name` with its items, for a catalogue of `items`; `params` is the encoder section.
 
     `users` counts those that training knows; `max_session` is the longest session. Its settings get both.
     """
     base, text = family(name)
     settings = {**vars(getattr(params, base)), "users": users, "max_session": max_session}
     encoder = build_encoder(base, params.dim, params.training.dropout, settings)
-    return Recommender(items, encoder, None if text == "none" else features_VT)
+    return EncoderWithItems(items, encoder, None if text == "none" else features_VT)
 
 
-def save_recommender(folder: str | Path, name: str, model: Recommender) -> None:
+def save_with_items(folder: str | Path, name: str, model: EncoderWithItems) -> None:
     """Weights, item vectors as scored, and what to build them from, under `folder`."""
     with replacing_folder(folder) as temporary, torch.no_grad():
         save_tensors(temporary / "encoder.safetensors", model.encoder.state_dict())

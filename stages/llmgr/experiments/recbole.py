@@ -152,13 +152,13 @@ def speed(params: Any, name: str, train: Sessions, items: int) -> dict[str, Any]
     from torch import nn
 
     from llmgr.encoders.pretraining import EncoderJob, with_rate
-    from llmgr.encoders.registry import build_recommender
+    from llmgr.encoders.registry import build_with_items
     from llmgr.training.cost import peak_memory_mb
     from llmgr.training.precision import arithmetic
 
     torch.manual_seed(params.seed)
-    model = build_recommender(name, items, params.encoder, None, users=int(train.user.max()),
-                              max_session=params.data.max_session)
+    model = build_with_items(name, items, params.encoder, None, users=int(train.user.max()),
+                             max_session=params.data.max_session)
     settings = with_rate(params.encoder.training, getattr(params.encoder, name).lr)
     job = EncoderJob(model, train, train, settings, arithmetic(settings.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
