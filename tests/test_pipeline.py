@@ -464,10 +464,10 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(copy: Path, name
     forget(copy, before[model])
     command = subprocess.Popen(["dvc", "repro", "--force", "--single-item", name], cwd=copy, env=environment(copy),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(lambda: list(resume.glob("*/*/state.pt")), command)
+    wait_for(lambda: list(resume.rglob("state.pt")), command)
     os.killpg(command.pid, signal.SIGKILL)
     command.wait()
-    assert list(resume.glob("*/*/state.pt")), "the stage had finished before it was killed"
+    assert list(resume.rglob("state.pt")), "the stage had finished before it was killed"
     assert not (copy / model).exists(), "a half-trained model lies where a finished one belongs"
     said = run(copy, "dvc", "repro", name)
     assert re.search(r"resuming at step [1-9]", said), said

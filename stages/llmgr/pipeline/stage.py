@@ -12,7 +12,7 @@ from llmgr.runtime.console import WORKERS
 from llmgr.runtime.errors import UserError, WorkersFailed, disk_is_full, out_of_memory
 from llmgr.runtime.masking import masked
 from llmgr.runtime.memory import what_helps
-from llmgr.runtime.ownership import alone, follow_dvc
+from llmgr.runtime.ownership import alone, follow_dvc, let_go
 from llmgr.runtime.plan import Timed
 from llmgr.runtime.resume import home
 
@@ -66,6 +66,8 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
         if out_of_memory(error):
             _fail(f"out of memory: {what_helps(Path(sys.argv[0]).stem)}")
         _fail(traceback.format_exc(), status=1)
+    finally:
+        let_go()
 
 
 def _fail(said: str, status: int = 2) -> None:

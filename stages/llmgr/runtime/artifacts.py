@@ -48,6 +48,8 @@ def _runs(process: int) -> bool:
         return False
     except PermissionError:
         pass
+    with contextlib.suppress(OSError):  # dead, but its parent has not asked for its status yet
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
 

@@ -114,6 +114,12 @@ def hold(path: Path) -> bool:
     return True
 
 
+def let_go() -> None:
+    """Give up every place that this process holds: its stage is over, though the process may live on."""
+    while _held:
+        _held.popitem()[1].close()
+
+
 def _writer(path: Path) -> str:
     with contextlib.suppress(OSError):
         return f" (process {path.read_text() or '?'})"
