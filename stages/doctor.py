@@ -137,6 +137,7 @@ def leftovers() -> Finding:
              if path.exists() and not path.read_bytes().strip()]
     left = subprocess.run(["git", "-C", str(ROOT), "for-each-ref", "--format=%(refname)", healing.EXEC],
                           capture_output=True, text=True, check=False).stdout.split()
+    left = [name for name in left if name != f"{healing.EXEC}EXEC_HEAD"]  # which DVC leaves of every experiment
     if (locks or left) and not healing.at_work(ROOT):
         what = [*(f"{path.relative_to(ROOT)} is empty" for path in locks), *(f"{name} is left" for name in left)]
         return ODD, "leftovers", f"{', '.join(what)} of a killed run: make heal"

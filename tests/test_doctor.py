@@ -78,6 +78,8 @@ def test_what_a_killed_run_left(doctor, monkeypatch, tmp_path):
     assert doctor.leftovers()[0] == doctor.ODD and "rwlock" in doctor.leftovers()[2]
     (tmp_path / ".dvc/tmp/rwlock").write_text("{}")
     git("commit", "-q", "--allow-empty", "-m", "a", folder=tmp_path)
+    git("update-ref", "refs/exps/exec/EXEC_HEAD", "HEAD", folder=tmp_path)
+    assert doctor.leftovers()[0] == doctor.GOOD, "DVC leaves this one of every experiment that ended well"
     git("update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD", folder=tmp_path)
     git("switch", "-q", "--detach", folder=tmp_path)
     assert "EXEC_BASELINE" in doctor.leftovers()[2] and doctor.branch()[0] == doctor.ODD
