@@ -53,10 +53,9 @@ def main(params, shape: str | None) -> None:
     warm = min(WARM, len(batches) - 1)
     if warm < 1:
         raise UserError("an epoch of stage 2 is one step, too few to time: lower tune.batch_size or set tune.samples=0")
-    order = torch.randperm(len(plain.first), generator=generator)
+    prompts = [micro for micros in plain.steps(0, generator) for micro in micros][:WARM + PLAIN_STEPS]
     packs, execution.packs = execution.packs, False
-    loop = steps(plain, list(order[:params.tune.batch_size * (WARM + PLAIN_STEPS)].split(params.tune.batch_size)),
-                 optimizer, warm)
+    loop = steps(plain, prompts, optimizer, warm)
     execution.packs = packs
     execution.prepare(params.tune, params.launch, device)
     before = product_rate(device, dtype)
