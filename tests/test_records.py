@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmgr.experiments.dag import mermaid
 from llmgr.experiments.pages import Tables, percent, shown_p
 from llmgr.experiments.records import METRICS, Record, write
 from llmgr.runtime.errors import UserError
@@ -123,3 +124,13 @@ def test_p(p: float, words: str) -> None:
 def test_a_folder_that_is_no_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no metrics\.csv"):
         Record(tmp_path)
+
+
+def test_the_diagram_has_the_arrows_that_no_longer_way_implies(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("""
+stages:
+  first: {cmd: x, deps: [code.py], outs: [data/a]}
+  each: {matrix: {of: [b]}, cmd: x, deps: [data/a/part.csv], outs: ["models/${item.of}"]}
+  last: {cmd: x, deps: [data/a, models/b], metrics: [report.json: {cache: false}]}
+""")
+    assert mermaid(tmp_path / "dvc.yaml").splitlines()[2:-1] == ["    first --> each", "    each --> last"]

@@ -18,7 +18,7 @@ looked up in a record, seen items excluded unless the last word is `kept`; RUN@S
     {minutes RUN PART}, {gigabytes RUN}  what the run cost
 
 With `each: RUN` instead of `rows` there is a row for every model of the record. With `bold: true` a column's best
-figure is bold. A table with `text` in place of head and rows is one paragraph.
+figure is bold. A table with `text` instead is one paragraph, one with `dag` is the diagram of that dvc.yaml.
 """
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from textwrap import fill
 
+from llmgr.experiments.dag import mermaid
 from llmgr.experiments.records import Record
 from llmgr.runtime.errors import UserError
 
@@ -54,6 +55,8 @@ class Tables:
         if name not in self.specs:
             raise UserError(f"no table is called {name}: {self.folder / 'tables.yaml'} has {', '.join(self.specs)}")
         spec = self.specs[name]
+        if "dag" in spec:
+            return mermaid(self.folder / spec["dag"])
         if "text" in spec:
             return fill(self._filled(spec["text"]), 120, break_on_hyphens=False, break_long_words=False) + "\n"
         rows = [[model] for model in self.record(spec["each"]).models] if "each" in spec else spec["rows"]

@@ -1,0 +1,35 @@
+"""The DAG of dvc.yaml as a Mermaid diagram, which code hosts draw where it stands in a Markdown page."""
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+def mermaid(pipeline: Path) -> str:
+    """A fenced Mermaid block with a node a stage (a matrix stage is one) and the arrows that no longer way implies."""
+    import networkx
+    import yaml
+
+    stages = yaml.safe_load(pipeline.read_text())["stages"]
+    order = list(stages).index
+    made = [(path, name) for name, stage in stages.items()
+            for kind in ("outs", "metrics", "plots") for path in _paths(stage.get(kind, []))]
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(stages)
+    for name, stage in stages.items():
+        for needed in _paths(stage["deps"]):
+            graph.add_edges_from((maker, name) for path, maker in made if maker != name and _overlap(path, needed))
+    arrows = networkx.transitive_reduction(graph)
+    lines = [f"    {name} --> {' & '.join(sorted(arrows.successors(name), key=order))}\n"
+             for name in stages if any(arrows.successors(name))]
+    return "```mermaid\nflowchart LR\n" + "".join(lines) + "```\n"
+
+
+def _paths(items: list[Any]) -> list[PurePosixPath]:
+    """The paths of a list of dvc.yaml, up to the first part that a matrix fills in."""
+    names = [next(iter(item)) if isinstance(item, dict) else item for item in items]
+    return [PurePosixPath(name.split("${")[0].rstrip("/")) for name in names]
+
+
+def _overlap(one: PurePosixPath, other: PurePosixPath) -> bool:
+    return one == other or one in other.parents or other in one.parents
