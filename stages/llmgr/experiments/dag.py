@@ -20,8 +20,10 @@ def mermaid(pipeline: Path) -> str:
         for needed in _paths(stage["deps"]):
             graph.add_edges_from((maker, name) for path, maker in made if maker != name and _overlap(path, needed))
     arrows = networkx.transitive_reduction(graph)
-    lines = [f"    {name} --> {' & '.join(sorted(arrows.successors(name), key=order))}\n"
-             for name in stages if any(arrows.successors(name))]
+    sources: dict[tuple[str, ...], list[str]] = {}
+    for name in stages:
+        sources.setdefault(tuple(sorted(arrows.successors(name), key=order)), []).append(name)
+    lines = [f"    {' & '.join(names)} --> {' & '.join(targets)}\n" for targets, names in sources.items() if targets]
     return "```mermaid\nflowchart LR\n" + "".join(lines) + "```\n"
 
 
