@@ -1,6 +1,6 @@
-"""Measure every model by bucket: how cold the target item is.
+"""Measure every model by bucket: how cold the target item is, and whether its place in time is known.
 
-Reads:  reports/ranks/<model>.parquet, data/core/items.parquet, data/sessions/{train,test}.parquet
+Reads:  reports/ranks/<model>.parquet, data/core/{items,interactions}.parquet, data/sessions/{train,test}.parquet
 Writes: reports/metrics/buckets.json      HR, NDCG, MRR at 5, 10, 20 by model, convention and bucket, with n
         reports/metrics/intervals.json    95% bootstrap intervals of the same
         reports/metrics/differences.json  bucket.ours minus every other model, paired: interval, p, Holm-corrected p
@@ -22,12 +22,12 @@ READS = ("seed", "bucket")
 def main(params: Any) -> None:
     import numpy as np
 
-    from llmgr.data.interactions import training_counts
+    from llmgr.data.interactions import ends_in_a_tie, training_counts
     from llmgr.reporting import buckets
     from llmgr.reporting.significance import least_p
     from llmgr.runtime.artifacts import read_table, require, write_json, write_table
 
-    test = read_table("data/sessions/test.parquet", ["target"])
+    test = read_table("data/sessions/test.parquet", ["user", "target"])
     train = read_table("data/sessions/train.parquet")
     items = read_table("data/core/items.parquet", ["item_id", "count"])
     files = {path.stem: path for path in require("reports/ranks").glob("*.parquet")}
@@ -39,7 +39,9 @@ def main(params: Any) -> None:
     counts[items["item_id"].to_numpy()] = items["count"].to_numpy()
     targets = test["target"].to_numpy()
     trained = training_counts(train, items.height)
-    masks = buckets.masks(counts[targets], trained[targets], params.bucket)
+    ties = ends_in_a_tie(read_table("data/core/interactions.parquet", ["user", "timestamp"]))
+    tied = test.join(ties, on="user", how="left", maintain_order="left")["tied"].to_numpy()
+    masks = buckets.masks(counts[targets], trained[targets], tied, params.bucket)
     found, bounds, gaps = buckets.measure(ranks, masks, params.bucket.ours, params.bucket.resamples, params.seed)
 
     folder = Path("reports/metrics")

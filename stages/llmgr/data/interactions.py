@@ -32,6 +32,16 @@ def tied() -> pl.Expr:
     return pl.len().over("user", "timestamp") > 1
 
 
+def ends_in_a_tie(frame: pl.DataFrame) -> pl.DataFrame:
+    """Whether a user's last two interactions have one timestamp: columns user and tied, a row a user.
+
+    Where they do, the data does not say which of the two came last, so that the target of leave-one-out is one of them
+    by the tie rule.
+    """
+    last = pl.col("timestamp").sort().tail(2)
+    return frame.group_by("user").agg(tied=(last.len() == 2) & (last.first() == last.last()))
+
+
 def ordered(frame: pl.DataFrame, ties: Literal["hash", "file"], seed: int) -> pl.DataFrame:
     """Rows by user and time; equal times by a hash of (user, item) keyed by `seed`, or by the line in the file.
 

@@ -27,18 +27,21 @@ def order(models: Sequence[str], ours: str) -> list[str]:
         name == ours, name == "llmgr", name == SERVED, name == PRIOR, place.get(name, len(BASELINES)), name.split("-")))
 
 
-def masks(counts: np.ndarray, trained: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
+def masks(counts: np.ndarray, trained: np.ndarray, tied: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
     """Bucket name to a mask over the test sessions, from the targets' 5-core and training interactions.
 
-    `all`; the paper's `cold` and `warm`; `count_*` by `bucket.practice`; `trained_*` by `bucket.trained`.
+    `all`; the paper's `cold` and `warm`; `count_*` by `bucket.practice`; `trained_*` by `bucket.trained`; and, where
+    there are ties, `tied` and `untied`: whether the target has the timestamp of the click before it.
     """
     low, high = bucket.cold
+    ties = {"tied": tied, "untied": ~tied} if tied.any() else {}
     return {
         "all": np.ones(len(counts), bool),
         "cold": (counts >= low) & (counts <= high),
         "warm": counts >= bucket.warm,
         **_bands("count", counts, bucket.practice),
         **_bands("trained", trained, bucket.trained),
+        **ties,
     }
 
 
