@@ -14,7 +14,7 @@ import pytest
 from machine import DEFAULTS
 
 import bucket as stage
-from llmgr.data.interactions import training_counts
+from llmgr.data.interactions import ends_in_a_tie, training_counts
 from llmgr.params.names import BASELINES
 from llmgr.ranking import metrics
 from llmgr.reporting import buckets, significance
@@ -46,6 +46,10 @@ def project(folder: Path, users: int = 300, items: int = 60, seed: int = 1) -> d
     pl.DataFrame(held_out, kinds, orient="row").write_parquet(folder / "data/sessions/valid.parquet")
     tests = [(u, h[:-1], h[-1]) for u, h in histories.items()]
     pl.DataFrame(tests, kinds, orient="row").write_parquet(folder / "data/sessions/test.parquet")
+    clicks = [(user, day) for user, h in histories.items() for day in range(len(h) - 1)]
+    clicks += [(user, len(h) - 1 - (int(user[1:]) % 3 == 0)) for user, h in histories.items()]  # a third end in a tie
+    pl.DataFrame(clicks, {"user": pl.String, "timestamp": pl.Int64}, orient="row").write_parquet(
+        folder / "data/core/interactions.parquet")
     for number, model in enumerate(MODELS):
         rank = random.geometric(0.02 * (1 + (number == 0)), users).clip(1, items)
         pl.DataFrame(
@@ -64,7 +68,7 @@ def test_training_counts_are_each_users_items_before_the_last_two(tmp_path: Path
 
 def test_buckets_hold_the_counts_that_their_names_say() -> None:
     counts, trained = np.arange(3, 80), np.arange(77)
-    masks = buckets.masks(counts, trained, BUCKET)
+    masks = buckets.masks(counts, trained, np.zeros(77, bool), BUCKET)
     held = {name: counts[mask] for name, mask in masks.items() if not name.startswith("trained")}
     assert {name: (found[0], found[-1]) for name, found in held.items()} == {
         "all": (3, 79), "cold": (5, 10), "warm": (50, 79),
@@ -74,6 +78,14 @@ def test_buckets_hold_the_counts_that_their_names_say() -> None:
         "trained_0": (0, 0), "trained_1_4": (1, 4), "trained_5_9": (5, 9), "trained_10_49": (10, 49),
         "trained_ge50": (50, 76)}
     assert sum(len(found) for found in held.values()) == 77
+
+
+def test_a_session_is_tied_where_its_last_two_clicks_share_a_timestamp() -> None:
+    frame = pl.DataFrame({"user": ["a", "a", "a", "b", "b", "b", "c"], "timestamp": [5, 9, 9, 9, 4, 4, 1]})
+    assert dict(ends_in_a_tie(frame).rows()) == {"a": True, "b": False, "c": False}
+    tied = np.array([True, False, True])
+    masks = buckets.masks(np.full(3, 7), np.full(3, 7), tied, BUCKET)
+    assert masks["tied"].tolist() == [True, False, True] and masks["untied"].tolist() == [False, True, False]
 
 
 def test_pooling_pairs_every_sessions_mean_over_the_seeds() -> None:
@@ -144,7 +156,8 @@ def test_stage_writes_what_the_ranks_say(tmp_path: Path, monkeypatch: pytest.Mon
     table = pl.read_csv("reports/plots/buckets.csv")
     row = table.row(by_predicate=(pl.col("model") == "llmgr") & (pl.col("bucket") == "all"), named=True)
     assert row["hr_at_20"] == pytest.approx(ours) and row["low"] < ours < row["high"] and row["n"] == 300
-    assert table.height == 4 * 11
+    assert table.height == 4 * 13
+    assert found["pop"]["test"]["tied"]["n"] == 100
 
     before = {path: path.read_bytes() for path in Path("reports").rglob("*.*")}
     stage.main(params)

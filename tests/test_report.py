@@ -42,8 +42,8 @@ def write_reports(folder: Path, models: tuple[str, ...] = MODELS, sessions: int 
         rank = random.geometric(chance * (0.6 + counts / 90)).clip(1, 700)
         ranks[model] = {"test": rank, "test_unseen": np.maximum(rank - random.integers(0, 4, sessions), 1)}
     settings = PARAMS.bucket
-    found, bounds, gaps = buckets.measure(ranks, buckets.masks(counts, trained, settings), settings.ours,
-                                          settings.resamples, 1)
+    masks = buckets.masks(counts, trained, counts % 3 == 0, settings)
+    found, bounds, gaps = buckets.measure(ranks, masks, settings.ours, settings.resamples, 1)
     metrics, curves = folder / "reports/metrics", folder / "reports/curves"
     for name, content in (("buckets", found), ("intervals", bounds), ("differences", gaps)):
         write_json(metrics / f"{name}.json", content)

@@ -71,14 +71,17 @@ def title_of(model: str) -> str:
     return "LLMGR" if model == MAIN else model
 
 
+TIES = {"tied": "last two clicks at one time", "untied": "last two clicks at different times"}
+
+
 def bucket_label(bucket: str, settings: Any) -> str:
     """A bucket's name for people: `count_10_49` as `10–49`, `cold` as `cold (5–10)`."""
     if bucket == "cold":
         return f"cold ({settings.cold[0]}–{settings.cold[1]})"
     if bucket == "warm":
         return f"warm ({settings.warm}+)"
-    if bucket == "all":
-        return "all"
+    if bucket in ("all", *TIES):
+        return TIES.get(bucket, bucket)
     _, *ends = bucket.split("_")
     if ends[0].startswith("lt"):
         return f"< {ends[0][2:]}"
@@ -92,6 +95,8 @@ def bucket_title(bucket: str, settings: Any) -> str:
         return "all targets"
     if bucket in ("cold", "warm"):
         return f"{label} targets"
+    if bucket in TIES:
+        return label
     return f"targets with {label} interactions in {'training' if bucket.startswith('trained') else 'the 5-core data'}"
 
 
