@@ -1,8 +1,8 @@
 """Scores of several scorers summed with weights that depend on how often the candidate item was trained on.
 
 z_j = sum_m w[m, band(j)] s_m,j + b[band(j)], where band(j) is the band of item j's training interactions. The gate
-fuses finished models this way, and the prior sums what LLMGR's logits start from. Softmax cross-entropy of such a sum
-is convex in w and b, and one optimiser fits both.
+fuses finished models this way, and the prior adds up its parts this way. Softmax cross-entropy of such a sum is convex
+in w and b, and one optimiser fits both.
 """
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ ROUNDS = 100
 
 
 def banded_sum(scores_M: Sequence[Tensor], weight_MN: Sequence[Tensor], bias_N: Tensor, band: Tensor) -> Tensor:
-    """The sum, float32 of the scores' shape: M scorers' scores, each weighted by the band of its candidate.
+    """The weighted sum of M scorers' scores, float32, in the shape of the scores.
 
-    `band` has the candidates' bands, in a shape that broadcasts to that of the scores: [V+1] for scores [B, V+1].
+    `weight_MN` has a weight for each scorer and band, `bias_N` a bias for each band. `band` holds the band of every
+    candidate and broadcasts to the scores: [V+1] for scores [B, V+1].
     """
     total = bias_N[band]
     for scores, weight_N in zip(scores_M, weight_MN):
@@ -32,8 +33,8 @@ def fit(parameters: Sequence[Tensor], losses: Callable[[Part], Tensor], parts: S
         tolerance: float = 1e-7) -> None:
     """Move the parameters, in place, to the lowest mean loss: L-BFGS with a line search (Liu & Nocedal 1989).
 
-    `losses` gives the loss of every session of one of `parts`; no more than one part's scores are held at a time. The
-    fit ends where no number of the gradient exceeds `tolerance`, where the loss no longer falls, or after ROUNDS.
+    `losses` maps one of `parts` to the loss of each of its sessions: only one part's scores are in memory at a time.
+    The fit ends when no entry of the gradient exceeds `tolerance`, when the loss no longer falls, or after ROUNDS.
     """
     optimizer = torch.optim.LBFGS(parameters, max_iter=ROUNDS, tolerance_grad=tolerance, line_search_fn="strong_wolfe")
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +12,28 @@ from llmgr.runtime.console import Bar
 from llmgr.sessions.tensors import Sessions
 
 Score = Callable[[Tensor], Tensor]
+"""Maps samples [B] to scores of all items [B, V+1]; column 0 is padding."""
+Ranks = Tensor | tuple[Tensor, Tensor]
+"""Ranks [sessions] of the targets; a pair with `seen`: among all items, and without the seen ones."""
 
 
-def rank_sessions(score: Score, sessions: Sessions, batch_size: int, seen: Tensor | None = None) -> Any:
-    """`rank_models` of one model."""
+def rank_sessions(score: Score, sessions: Sessions, batch_size: int, seen: Tensor | None = None
+                  ) -> Ranks:
+    """The ranks of `rank_models` for a single model."""
     return rank_models({"": score}, sessions, batch_size, seen)[0][""]
 
 
 @torch.no_grad()
 def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int, seen: Tensor | None = None,
-                bar: Bar | None = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Ranks of all sessions' targets by every model, in the sessions' order, and each model's seconds.
+                bar: Bar | None = None) -> tuple[dict[str, Ranks], dict[str, float]]:
+    """Each model's ranks of the sessions' targets, in the order of the sessions, and its seconds.
 
-    A score maps samples [B] to scores [B, V+1]; batches are of like length, and every model scores a batch before the
-    next one comes. With `seen` [sessions, any] (item ids, 0 pads) a model's ranks are a pair: seen kept, and excluded.
+    A batch holds sessions of similar length, and all models score it before the next one. `seen` [sessions, any width]
+    holds item ids, 0 pads: with it, each model gets two ranks, among all items and without the seen ones. `bar` shows
+    progress; without one the function makes its own. Diverged where a score is not a number.
     """
     order = torch.argsort(sessions.length.cpu(), stable=True)
-    found = {name: torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long) for name in scores}
+    ranks_of = {name: torch.zeros(len(sessions), 1 if seen is None else 2, dtype=torch.long) for name in scores}
     seconds = dict.fromkeys(scores, 0.0)
     batches, own = order.split(batch_size), None
     if bar is None:
@@ -42,9 +46,9 @@ def rank_models(scores: Mapping[str, Score], sessions: Sessions, batch_size: int
             start = time.monotonic()
             scores_BV = score(here).float()
             rank = [ranks(scores_BV, target_B)] if seen_B is None else ranks_both(scores_BV, target_B, seen_B)
-            found[name][samples] = torch.stack(list(rank), 1).cpu()
+            ranks_of[name][samples] = torch.stack(list(rank), 1).cpu()
             seconds[name] += time.monotonic() - start
         bar.show(number)
     if own is not None:
         own.close()
-    return {name: r[:, 0] if seen is None else (r[:, 0], r[:, 1]) for name, r in found.items()}, seconds
+    return {name: r[:, 0] if seen is None else (r[:, 0], r[:, 1]) for name, r in ranks_of.items()}, seconds

@@ -6,7 +6,7 @@ constant scorer earns nothing (Krichene & Rendle, KDD 2020, on why ranking is ov
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,40 +14,39 @@ from llmgr.runtime.errors import Diverged
 
 if TYPE_CHECKING:
     import torch
-
-
+    from numpy.typing import ArrayLike
 
 CUTOFFS = (5, 10, 20)
 
 
 def ranks(scores_BV: torch.Tensor, targets_B: torch.Tensor, exclude: torch.Tensor | None = None) -> torch.Tensor:
-    """Rank of every target, int64 of shape (B,), 1 is best.
+    """Rank of every target, int64 [B]; 1 is best.
 
-    Column 0 of the scores is padding and never counts. `exclude` holds item ids, (B, any width) padded with 0, that
-    leave the ranking; a target among them stays. Diverged where a score is not a number.
+    Column 0 of the scores is padding and never counts. `exclude` [B, any width] holds item ids that leave the ranking,
+    0 pads; the target stays even if it is among them. Diverged where a score is not a number.
     """
     if exclude is not None:
         return ranks_both(scores_BV, targets_B, exclude)[1]
-    kept_B, _ = _kept(scores_BV, targets_B)
-    return kept_B
+    rank_B, _ = _ranks(scores_BV, targets_B)
+    return rank_B
 
 
 def ranks_both(
     scores_BV: torch.Tensor, targets_B: torch.Tensor, seen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks with the seen items kept, and with them excluded, from one pass over the scores; see `ranks`.
+    """Ranks among all items, and without the seen items, from one pass over the scores; see `ranks`.
 
-    `seen` holds item ids, (B, any width), padded with 0, in any order and with repetitions.
+    `seen` [B, any width] holds item ids in any order, repetitions allowed; 0 pads.
     """
-    kept_B, own_B1 = _kept(scores_BV, targets_B)
+    rank_B, own_B1 = _ranks(scores_BV, targets_B)
     seen = seen.sort(dim=1).values
     counts = (seen > 0) & (seen != targets_B[:, None])
     counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
     above = scores_BV.gather(1, seen) >= own_B1
-    return kept_B, kept_B - (above & counts).sum(1)
+    return rank_B, rank_B - (above & counts).sum(1)
 
 
-def _kept(scores_BV: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ranks(scores_BV: torch.Tensor, targets_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     items = scores_BV[:, 1:]
@@ -66,8 +65,8 @@ def names(cutoffs: Sequence[int] = CUTOFFS) -> list[str]:
     return [f"{kind}_at_{k}" for kind in ("hr", "ndcg", "mrr") for k in cutoffs]
 
 
-def gains(ranks: Any, cutoffs: Sequence[int] = CUTOFFS) -> np.ndarray:
-    """What every session adds to every metric: (sessions, metrics), columns as `names`.
+def gains(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> np.ndarray:
+    """Each session's contribution to each metric [sessions, metrics]; the columns are `names`.
 
     With one relevant item: HR@k = [r <= k], NDCG@k = [r <= k] / log2(r + 1), MRR@k = [r <= k] / r.
     """
@@ -76,6 +75,6 @@ def gains(ranks: Any, cutoffs: Sequence[int] = CUTOFFS) -> np.ndarray:
     return np.concatenate([inside * gain[:, None] for gain in (np.ones_like(rank), 1 / np.log2(rank + 1), 1 / rank)], 1)
 
 
-def metrics(ranks: Any, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """HR, NDCG and MRR at the cutoffs over at least one session's rank."""
+def metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+    """HR, NDCG and MRR at the cutoffs, averaged over the sessions; at least one rank is needed."""
     return dict(zip(names(cutoffs), gains(ranks, cutoffs).mean(0).tolist()))
