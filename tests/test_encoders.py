@@ -14,7 +14,7 @@ from llmgr.encoders.pretraining import EncoderJob
 from llmgr.encoders.registry import REGISTRY, EncoderWithItems, build_with_items, family, load_encoder, save_with_items
 from llmgr.ranking.loop import rank_sessions
 from llmgr.runtime.errors import UserError
-from llmgr.sessions.batching import alike
+from llmgr.sessions.batching import by_length
 from llmgr.sessions.tensors import Sessions
 from llmgr.training.engine import fit
 
@@ -119,7 +119,7 @@ def test_a_batch_read_in_groups_has_the_loss_and_gradient_of_one_read_at_once(na
     torch.manual_seed(1)
     grouped = gradient(job.loss(every()).total)
     torch.manual_seed(1)  # HCGR draws negatives session by session
-    order = torch.cat(alike(every(), sessions().length))
+    order = torch.cat(by_length(every(), sessions().length))
     session, vectors = model(sessions().graphs(order))
     whole = gradient(model.encoder.loss(session, vectors, sessions().target[order]))
     for a, b in zip(grouped, whole, strict=True):

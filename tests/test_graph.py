@@ -11,7 +11,7 @@ from torch_geometric.utils import dense_to_sparse, to_dense_adj
 
 from llmgr.encoders.layers import GatedGraph
 from llmgr.runtime.errors import UserError
-from llmgr.sessions.batching import alike, bucketed
+from llmgr.sessions.batching import bucketed, by_length
 from llmgr.sessions.reading import catalogue_size, padded, read_sessions
 from llmgr.sessions.tensors import Sessions
 
@@ -126,7 +126,7 @@ def test_flat_graphs_are_the_padded_ones_end_to_end(read):
             here = slice(clicks, clicks + len(items))
             assert node_M[nodes:nodes + len(distinct)].tolist() == distinct
             assert (flat.alias_C[here] - nodes).tolist() == alias
-            assert flat.place_C[here].tolist() == list(range(len(items))) and flat.session_C[here].eq(at).all()
+            assert flat.position_C[here].tolist() == list(range(len(items))) and flat.session_C[here].eq(at).all()
             mine = (flat.edge_index_2E[0] >= nodes) & (flat.edge_index_2E[0] < nodes + len(distinct))
             assert (flat.edge_index_2E[:, mine] - nodes).T.tolist() == edges.nonzero().tolist()
             nodes, clicks = nodes + len(distinct), clicks + len(items)
@@ -249,10 +249,10 @@ def test_groups_of_like_length_hold_every_sample_once_and_pad_little(count):
     generator = torch.Generator().manual_seed(0)
     length = torch.randint(1, 51, (2000,), generator=generator)
     samples = torch.randperm(2000, generator=generator)[:count]
-    groups = alike(samples, length)
+    groups = by_length(samples, length)
     assert torch.cat(groups).sort()[0].tolist() == samples.sort()[0].tolist()
     bounds = [(int(length[group].min()), int(length[group].max())) for group in groups]
     assert all(len(group) for group in groups) and bounds == sorted(bounds)
     assert all(longest <= max(shortest, 1.5 * shortest) for shortest, longest in bounds)
     assert all(before < after for (_, before), (after, _) in itertools.pairwise(bounds))
-    assert [group.tolist() for group in alike(samples, length, place=torch.device("cuda"))] == [samples.tolist()]
+    assert [group.tolist() for group in by_length(samples, length, device=torch.device("cuda"))] == [samples.tolist()]

@@ -39,7 +39,7 @@ class Niser(SessionEncoder):
             h_MD = layer(h_MD, graphs)
         x_CD = graphs.clicked(h_MD)
         if self.positions is not None:
-            x_CD = x_CD + self.positions(graphs.place_C)
+            x_CD = x_CD + self.positions(graphs.position_C)
         return self.sigma * F.normalize(self.readout(x_CD, graphs), dim=1)
 
     def readout_parameters(self) -> Iterator[nn.Parameter]:

@@ -19,7 +19,7 @@ from llmgr.runtime.artifacts import load_tensors, write_json
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
 from llmgr.runtime.resume import resume_folder
-from llmgr.sessions.batching import alike
+from llmgr.sessions.batching import by_length
 from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.vectors import principal_components, shuffled
@@ -124,12 +124,12 @@ class EncoderJob:
         return len(micro)
 
     def loss(self, micro: Tensor) -> Loss:
-        place = self.train.row.device
+        device = self.train.row.device
         if self.model.encoder.pads:
-            groups = alike(micro, self.length, place=place)
+            groups = by_length(micro, self.length, device=device)
         else:
-            groups = micro.split(len(micro) if place.type == "cuda" else PIECE)
-        groups = [group.to(place) for group in groups]
+            groups = micro.split(len(micro) if device.type == "cuda" else PIECE)
+        groups = [group.to(device) for group in groups]
         with torch.autocast(groups[0].device.type, self.dtype, enabled=self.dtype is not torch.float32):
             vectors_VD = self.model.vectors()
             session_BD = torch.cat([self.model.encoder(self.train.graphs(group), vectors_VD) for group in groups])

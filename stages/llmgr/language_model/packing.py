@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmgr.language_model.attention import Apiece
-from llmgr.sessions.batching import alike
+from llmgr.sessions.batching import by_length
 
 TEXT, NODE, GRAPH = 0, 1, 2
 ATTENDED = 640  # tokens in a row whose attention takes as long as all else (measured with MiniLM on a CPU)
@@ -103,7 +103,7 @@ class PromptBatch:
         """
         size_B = self.real_BL.sum(1)
         start_B, end, blocks, fields_1T = torch.empty_like(size_B), 0, [], [[] for _ in TOKEN_FIELDS]
-        for group in alike(torch.arange(len(size_B)), size_B, SPREAD):
+        for group in by_length(torch.arange(len(size_B)), size_B, SPREAD):
             width = int(size_B[group].max())
             part = replace(self, **{name: getattr(self, name)[group, :width] for name in TOKEN_FIELDS}, slots_N=None)
             start_B[group] = end + width * torch.arange(len(group))
@@ -197,5 +197,7 @@ def drawn_steps(order: Tensor, length: Tensor, settings: Any, packs: bool) -> li
     Where prompts are packed any will do; else a micro-batch holds samples of like `length`, so that little is padding.
     """
     size = settings.batch_size
-    return [list(step.split(size)) if packs else [part for group in alike(step, length) for part in group.split(size)]
-            for step in order.split(size * settings.accumulate)]
+    steps = order.split(size * settings.accumulate)
+    if packs:
+        return [list(step.split(size)) for step in steps]
+    return [[part for group in by_length(step, length) for part in group.split(size)] for step in steps]

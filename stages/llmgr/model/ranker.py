@@ -17,7 +17,7 @@ from llmgr.ranking.loop import Score, rank_sessions
 from llmgr.ranking.metrics import metrics
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
-from llmgr.sessions.batching import alike
+from llmgr.sessions.batching import by_length
 from llmgr.sessions.tensors import Sessions
 from llmgr.training.distributed import spread
 from llmgr.training.job import Loss
@@ -180,7 +180,7 @@ class Ranker(nn.Module):
         """The graph encoder's readouts [R, D], in groups of like length where it computes at padding."""
         if not self.llmgr.encoder.pads:
             return self.llmgr.sessions(sessions.graphs(samples_R), shift_VD)
-        groups = alike(torch.arange(len(samples_R)), length_R, GROUPED, self.device)
+        groups = by_length(torch.arange(len(samples_R)), length_R, GROUPED, self.device)
         session_RD = torch.cat([self.llmgr.sessions(sessions.graphs(samples_R[group.to(self.device)]), shift_VD)
                                 for group in groups])
         return session_RD[torch.argsort(torch.cat(groups)).to(self.device)]

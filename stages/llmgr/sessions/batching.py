@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def bucketed(length: Tensor, batch_size: int, generator: torch.Generator, window: int = 64) -> list[Tensor]:
-    """Random batches of samples of like length: shuffled, sorted within windows of batches, batches shuffled.
+    """Random batches of sample numbers, each of sessions of similar length.
 
-    Padding falls to a few per cent while every epoch still mixes sessions anew.
+    All samples are shuffled, then sorted by length within windows of `window` batches, then the batches are shuffled.
+    Padding falls to a few per cent, and every epoch still mixes the sessions anew.
     """
     order = torch.randperm(len(length), generator=generator)
     batches: list[Tensor] = []
@@ -19,13 +20,14 @@ def bucketed(length: Tensor, batch_size: int, generator: torch.Generator, window
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def alike(samples: Tensor, length: Tensor, ratio: float = 1.5, place: torch.device | None = None) -> list[Tensor]:
-    """Samples in groups of like length, shortest first: a group's longest is less than `ratio` times its shortest.
+def by_length(samples: Tensor, length: Tensor, ratio: float = 1.5, device: torch.device | None = None) -> list[Tensor]:
+    """Samples [B] in groups of similar length, shortest first.
 
-    A batch of random samples is read group by group, so that little is padded though its lengths differ. To be read on
-    a GPU they stay one group: there padding costs less than the calls for each group.
+    The longest session of a group has less than `ratio` times the clicks of its shortest. A batch of random samples is
+    read group by group, so that little is padded. On a GPU they stay one group: padding costs less there than a call
+    for each group.
     """
-    if place is not None and place.type == "cuda":
+    if device is not None and device.type == "cuda":
         return [samples]
     edges = [1]
     while edges[-1] <= int(length.max()):

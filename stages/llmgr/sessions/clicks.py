@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from llmgr.sessions.graphs import GraphBatch
 
 
-
 def last_clicks(graphs: GraphBatch, decay: float, items: int) -> csr_array:
-    """Sessions as weights of their distinct items, [B, V+1]: `decay` to the power of the steps since the last click."""
+    """The weights of each session's distinct items [B, V+1]: `decay` to the power of the steps since the item's last
+    click."""
     position = torch.arange(graphs.items_BS.shape[1], device=graphs.items_BS.device) * graphs.mask_BS()
     last_BN = torch.zeros_like(graphs.nodes_BN).scatter_reduce(1, graphs.alias_BS, position, "amax")
     row, node = graphs.nodes_BN.cpu().nonzero(as_tuple=True)
@@ -27,12 +27,13 @@ def last_clicks(graphs: GraphBatch, decay: float, items: int) -> csr_array:
 
 
 def click_weights(graphs: GraphBatch, decay: float) -> Tensor:
-    """The weight of every click [B, S]: 1 for the last, `decay` less a step back, 0 at padding."""
+    """The weight of every click [B, S]: 1 for the last, multiplied by `decay` for each step back, 0 at padding."""
     steps = torch.arange(graphs.items_BS.shape[1], device=graphs.items_BS.device)
     back_BS = (graphs.length_B[:, None] - 1 - steps).clamp(min=0)
     return torch.full_like(back_BS, decay, dtype=torch.float).pow(back_BS) * graphs.mask_BS()
 
 
 def prefix_clicks(train: Sessions, decay: float, items: int) -> csr_array:
+    """`last_clicks` of all samples [samples, V+1]."""
     rows = [last_clicks(train.graphs(samples), decay, items) for samples in torch.arange(len(train)).split(4096)]
     return csr_array(vstack(rows))

@@ -1,4 +1,4 @@
-"""Sessions read from data/sessions/, and tables of them as tensors."""
+"""Sessions and the catalogue read from the files of the pipeline, as tensors."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-
 def read_sessions(path: str | Path, max_session: int) -> tuple[Sessions, pl.DataFrame]:
-    """Sessions of a split and the table itself.
+    """The sessions of a split's Parquet file, and its table.
 
-    In train.parquet a user's rows are the prefixes in order; the first `max_session` of them nest and share one row
-    here, later ones are windows of their own. Users are numbered in the order of their names in the train.parquet that
-    lies beside, so that one has one number in all splits. UserError where the table is empty or was split with another
-    `max_session`.
+    In train.parquet a user's rows are the user's prefixes in order. The first `max_session` of them nest and share one
+    row of the tensors; each later one is a window with a row of its own. Users are numbered by the sorted names in the
+    train.parquet of the same folder, so that a user has one number in all splits. UserError where the table is empty
+    or was split with another `max_session`.
     """
     import polars as pl
 
@@ -74,7 +73,7 @@ def padded(lists: pl.Series) -> Tensor:
 
 
 def read_split(files: Layout, split: str, max_session: int) -> tuple[Sessions, pl.DataFrame]:
-    """The sessions of `train`, `valid` or `test` and their table.
+    """The sessions of the split `train`, `valid` or `test`, and their table.
 
     UserError where they hold an item that the catalogue lacks.
     """
@@ -93,7 +92,7 @@ def catalogue_size(path: str | Path) -> int:
 
 
 def seen_items(frame: pl.DataFrame) -> Tensor:
-    """All items a user had before the target, window and earlier, [sessions, longest], 0 pads."""
+    """All items that a user clicked before the target [sessions, longest], 0 pads: the session and what precedes it."""
     import polars as pl
 
     return padded(frame.select(pl.concat_list("earlier", "items").alias("seen"))["seen"])

@@ -14,10 +14,10 @@ from llmgr.sessions.graphs import GraphBatch
 
 
 class Sessions:
-    """Prefixes with their targets, over rows that nested prefixes share.
+    """Samples: prefixes of sessions, each with the item that follows it. Nested prefixes share a row of `items`.
 
-    Sample i is the first `length[i]` clicks of row `row[i]`, to be followed by `target[i]`. `user` [rows] numbers the
-    users that training knows from 1; 0, the default, is any other.
+    Sample i is the first `length[i]` clicks of row `row[i]`; its target is `target[i]`. `items` [rows, longest] holds
+    item ids, 0 pads. `user` [rows] numbers the users of the training data from 1; 0, the default, is any other user.
     """
 
     def __init__(self, items: Tensor, row: Tensor, length: Tensor, target: Tensor, user: Tensor | None = None) -> None:
@@ -27,9 +27,9 @@ class Sessions:
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> Sessions:
-        """Every prefix of lists of item ids (from 1), followed by the item that comes next, each of a user of its own.
+        """All samples of lists of item ids (from 1): every prefix, with the item that follows it as the target.
 
-        A list of n items makes n - 1 samples.
+        A list of n items makes n - 1 samples. Each list belongs to a user of its own.
         """
         items = torch.zeros(len(lists), max(map(len, lists)) - 1, dtype=torch.int32)
         for row, clicks in enumerate(lists):
@@ -42,7 +42,7 @@ class Sessions:
         return len(self.row)
 
     def to(self, device: torch.device | str) -> Sessions:
-        """The same tables on another device; itself where they are there."""
+        """The same sessions on another device; `self` where they are there already."""
         if self.row.device == torch.empty(0, device=device).device:
             return self
         moved = object.__new__(Sessions)
@@ -50,27 +50,30 @@ class Sessions:
         return moved
 
     def subset(self, samples: Tensor) -> Sessions:
-        """The same rows with `samples` alone."""
+        """The same rows with the given samples only."""
         chosen = object.__new__(Sessions)
         chosen.__dict__ = vars(self) | {"row": self.row[samples], "length": self.length[samples],
                                         "target": self.target[samples]}
         return chosen
 
-    def recent(self, kept: Tensor) -> Sessions:
-        """The same samples with their last `kept` clicks; one that loses some gets a row of its own. All on the CPU."""
-        cut = kept < self.length
-        apart = cut | (self.row != self.row.roll(1)) | cut.roll(1)
-        apart[0] = True
-        first = apart.nonzero()[:, 0]
-        place = (self.length - kept)[first][:, None] + torch.arange(self.items.shape[1])
-        real = (place < self.length[first][:, None]) | ~cut[first][:, None]
-        items = self.items[self.row[first]].gather(1, place.clamp(max=self.items.shape[1] - 1)) * real
-        return Sessions(items.int(), apart.long().cumsum(0) - 1, kept, self.target, self.user[self.row[first]])
+    def recent(self, count: Tensor) -> Sessions:
+        """The same samples, each cut to its last `count` [samples] clicks; all tensors on the CPU.
+
+        A sample that loses clicks gets a row of its own.
+        """
+        cut = count < self.length
+        new_row = cut | (self.row != self.row.roll(1)) | cut.roll(1)
+        new_row[0] = True
+        first = new_row.nonzero()[:, 0]
+        position = (self.length - count)[first][:, None] + torch.arange(self.items.shape[1])
+        real = (position < self.length[first][:, None]) | ~cut[first][:, None]
+        items = self.items[self.row[first]].gather(1, position.clamp(max=self.items.shape[1] - 1)) * real
+        return Sessions(items.int(), new_row.long().cumsum(0) - 1, count, self.target, self.user[self.row[first]])
 
     def recency(self, decay: float) -> Tensor:
-        """Weights [samples] of mean 1: `decay` to the power of how many later targets the sample's user has.
+        """Weights [samples] of mean 1: `decay` to the power of the number of later targets of the sample's user.
 
-        A user's samples stand in the order of their targets, wherever they stand.
+        A user's samples must be in the order of their targets; samples of other users may stand between them.
         """
         user = self.user[self.row]
         order = torch.argsort(user, stable=True)
@@ -80,7 +83,7 @@ class Sessions:
         return (weight / weight.mean()).float()
 
     def graphs(self, samples: Tensor) -> GraphBatch:
-        """The graphs of samples [B], by indexing, without a loop over them."""
+        """The graphs of samples [B]."""
         return self.prefix_graphs(self.row[samples], self.length[samples])
 
     def prefix_graphs(self, row: Tensor, length: Tensor) -> GraphBatch:
