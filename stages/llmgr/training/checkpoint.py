@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, read back onto any number of processes."""
+"""Checkpoints of a training: written whole, and read by any number of processes."""
 from __future__ import annotations
 
 import io
@@ -12,13 +12,13 @@ from llmgr.runtime.artifacts import sweep
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import out_of_memory
 from llmgr.runtime.state import discard, read_state, states, write_state
-from llmgr.training.distributed import gathered, rank, size
+from llmgr.training.distributed import Workers, gathered, rank, size
 from llmgr.training.job import Job, Progress
 
 
-def save_checkpoint(path: Path, progress: Progress, workers: Any, best: dict[str, Tensor], machine: str, name: str
+def save_checkpoint(path: Path, progress: Progress, workers: Workers, best: dict[str, Tensor], machine: str, name: str
                     ) -> None:
-    """Write what the training `name` goes on from; the checkpoint before it stays beside it."""
+    """Write a checkpoint from which the training `name` can resume; the one before it stays beside it."""
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     state = {"of": _identity(path, name), "progress": vars(progress), **workers.state(), "best": best,
              "random": gathered(random), "machine": machine}
@@ -30,27 +30,27 @@ def save_checkpoint(path: Path, progress: Progress, workers: Any, best: dict[str
 
 def load_checkpoint(path: Path, name: str, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
                     ) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the training `name` of these weights, if there is one.
+    """The newest intact checkpoint of the training `name` with these weights, None without one.
 
-    One that is damaged, of another training or of other weights is removed; a line says so.
+    A checkpoint that is damaged, or belongs to another training or other weights, is removed, and a line says so.
     """
     sweep(path.parent)
     removed = False
-    for place in states(path):
-        state = _read(place)
+    for file in states(path):
+        state = _read(file)
         if _fits(state, _identity(path, name), trained, optimizer):
             if removed:
                 say(f"{path} is damaged and was removed: the training goes on from the checkpoint before it")
             return state
-        discard(place)
+        discard(file)
         removed = True
     if removed:
         say(f"{path} is damaged and was removed: the training starts anew")
     return None
 
 
-def _read(place: Path) -> Any:
-    content = read_state(place)
+def _read(file: Path) -> Any:
+    content = read_state(file)
     try:
         return None if content is None else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -60,9 +60,9 @@ def _read(place: Path) -> Any:
 
 
 def _identity(path: Path, name: str) -> str:
-    """The training that a checkpoint belongs to: its name, and its place below `.resume`, where it lies there."""
-    place = path.absolute().parts[:-1]
-    below = place[place.index(".resume") + 1:] if ".resume" in place else ()
+    """The training that a checkpoint belongs to: its name, and its folders below `.resume` where it lies there."""
+    folders = path.absolute().parts[:-1]
+    below = folders[folders.index(".resume") + 1:] if ".resume" in folders else ()
     return " ".join((name, *below))
 
 
@@ -94,7 +94,11 @@ def _shaped(weights: dict[str, Tensor], trained: dict[str, Tensor]) -> bool:
     return all(value.shape == trained[key].shape and bool(value.isfinite().all()) for key, value in weights.items())
 
 
-def resumed(state: dict[str, Any], workers: Any, machine: str) -> tuple[Progress, dict[str, Tensor]]:
+def resumed(state: dict[str, Any], workers: Workers, machine: str) -> tuple[Progress, dict[str, Tensor]]:
+    """The progress and the best weights of a checkpoint; restores the optimiser and the random generators.
+
+    Says at which step the training resumes, and whether another kind of machine wrote the checkpoint.
+    """
     workers.load(state["optimizer"])
     progress = Progress(**state["progress"])
     other = ""
@@ -109,10 +113,10 @@ def resumed(state: dict[str, Any], workers: Any, machine: str) -> tuple[Progress
     return progress, state["best"]
 
 
-def machine_of(workers: Any, job: Job) -> str:
-    """What decides the order of sums and the arithmetic, hence rounding."""
-    place = next(job.model.parameters()).device.type
+def machine_of(workers: Workers, job: Job) -> str:
+    """The processes, threads, arithmetic and device in words: what decides rounding."""
+    device = next(job.model.parameters()).device.type
     dtype = str(getattr(job, "dtype", torch.float32)).removeprefix("torch.")
     compiled = any(module._compiled_call_impl for module in job.model.modules())
-    return (f"{size()} {workers.name} processes of {torch.get_num_threads()} threads, {dtype} on {place}"
+    return (f"{size()} {workers.name} processes of {torch.get_num_threads()} threads, {dtype} on {device}"
             + (", compiled" if compiled else ""))

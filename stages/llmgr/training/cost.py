@@ -1,4 +1,4 @@
-"""What a run cost: seconds, rates, peak memory, parameters, hardware."""
+"""The cost of a run: seconds, rates, peak memory, parameters, hardware."""
 from __future__ import annotations
 
 import platform
@@ -16,8 +16,11 @@ from llmgr.training.job import Progress
 
 
 def cost(progress: Progress, model: nn.Module, prepared: float = 0.0) -> dict[str, Any]:
-    """What a training took: seconds (validation and `prepared` ones included), rates over training time, memory (of
-    one process), parameters, machine."""
+    """The cost file of a training.
+
+    `seconds` includes validation and the `prepared` seconds before the training; rates are per second of training time;
+    memory is that of one process, in MB.
+    """
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     busy = max(progress.training_seconds, 1e-9)
     return {"seconds": prepared + progress.seconds, **({"prepared_seconds": prepared} if prepared else {}),
@@ -49,7 +52,11 @@ def hardware() -> str:
 
 
 def scoring_cost(start: float, seconds: dict[str, float], scored: int, parameters: int = 0) -> dict[str, Any]:
-    """The cost file, as training.cost, of what began at `start` (monotonic) and scored so many sessions in all."""
+    """The cost file, with the keys of `cost`, of a stage that only scores.
+
+    `start` is the value of time.monotonic() when it began, `seconds` the time of each model, `scored` the number of
+    sessions scored by all models together.
+    """
     total = time.monotonic() - start
     return {"seconds": total, "seconds_by_model": seconds, "samples_per_second": scored / total,
             "tokens_per_second": None, "peak_memory_mb": peak_memory_mb(), "trainable_parameters": parameters,

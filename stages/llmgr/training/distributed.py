@@ -1,40 +1,48 @@
-"""What a training step is among several processes: shared micro-batches, summed gradients, ZeRO."""
+"""A training step divided among several processes: shared micro-batches, summed gradients, ZeRO."""
 from __future__ import annotations
 
 import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+from llmgr.training.job import Job
+
+T = TypeVar("T")
 Optimizer = torch.optim.Optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WHOLE = 100_000  # elements up to which ZeRO-3 leaves a weight whole in every process
 
 
 def rank() -> int:
-    """This process's number; 0 where there is one only."""
+    """The number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def share(rows: Tensor) -> tuple[Tensor, int]:
-    """This process's rows, every `size()`-th, and 1; where none is left for it, one row and 0: every process takes part
-    in every step, since ZeRO-3's forward pass is a common one.
+    """This process's share of the rows, every `size()`-th of them, and 1.
+
+    Where there is none left for it: the first row, and 0, by which the caller multiplies the loss. Every process must
+    take part in every step, since the processes run ZeRO-3's forward pass together.
     """
     own = rows[rank()::size()]
     return (own, 1) if len(own) else (rows[:1], 0)
 
 
 def spread(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """`function(rows)`, row by row, divided among the processes; each gets all of the result."""
+    """`function(rows)` with the rows divided among the processes; every process gets the whole result.
+
+    `function` must give one row of the result for each row.
+    """
     if size() == 1:
         return function(rows)
     own, counts = share(rows)
@@ -55,16 +63,16 @@ def added(numbers: list[float]) -> list[float]:
     return total.tolist()
 
 
-def from_first(thing: Any) -> Any:
-    """What the first process has."""
+def from_first(thing: T) -> T:
+    """The first process's value, in every process."""
     things = [thing]
     if size() > 1:
         distributed.broadcast_object_list(things, 0)
     return things[0]
 
 
-def gathered(thing: Any) -> list[Any]:
-    """What each process has, by rank."""
+def gathered(thing: T) -> list[T]:
+    """Every process's value, by rank."""
     things = [thing]
     if size() > 1:
         things *= size()
@@ -72,29 +80,33 @@ def gathered(thing: Any) -> list[Any]:
     return things
 
 
-def partners(job: Any, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float, strategy: str) -> Any:
-    """How this process trains `job.model` with the others, by launch.strategy; alone it needs none."""
+def partners(job: Job, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float, strategy: str
+             ) -> Workers:
+    """This process's part in training `job.model`, by launch.strategy; a single process is a replica of its own."""
     kind = Replicas if size() == 1 or strategy == "ddp" else Zero
     return kind(job, trained, optimizer, clip, *([int(strategy[-1])] if kind is Zero else []))
 
 
 class Replicas:
-    """The whole model in every process, or in the only one; gradients are added up once a step."""
+    """The whole model in every process; the gradients are added up once a step."""
 
     name = "ddp"
 
-    def __init__(self, job: Any, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float) -> None:
+    def __init__(self, job: Job, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float) -> None:
         self.job, self.trained, self.optimizer, self.clip = job, trained, optimizer, clip
 
-    def loss(self, micro: Any, targets: int) -> tuple[float, int]:
-        """Backward pass of this process's share of a micro-batch of a step with `targets`: summed loss, tokens."""
+    def loss(self, micro: Tensor, targets: int) -> tuple[float, int]:
+        """Forward and backward pass of this process's share of a micro-batch: its summed loss and useful tokens.
+
+        The gradient is that of the mean over the `targets` of the whole step.
+        """
         own, counts = share(micro) if size() > 1 else (micro, 1)
         loss = self.job.loss(own)
         (counts * loss.total / targets).backward()
         return loss.total.item() * counts, loss.tokens * counts
 
     def step(self) -> float:
-        """Clip and apply the gradients; returns their norm. One that is not finite leaves the weights alone."""
+        """Clip and apply the gradients; returns their norm. Where it is not finite the weights stay as they are."""
         if size() > 1:
             grads = [p.grad for p in self.trained.values() if p.grad is not None]
             flat = torch.cat([g.flatten() for g in grads])
@@ -112,19 +124,19 @@ class Replicas:
         return self.job.validate()
 
     def state(self) -> dict[str, Any]:
-        """Trained weights and the optimiser's state, whole."""
+        """The trained weights and the optimiser's state, whole."""
         return {"weights": {k: p.detach() for k, p in self.trained.items()}, "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from an optimiser's state."""
+        """Resume from an optimiser's state."""
         self.optimizer.load_state_dict(state)
 
     def close(self) -> None:
-        """Leave the model as any module, with the trained weights."""
+        """Leave the model as an ordinary module with the trained weights."""
 
 
 class Within(nn.Module):
-    """Whatever is called inside it; ZeRO-3 gathers weights for modules below the one that it wraps."""
+    """Calls any function inside a module: ZeRO-3 gathers weights only below the module that it wraps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -137,11 +149,12 @@ class Within(nn.Module):
 class Zero:
     """DeepSpeed's ZeRO-2 or ZeRO-3 (Rajbhandari et al. 2020) with our optimiser and our arithmetic.
 
-    Trained weights stay float32 and frozen ones as they are, the job's autocast decides the rest: DeepSpeed's own
-    bf16 mode would round the trained weights, too. The state has the form of Replicas', whatever it was divided among.
+    Trained weights stay float32 and frozen ones as they are; the job's autocast decides the arithmetic. DeepSpeed's own
+    bf16 mode would round the trained weights, too. The state has the form of `Replicas.state`, however many processes
+    divide it.
     """
 
-    def __init__(self, job: Any, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float, stage: int
+    def __init__(self, job: Job, trained: dict[str, nn.Parameter], optimizer: Optimizer, clip: float, stage: int
                  ) -> None:
         deepspeed = _deepspeed(next(job.model.parameters()).device.type)
         self.job, self.trained, self.optimizer = job, trained, optimizer
@@ -225,8 +238,12 @@ class Zero:
             parameter.data = value
 
 
+Workers = Replicas | Zero
+"""What trains a model in this process; see `partners`."""
+
+
 def _deepspeed(kind: str) -> Any:
-    """DeepSpeed, imported here alone: it takes seconds, and builds operators unless told that it needs none."""
+    """DeepSpeed, imported only here: that takes seconds, and it builds operators unless all are marked as there."""
     os.environ.setdefault("DS_ACCELERATOR", kind)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed

@@ -1,9 +1,9 @@
-"""What the training engine asks of a job, and what it keeps of a run."""
+"""What the training engine needs: a job, its settings, and the progress of a run."""
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,38 @@ class Loss(NamedTuple):
     tokens: int
 
 
+class Settings(Protocol):
+    """The keys that the engine reads of a training section of params.yaml, such as `llmgr.params.training.Tune`.
+
+    Two sections have more: `patience` (epochs without a better validation) where a job selects its best epoch, and
+    `table_decay` (the weight decay of an encoder's item table).
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    warmup_share: float
+    clip: float
+    checkpoint_seconds: float
+
+
 class Job(Protocol):
-    """What is trained. `selects` names the validation metric that picks the best epoch; None keeps the last."""
+    """What is trained. `selects` names the validation metric that picks the best epoch; None takes the last epoch."""
 
     model: nn.Module
     selects: str | None
 
-    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Any]]:
+    def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
         """The epoch's optimiser steps, each a list of micro-batches; the same for the same generator state.
 
-        Where several processes train, a micro-batch is a tensor whose rows can be divided among them.
+        A micro-batch is a tensor of sample numbers: several processes divide its rows among them.
         """
 
-    def targets(self, micro: Any) -> int:
-        """Targets of a micro-batch, known before it is built."""
+    def targets(self, micro: Tensor) -> int:
+        """The number of targets in a micro-batch, known before its forward pass."""
 
-    def loss(self, micro: Any) -> Loss:
-        """Forward pass of a micro-batch."""
+    def loss(self, micro: Tensor) -> Loss:
+        """The forward pass of a micro-batch."""
 
     def validate(self) -> dict[str, float]:
         """Metrics on the validation sessions (never on test)."""
@@ -41,7 +56,11 @@ class Job(Protocol):
 
 @dataclass
 class Progress:
-    """Everything but tensors that a checkpoint holds."""
+    """How far a training is: everything in a checkpoint but its tensors.
+
+    `done` counts the steps of the current epoch. `window` and `epoch_loss` hold the summed loss and the number of
+    targets since the last point of the curve, and of the epoch so far.
+    """
 
     epoch: int = 0
     done: int = 0

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from llmgr.runtime.errors import UserError
+from llmgr.training.job import Settings
 
 ITEM_TABLE = "items.table.weight"  # an encoder's item embeddings
 
 
 def cosine(step: int, total: int, warmup_share: float) -> float:
-    """Share of the peak learning rate at `step` of `total`: linear warm-up, then half a cosine down to 0."""
+    """The share of the peak learning rate at `step` of `total`: linear warm-up, then half a cosine down to 0."""
     warmup = round(total * warmup_share)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -30,8 +31,11 @@ def _groups(trained: dict[str, nn.Parameter], decay: float, table_decay: float) 
     return [{"params": members, "weight_decay": rate} for rate, members in groups.items()]
 
 
-def adamw(trained: dict[str, nn.Parameter], settings: Any) -> torch.optim.Optimizer:
-    """AdamW; where a parameter holds points of a manifold, Adam that follows it (Becigneul & Ganea, ICLR 2019)."""
+def adamw(trained: dict[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, or Riemannian Adam (Becigneul & Ganea, ICLR 2019) where a parameter holds points of a manifold.
+
+    UserError for a weight decay with Riemannian Adam.
+    """
     groups = _groups(trained, settings.weight_decay, getattr(settings, "table_decay", settings.weight_decay))
     if not any(hasattr(p, "manifold") for p in trained.values()):
         return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
@@ -45,6 +49,6 @@ def adamw(trained: dict[str, nn.Parameter], settings: Any) -> torch.optim.Optimi
 
 
 def whole_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Torch loads a count of steps as a float32 tensor, whose powers round; geoopt counts in integers."""
+    """Turn the step counts of a loaded state into integers: torch loads them as float32, whose powers round."""
     for state in optimizer.state.values():
         state["step"] = int(state["step"])

@@ -1,4 +1,4 @@
-"""Where and in which arithmetic a stage computes."""
+"""The device of a stage, and the precision of its arithmetic."""
 from __future__ import annotations
 
 import functools
@@ -10,7 +10,7 @@ from llmgr.runtime.console import say
 from llmgr.training.distributed import from_first
 
 FASTER = 1.3
-"""How many times as fast as float32 bf16 must be to be worth its rounding."""
+"""bf16 must be at least this many times as fast as float32 to be worth its rounding."""
 
 
 def device_of() -> torch.device:
@@ -19,11 +19,11 @@ def device_of() -> torch.device:
 
 
 def arithmetic(precision: str) -> torch.dtype:
-    """float32 or bfloat16 for `precision`; `auto` takes bf16 where the machine multiplies it faster, and says why.
+    """The type for `precision`, which is fp32, bf16 or auto; `auto` takes the faster one and prints the reason.
 
-    That is a GPU with bf16; and a CPU with AMX tiles, or an AMD one with AVX-512 bf16, where a product in bf16 takes
-    less than 1 / FASTER of the time in float32: a library may be kept from using what the CPU has. Intel's AVX-512 bf16
-    without AMX ran at 0.6 to 1.3 times float32's rate, which is not worth the rounding.
+    `auto` takes bf16 on a GPU that has it. On a CPU with AMX tiles, and on an AMD CPU with AVX-512 bf16, it measures a
+    product and takes bf16 where that is at least FASTER times as fast. Intel's AVX-512 bf16 without AMX ran at 0.6 to
+    1.3 times the rate of float32, which is not worth the rounding.
     """
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -45,13 +45,13 @@ def _cpu() -> tuple[torch.dtype, str]:
         return torch.float32, "bf16 is no faster on this CPU"
     seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    said = (f"{'a CPU with AMX tiles' if tiles else 'an AMD CPU with AVX-512 bf16'}, where a product takes "
+    reason = (f"{'a CPU with AMX tiles' if tiles else 'an AMD CPU with AVX-512 bf16'}, where a product takes "
             f"{1e3 * seconds[torch.float32]:.1f} ms in fp32 and {1e3 * seconds[torch.bfloat16]:.1f} ms in bf16")
-    return torch.bfloat16 if ratio >= FASTER else torch.float32, said
+    return torch.bfloat16 if ratio >= FASTER else torch.float32, reason
 
 
 def product_seconds(dtype: torch.dtype, size: int = 512, times: int = 7) -> float:
-    """Seconds of the fastest of some products of two square matrices, after one that is not counted."""
+    """The time in seconds of the fastest of `times` products of two square matrices, after one to warm up."""
     left, right = torch.ones(2, size, size, dtype=dtype)
     taken = []
     for _ in range(times + 1):

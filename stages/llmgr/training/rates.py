@@ -1,8 +1,8 @@
-"""The learning rate chosen by successive rejects (Audibert & Bubeck, COLT 2010), as the beginning of a full run.
+"""The learning rate chosen by successive rejects (Audibert & Bubeck, COLT 2010).
 
-All candidates train for a few epochs, the worst by the best validation figure so far is given up, the others go on for
-some more, and so forth; the last one goes on to the end. The schedule is that of the full length throughout, so that a
-candidate is the first part of its own full run.
+All candidate rates train for a few epochs. The one with the worst validation so far is rejected, the others train for
+some more epochs, and so on; the last one trains to the end. Every candidate follows the schedule of a full run, so that
+it is the first part of its own full run.
 
 A low rate starts slowly, so halving the candidates after two epochs can choose too high a rate. On 5,000 users of
 Pantry GC-SAN validates at 0.003 / 0.01 / 0.03 with NDCG@20 of .0132 / .0180 / .0144 after two epochs, .0249 / .0260 /
@@ -20,14 +20,15 @@ import torch
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import Diverged, UserError
 from llmgr.training.engine import fit
-from llmgr.training.job import Job, Progress
+from llmgr.training.job import Job, Progress, Settings
 
 
 class Chosen(NamedTuple):
-    """A training at the best learning rate: how it went, the rate, the record of the search, the seconds of the others.
+    """A training at the best learning rate: its progress, the rate, the record of the search, and the other rates'
+    seconds.
 
-    The record has a list for each of `rates`, `epochs` (how many each was trained for) and the job's validation figure
-    (the best by then, None where the loss stopped being finite).
+    The record has three lists, an entry a rate: `rates`, `epochs` (the epochs that each was trained for), and the job's
+    validation metric (its best so far, None where the loss was no longer finite).
     """
 
     progress: Progress
@@ -36,13 +37,13 @@ class Chosen(NamedTuple):
     seconds: float
 
 
-def fit_best_rate(job: Job, settings: Any, *, seed: int, resume: Path, name: str) -> Chosen:
-    """`fit` at the one of `settings.rates` that validates best by `job.selects`.
+def fit_best_rate(job: Job, settings: Settings, *, seed: int, resume: Path, name: str) -> Chosen:
+    """`fit` at the one of `settings.rates` with the best validation metric `job.selects`.
 
-    After each of `settings.rungs` epochs the worst is given up, after the last of them all but the best; fewer rates
-    take the later rungs. Leaves the bytes of `fit` at the chosen rate, also where the search was interrupted and goes
-    on. A rate whose loss stops being finite is given up and not trained again. `settings` stays as it is. UserError
-    where none stays finite, and as `fit` where there is one rate alone.
+    After each of `settings.rungs` epochs the worst rate is rejected, after the last rung all but the best; fewer rates
+    take the later rungs. The weights have the bytes of `fit` at the chosen rate, even where the search was interrupted
+    and resumed. A rate whose loss is no longer finite is rejected and not trained again. `settings` is not changed.
+    UserError where no rate stays finite; with a single rate, as `fit`.
     """
     first = {key: p.detach().clone() for key, p in job.model.named_parameters() if p.requires_grad}
     progress = {rate: Progress() for rate in settings.rates}
