@@ -21,6 +21,7 @@ from machine import DEFAULTS
 from llmgr.data import fetch
 from llmgr.runtime import artifacts
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.state import write_state
 
 ROOT = Path(artifacts.__file__).parents[3]
 DATA = gzip.compress(random.Random(1).randbytes(300_000), 1)
@@ -228,12 +229,49 @@ def test_addresses_that_cannot_be_read_are_one_sentence_without_their_password(m
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"total": "x", "validator": null}', b"\xff",
                                      b'{"total": -1, "validator": "y"}', b'{"total": 7, "validator": [1]}'])
-def test_a_state_that_cannot_be_read_is_absent(server, home, content):
+@pytest.mark.parametrize("write", [Path.write_bytes, write_state], ids=["bytes", "state"])
+def test_a_state_that_cannot_be_read_is_absent(server, home, content, write):
     server.plan = ["drop", 503, 503]
     with pytest.raises(UserError, match="503"):
         fetched(server, retries=1)
-    state, = home.rglob("state.json")
-    state.write_bytes(content)
+    state, = home.rglob("state")
+    write(state, content)
+    assert fetched(server) == DATA
+
+
+def begun(server: Server, home: Path) -> Path:
+    """The part of a transfer that ended halfway, of several blocks."""
+    server.plan = ["drop", 503, 503]
+    with pytest.raises(UserError, match="503"):
+        fetched(server, retries=1)
+    server.seen.clear()
+    part, = home.rglob("*.part")
+    return part
+
+
+@pytest.mark.parametrize("place", [0, 1000, -1])
+def test_bytes_altered_on_the_disk_are_fetched_again(server, home, place, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "BLOCK", 10_000)
+    part = begun(server, home)
+    held = bytearray(part.read_bytes())
+    held[place] ^= 1
+    part.write_bytes(held)
+    assert fetched(server) == DATA
+    (status, asked), = server.seen
+    good = 0 if asked is None else int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+    assert good <= place % len(held) and (place != -1 or (status, good > 0) == (206, True)), "what is whole stays"
+    assert f"\n{NAME}: what came before is damaged from byte {good} on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", [
+    lambda part, sums: part.write_bytes(part.read_bytes()[:-7]), lambda part, sums: part.write_bytes(b""),
+    lambda part, sums: part.write_bytes(part.read_bytes() + b"x"), lambda part, sums: sums.unlink(),
+    lambda part, sums: sums.write_bytes(sums.read_bytes()[:-3]), lambda part, sums: sums.write_bytes(b"\xff -1 \n"),
+    lambda part, sums: sums.write_bytes(b"99999999999999999999999 0\n"), lambda part, sums: part.unlink(),
+])
+def test_a_part_or_its_digests_cut_short_or_gone_end_in_the_same_file(server, home, harm):
+    part = begun(server, home)
+    harm(part, part.with_name(f"{part.name}.sums"))
     assert fetched(server) == DATA
 
 

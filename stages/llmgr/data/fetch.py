@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmgr.data.part import Part
 from llmgr.runtime import artifacts, resume
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.masking import masked
+from llmgr.runtime.state import read_state, write_state
 
 BLOCK = 1 << 20
 LONGEST_PAUSE = 30.0
@@ -111,13 +113,15 @@ def source(url: str, mirror: str | None, expected: str | None, retries: int, tim
 def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) -> Path:
     """Fetch `url` into `folder`, going on from what an earlier run left there; returns the complete file.
 
-    A part is continued only if the server confirms by ETag or date that the file is still the same one. Failures of
+    A part is continued only if its bytes are still those that came and the server confirms by ETag or date that the
+    file is still the same one. Failures of
     the server or the line are retried `retries` times after pauses that double, counted anew whenever bytes came.
     """
     import requests
     import urllib3
 
-    part, state = folder / f"{name}.part", folder / "state.json"
+    part, state = Part(folder / f"{name}.part"), folder / "state"
+    part.check()
     failures, furthest = 0, -1
     with requests.Session() as session:
         while not _complete(part, state):
@@ -142,7 +146,7 @@ def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) ->
                 problem = _cause(error)
             if _complete(part, state):
                 break
-            size = part.stat().st_size if part.exists() else 0
+            size = part.size()
             failures, furthest = (0 if size > max(furthest, 0) else failures + 1), max(furthest, size)
             if failures > retries:
                 raise UserError(f"{shown(url)} cannot be fetched ({problem}): run the stage again to go on, or set "
@@ -150,16 +154,16 @@ def from_web(url: str, name: str, folder: Path, retries: int, timeout: float) ->
             pause = min(0.25 * 2**failures, LONGEST_PAUSE)
             say(f"{name}: {problem}; trying again in {pause:g} s")
             time.sleep(pause)
-    return part
+    return part.path
 
 
-def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeout: float) -> str:
+def _transfer(session: Any, url: str, name: str, part: Part, state: Path, timeout: float) -> str:
     """One request: append to the part if the server continues the same file, start over if it does not.
 
     Returns what is wrong should the file not be complete now.
     """
     known = _known(state)
-    have = part.stat().st_size if part.exists() else 0
+    have = part.size()
     headers = {"Accept-Encoding": "identity"}
     if have and known.get("validator"):
         headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
@@ -170,7 +174,7 @@ def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeou
         offered = (int(span[1]), int(span[2]), validator) if span else None
         asked = (have, known.get("total"), known.get("validator")) if "Range" in headers else ()
         if answer.status_code == 416 or (answer.status_code == 206 and offered != asked):
-            part.unlink(missing_ok=True)  # another file than the one that was begun
+            part.remove()  # another file than the one that was begun
             return f"the server answers {answer.status_code} for a part that was not asked for"
         answer.raise_for_status()
         if answer.status_code not in (200, 206):
@@ -178,17 +182,16 @@ def _transfer(session: Any, url: str, name: str, part: Path, state: Path, timeou
                             f"URL that holds {name}")
         if answer.status_code == 200:
             have, known = 0, {"validator": validator, "total": _length(answer.headers.get("Content-Length"), url)}
-            part.unlink(missing_ok=True)
-            artifacts.write_json(state, known)
+            part.remove()
+            _remember(state, known)
         # Bytes as they come: iter_content would lose a block that the connection breaks off in, and would unpack a file
         # that the server labels as gzip-encoded, as some do with .gz files.
-        with part.open("ab") as handle, _progress(name, have, known["total"]) as advance:
+        with part.appended() as add, _progress(name, have, known["total"]) as advance:
             while block := answer.raw.read1(BLOCK, decode_content=False):
-                handle.write(block)
-                handle.flush()
+                add(block)
                 advance(len(block))
     if known["total"] is None:  # a server that names no length: the end of the stream is the end of the file
-        artifacts.write_json(state, known | {"total": part.stat().st_size})
+        _remember(state, known | {"total": part.size()})
     return "the connection closed early"
 
 
@@ -201,10 +204,14 @@ def _length(header: str | None, url: str) -> int | None:
     return int(lengths.pop()) if lengths else None
 
 
+def _remember(state: Path, known: dict[str, Any]) -> None:
+    write_state(state, json.dumps(known).encode())
+
+
 def _known(state: Path) -> dict[str, Any]:
     """What an earlier run wrote of the file that it began; nothing where that cannot be read."""
     try:
-        known = json.loads(state.read_bytes())
+        known = json.loads(read_state(state) or b"")
         total, validator = known["total"], known["validator"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
@@ -212,8 +219,8 @@ def _known(state: Path) -> dict[str, Any]:
     return known if whole and isinstance(validator, str | None) else {}
 
 
-def _complete(part: Path, state: Path) -> bool:
-    return part.exists() and part.stat().st_size == _known(state).get("total")
+def _complete(part: Part, state: Path) -> bool:
+    return part.path.exists() and part.size() == _known(state).get("total")
 
 
 def _cause(error: Exception) -> str:
