@@ -175,14 +175,14 @@ def test_the_most_alike_are_the_largest_products_of_other_items() -> None:
     generator = np.random.default_rng(3)
     dense = np.where(generator.random((700, 30)) < 0.2, generator.random((700, 30)), 0)
     dense[0] = 0
-    nearest, weight = words.most_alike(neighbours.csr_array(dense), 4, 0.5)
+    nearest, weight = words.most_similar(neighbours.csr_array(dense), 4, 0.5)
     product = dense @ dense.T
     for item in (1, 2, 511, 512, 699):
         others = sorted((j for j in range(1, 700) if j != item), key=lambda j: -product[item, j])[:4]
         assert nearest[item].tolist() == others
         share = np.exp(product[item, others] / 0.5)
         assert weight[item].tolist() == pytest.approx(share / share.sum(), rel=1e-5)
-    few, _ = words.most_alike(neighbours.csr_array(dense[:4]), 10, 0.5)
+    few, _ = words.most_similar(neighbours.csr_array(dense[:4]), 10, 0.5)
     assert [sorted(row) for row in few.tolist()[1:]] == [[2, 3], [1, 3], [1, 2]]
 
 

@@ -28,7 +28,7 @@ from llmgr.sessions.clicks import click_weights
 from llmgr.sessions.reading import read_split
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import token_table
-from llmgr.text.vectors import encode_texts, likeness, whitening
+from llmgr.text.vectors import click_similarity, encode_texts, whitening
 from llmgr.training.engine import fit
 from llmgr.training.job import Progress
 from llmgr.training.precision import arithmetic
@@ -224,7 +224,7 @@ def test_a_fold_is_tuned_without_its_users_and_scores_theirs(tmp_path, monkeypat
     found = model(train, every, True) / model.scale
     for sample in every:
         own = seen[1 + int(fold[user[sample]])][2]
-        torch.testing.assert_close(found[sample], likeness(train, sample[None], own, 0.7)[0])
+        torch.testing.assert_close(found[sample], click_similarity(train, sample[None], own, 0.7)[0])
 
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"accumulate": 2}])
@@ -236,7 +236,7 @@ def test_other_ways_of_tuning_take_the_plain_ones_first_step(tmp_path, monkeypat
     for number, changes in enumerate(({}, change)):
         settings = replace(params.tower, **{"precision": "fp32", "batch_size": 40, "epochs": 2} | changes)
         short = replace(params.data, max_session=30)  # a batch must hold more than one session
-        model = tower_training.built(replace(params, tower=settings, data=short), FILES, CPU)
+        model = tower_training.build_tower(replace(params, tower=settings, data=short), FILES, CPU)
         model.train()
         made = TowerJob(model, train, valid, settings, arithmetic(settings.precision), torch.arange(len(train)))
         progress = fit(made, settings, seed=1, resume=tmp_path / str(number), name="tower")
@@ -299,10 +299,11 @@ def test_a_session_that_was_tuned_on_is_scored_without_its_user_and_any_other_by
     fold = fold_of(len(LISTS), 2, 5)
     assert set(fold[1:].tolist()) == {0, 1}
     trained, fresh = model(sessions, every, True), model(sessions, every, False)
-    torch.testing.assert_close(fresh, likeness(sessions, every, vectors[0], DECAY) * model.scale)
+    torch.testing.assert_close(fresh, click_similarity(sessions, every, vectors[0], DECAY) * model.scale)
     for sample in every:
         own = vectors[1 + int(fold[sessions.user[sessions.row[sample]]])]
-        torch.testing.assert_close(trained[sample], likeness(sessions, sample[None], own, DECAY)[0] * model.scale)
+        similarity = click_similarity(sessions, sample[None], own, DECAY)[0]
+        torch.testing.assert_close(trained[sample], similarity * model.scale)
     pairs = vectors[0][1:] @ vectors[0][1:].T * model.scale
     assert float(pairs.square().mean().sqrt()) == pytest.approx((ITEMS + 1) / ITEMS, rel=1e-4)
     sessions.user = sessions.user + 1
@@ -358,8 +359,9 @@ def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path
     ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params = load("params.yaml")
-    own, random, dealt = (tower_training.built(replace(params, model=replace(params.model, **change)), FILES, CPU).means
-                          for change in ({}, {"weights": "random"}, {"texts": "shuffled"}))
+    models = (replace(params.model, **change) for change in ({}, {"weights": "random"}, {"texts": "shuffled"}))
+    own, random, dealt = (tower_training.build_tower(replace(params, model=model), FILES, CPU).means
+                          for model in models)
     name = "language_model.encoder.layer.0.attention.self.query.weight"
     weights = [dict(model.named_parameters())[name] for model in (own, random, dealt)]
     assert torch.equal(weights[0], weights[2]) and not torch.allclose(weights[0], weights[1])
@@ -373,7 +375,7 @@ def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_the_texts_dealt_out_to
     write_json(tmp_path / "models/backbone/backbone.json", {"width": 12})
     params, every = load("params.yaml"), torch.arange(1, CATALOGUE + 1)
     changes = {}, {}, {"seed": params.seed + 1}, {"model": replace(params.model, texts="shuffled")}
-    own, again, other, dealt = (tower_training.built(replace(params, **change), FILES, CPU).means(every).detach()
+    own, again, other, dealt = (tower_training.build_tower(replace(params, **change), FILES, CPU).means(every).detach()
                                 for change in changes)
     assert own.shape == (CATALOGUE, 12) and torch.equal(own, again) and not torch.allclose(own, other, atol=1e-2)
     assert not torch.equal(own, dealt)

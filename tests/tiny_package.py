@@ -15,7 +15,7 @@ from llmgr.serving.building import rows_of
 from llmgr.serving.package import Package
 from llmgr.sessions.graphs import GraphBatch
 from llmgr.sessions.tensors import Sessions
-from llmgr.text.vectors import likeness
+from llmgr.text.vectors import click_similarity
 
 IDS = [f"B{number:04d}" for number in range(1, ITEMS + 1)]
 ENCODER = {"name": "gcsan", "dim": DIM, "dropout": 0.0, "settings": {
@@ -33,7 +33,7 @@ def prior(seed: int = 0) -> tuple[Prior, Any]:
         return encoder(sessions.graphs(samples), base) @ base.T
 
     def cosines(sessions: Sessions, samples: torch.Tensor, trained: bool) -> torch.Tensor:
-        return likeness(sessions, samples, tower, TOWER["decay"]) * TOWER["scale"]
+        return click_similarity(sessions, samples, tower, TOWER["decay"]) * TOWER["scale"]
 
     train = prefixes()
     train.user = torch.arange(1, len(train.items) + 1)

@@ -16,13 +16,12 @@ encoders every prefix is a sample; the loss is the paper's, cross-entropy over a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder, Settings, at
 from llmgr.sessions.graphs import GraphBatch
 
 
@@ -37,12 +36,12 @@ class FrequencyRescaler(nn.Module):
 
     def forward(self, x_BSD: Tensor, length_B: Tensor, last: bool) -> Tensor:
         """All clicks, or the last alone [B, 1, D]."""
-        place_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-        query_BR = (length_B - 1)[:, None] if last else place_S.expand(len(x_BSD), -1)
-        kernel_BS = self.kernel_NS[length_B, :len(place_S)]
-        distance_BRS = (query_BR[:, :, None] - place_S).abs()
+        position_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        query_BR = (length_B - 1)[:, None] if last else position_S.expand(len(x_BSD), -1)
+        kernel_BS = self.kernel_NS[length_B, :len(position_S)]
+        distance_BRS = (query_BR[:, :, None] - position_S).abs()
         low_pass_BRS = kernel_BS[:, None].expand(-1, query_BR.shape[1], -1).gather(2, distance_BRS)
-        low_BRD = (low_pass_BRS * (place_S < length_B[:, None])[:, None]) @ x_BSD
+        low_BRD = (low_pass_BRS * (position_S < length_B[:, None])[:, None]) @ x_BSD
         x_BRD = at(x_BSD, length_B - 1)[:, None] if last else x_BSD
         return self.norm(x_BRD + self.dropout(low_BRD + self.root_D.square() * (x_BRD - low_BRD)))
 
@@ -63,7 +62,7 @@ def low_pass(components: int, longest: int) -> Tensor:
 class Block(AttentionBlock):
     """A block of SASRec whose self-attention is mixed with the frequency rescaler."""
 
-    def __init__(self, dim: int, settings: Any, dropout: float) -> None:
+    def __init__(self, dim: int, settings: Settings, dropout: float) -> None:
         super().__init__(dim, settings.heads, dropout, causal=True, attention_dropout=dropout, activation=nn.GELU)
         self.alpha = settings.alpha
         self.rescaler = FrequencyRescaler(dim, settings.c // 2 + 1, settings.max_session, dropout)
@@ -76,7 +75,7 @@ class Block(AttentionBlock):
 class Bsarec(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.position = nn.Embedding(settings.max_session, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, Settings
 from llmgr.sessions.graphs import GraphBatch
 
 FEW = 10  # clicks, which are read with their padding: fewer calls, of one shape
@@ -68,7 +67,7 @@ class Caser(SessionEncoder):
 
     reads_users = True
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.length = settings.length
         self.pads = settings.length > FEW

@@ -6,13 +6,12 @@ item l is <U_u, I_i> + <L_l, N_i>.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, item_cross_entropy
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, Settings, item_cross_entropy
 from llmgr.sessions.graphs import GraphBatch
 
 
@@ -27,7 +26,7 @@ class Fpmc(SessionEncoder):
     reads_users = True
     pads = False
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.item_width = self.text_width = 3 * dim
         self.dropout = Dropout(dropout)

@@ -6,13 +6,12 @@ over the clicks (equations 6-10), and s = omega * attention_last + (1 - omega) *
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import AttentionBlock, Dropout, GatedGraph, ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import AttentionBlock, Dropout, GatedGraph, ItemVectors, SessionEncoder, Settings, at
 from llmgr.sessions.graphs import GraphBatch
 
 FIRST = 0.02  # standard deviation of first values
@@ -21,7 +20,7 @@ FIRST = 0.02  # standard deviation of first values
 class Gcsan(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.omega = settings.omega
         self.dropout = Dropout(dropout)

@@ -10,20 +10,19 @@ acts behind the state's matrix (PyTorch's form), in the paper before it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, Settings, at
 from llmgr.sessions.graphs import GraphBatch
 
 
 class Gru4rec(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.dropout = Dropout(dropout)
         self.gru = nn.GRU(dim, settings.hidden, settings.layers, bias=False, batch_first=True)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import geoopt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, SoftAttention, clicked
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, Settings, SoftAttention, clicked
 from llmgr.sessions.graphs import GraphBatch
 
 LORENTZ = geoopt.Lorentz()
@@ -72,7 +71,7 @@ class Hcgr(SessionEncoder):
     Deviation: the readout is SR-GNN's, and points farther than RADIUS from o are read at that distance.
     """
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.item_width = dim + 1
         self.scale, self.margin = settings.scale, settings.margin

@@ -1,7 +1,8 @@
-"""What a session encoder is, and the layers that several of them share."""
+"""The interface of a session encoder, and the layers that several encoders share."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class ItemVectors(nn.Module):
-    """The learned side of the items: an ID table [V+1, E] and, for a control, a linear map of their text features.
+    """The learned part of the items: an ID table [V+1, E] and, for a control, a linear map of their text features.
 
-    `forward` gives both parts, the second None without features; the encoder says what vectors they make. Row 0 pads.
+    `forward` returns both parts, None for the second without features; `SessionEncoder.item_vectors` combines them.
+    Row 0 is padding.
     """
 
     def __init__(self, items: int, width: int, text_width: int, features_VT: Tensor | None = None) -> None:
@@ -30,20 +32,28 @@ class ItemVectors(nn.Module):
         return self.table.weight, None if self.text is None else self.text(self.features)
 
 
+class Settings(SimpleNamespace):
+    """An encoder's settings: the keys of its section of params.yaml, and two facts about the data."""
+
+    users: int
+    """Users in the training data, numbered from 1 in `batch.user_B`; 0 is any other user."""
+    max_session: int
+    """Clicks of the longest session."""
+
+
 class SessionEncoder(nn.Module):
     """Base of all encoders; an encoder is built as `Encoder(dim, dropout, settings)`.
 
-    `settings` has the keys of its params section, `users` (how many training knows, numbered from 1 in
-    `batch.user_B`; 0 is any other) and `max_session` (the longest session). `forward(batch, vectors_VE)` gives session
-    vectors [B, E]; their inner products with the item vectors rank the items.
+    `forward(batch, vectors_VE)` maps session graphs and item vectors [V+1, E] to session vectors [B, E]. Their inner
+    products with the item vectors rank the items.
     """
 
     config: dict[str, Any]
-    """What it was built from, `dim`, `dropout` and `settings`."""
+    """`dim`, `dropout` and `settings`, from which `build_encoder` makes the same encoder again."""
     reads_users = False
-    """Whether it has something of each user, so that it fits these users alone."""
+    """Whether it has parameters for each user, so that it fits the training users alone."""
     pads = True
-    """Whether it computes at padding, so that a batch is better read in groups of like length."""
+    """Whether it computes at padding, so that a batch is faster in groups of similar length."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -54,11 +64,11 @@ class SessionEncoder(nn.Module):
         raise NotImplementedError
 
     def item_vectors(self, table_VE: Tensor, text_VE: Tensor | None) -> Tensor:
-        """Item vectors as read, scored and exported: ID + linear(text), the text+GNN control's (METHOD)."""
+        """Item vectors [V+1, E] as read, scored and exported: ID vectors, plus the text's linear map in a control."""
         return table_VE if text_VE is None else table_VE + text_VE
 
     def initialise(self, items: ItemVectors) -> None:
-        """First values of the item side and of the encoder: uniform within 1/sqrt(dim), as SR-GNN and GC-SAN."""
+        """Draw the initial values of the items and the encoder: uniform within 1/sqrt(dim), as SR-GNN and GC-SAN."""
         bound = self.dim ** -0.5
         for parameter in [*items.parameters(), *self.parameters()]:
             if parameter.dim() > 1:
@@ -69,24 +79,24 @@ class SessionEncoder(nn.Module):
                 items.text.weight.mul_(0.1)
 
     def loss(self, session_BE: Tensor, vectors_VE: Tensor, target_B: Tensor) -> Tensor:
-        """Summed loss of a batch in training: softmax cross-entropy over all items of the inner products."""
+        """The training loss of a batch, summed: softmax cross-entropy of the inner products over all items."""
         return item_cross_entropy(session_BE, vectors_VE, target_B)
 
     def logits(self, session_BE: Tensor, vectors_VE: Tensor) -> Tensor:
-        """Logits [B, V+1] of the items, of which `loss` takes the softmax: inner products."""
+        """Logits [B, V+1] of all items, whose softmax `loss` takes: inner products."""
         return session_BE @ vectors_VE.T
 
     def readout_parameters(self) -> Iterator[nn.Parameter]:
-        """What `tune.train_encoder=partial` trains."""
+        """The parameters that `tune.train_encoder=partial` trains."""
         raise NotImplementedError
 
 
 def item_cross_entropy(query_RD: Tensor, vectors_VD: Tensor, target_R: Tensor, bias_V: Tensor | None = None
                        ) -> Tensor:
-    """Summed softmax cross-entropy of the targets among all items (row 0 of the vectors is padding and left out).
+    """Summed softmax cross-entropy of the targets [R] over all items; row 0 of the vectors, padding, is left out.
 
-    On a CPU in chunks of 128 targets, so that the logits stay in cache: on two threads and 12,101 items 2.8 times as
-    fast as one product of 1,024 rows, which a GPU prefers.
+    On a CPU it works in chunks of 128 targets, so that the logits stay in cache: on two threads with 12,101 items that
+    is 2.8 times as fast as one product of 1,024 rows. On a GPU one product is faster.
     """
     if query_RD.is_cuda:
         return F.cross_entropy(F.linear(query_RD, vectors_VD, bias_V)[:, 1:], target_R - 1, reduction="sum")
@@ -96,9 +106,9 @@ def item_cross_entropy(query_RD: Tensor, vectors_VD: Tensor, target_R: Tensor, b
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout in a quarter of its time on a CPU, where drawing took 6 to 15% of an encoder's step.
+    """Dropout in a quarter of torch's time on a CPU, where torch's took 6 to 15% of an encoder's step.
 
-    One random number of 64 bits decides over four entries, so `p` is rounded to a multiple of 2^-16.
+    One random number of 64 bits decides on four entries, so `p` is rounded to a multiple of 2^-16.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,8 +116,8 @@ class Dropout(nn.Dropout):
         if not self.training or dropped in (0, 65536) or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
-        kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 32768
-        return x * kept.to(x.dtype).mul_(65536 / (65536 - dropped))
+        survives = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 32768
+        return x * survives.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 class GatedGraph(nn.Module):
@@ -115,8 +125,8 @@ class GatedGraph(nn.Module):
 
     Messages are PyTorch Geometric's `SimpleConv`, sums over clicks its `SumAggregation`: SR-GNN, GC-SAN and NISER train
     at 0.95 to 0.97 of the rate of sums by `embedding_bag` over sorted neighbours (Office, a thread, in turns). Its
-    `GatedGraphConv` has one direction of edges, SR-GNN two, in one GRU cell; its `Batch.from_data_list` takes 32 ms for
-    1,024 sessions, indexing 5 ms (`GraphBatch.flat`), so that batches are ours and `GraphBatch.to_pyg` gives them out.
+    `GatedGraphConv` has one direction of edges, and SR-GNN has two in one GRU cell. Its `Batch.from_data_list` takes
+    32 ms for 1,024 sessions and `GraphBatch.flat` 5 ms, so batches are ours, and `GraphBatch.to_pyg` converts them.
     Deviation: repeated transitions count once, as in the authors' code; the paper (Wu et al. 2019, fig. 2) counts
     occurrences.
     """
@@ -162,8 +172,8 @@ class AttentionBlock(nn.Module):
 
     Deviation: GC-SAN's paper has no layer norm, dropout, residual around the attention, output projection or wider
     inner layer here; its public re-implementations (RecBole) do, and train better. With `last_B` only the query of
-    that click is computed, which is all the readout needs. A `causal` block lets a click see none that follow it; what
-    it gives at padded positions has no meaning.
+    that click is computed, which is all the readout needs. In a `causal` block no click attends to later ones, and the
+    outputs at padding have no meaning.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, *, causal: bool = False, attention_dropout: float = 0.0,
@@ -180,16 +190,16 @@ class AttentionBlock(nn.Module):
 
     def attended(self, x_BSD: Tensor, mask_BS: Tensor, last_B: Tensor | None) -> Tensor:
         """Self-attention, dropout, residual and layer norm: [B, S, D], or [B, 1, D] for the click `last_B` alone."""
-        asked = x_BSD if last_B is None else at(x_BSD, last_B)[:, None]
+        queried = x_BSD if last_B is None else at(x_BSD, last_B)[:, None]
         split = (len(x_BSD), -1, self.heads, x_BSD.shape[2] // self.heads)
         key, value = (t.reshape(split).transpose(1, 2) for t in self.key_value(x_BSD).chunk(2, -1))
-        query = self.query(asked).view(split).transpose(1, 2)
+        query = self.query(queried).view(split).transpose(1, 2)
         triangle = self.causal and last_B is None  # padding follows the clicks, so the triangle hides it too
         attended = F.scaled_dot_product_attention(
             query, key, value, None if triangle else mask_BS[:, None, None],
             dropout_p=self.attention_dropout if self.training else 0.0, is_causal=triangle)
         attended = self.out(attended.transpose(1, 2).flatten(2))
-        return self.norm_attention(asked + self.dropout(attended))
+        return self.norm_attention(queried + self.dropout(attended))
 
     def fed(self, x: Tensor) -> Tensor:
         """The feed-forward layer, dropout, residual and layer norm: [B, any, D] -> the same."""
@@ -197,7 +207,7 @@ class AttentionBlock(nn.Module):
 
 
 def clicked(h_BND: Tensor, batch: GraphBatch) -> Tensor:
-    """The node state of every click [B, S, D]; at padding that of some node, to be masked."""
+    """The node state of every click [B, S, D]; at padding the state of some node, to be masked."""
     return h_BND.gather(1, batch.alias_BS[..., None].expand(-1, -1, h_BND.shape[2]))
 
 

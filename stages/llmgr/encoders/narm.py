@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, at
+from llmgr.encoders.layers import Dropout, ItemVectors, SessionEncoder, Settings, at
 from llmgr.sessions.graphs import GraphBatch
 
 
 class Narm(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         hidden = settings.hidden
         self.dropout, self.session_dropout = Dropout(dropout), Dropout(settings.session_dropout)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, SoftAttention
+from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, Settings, SoftAttention
 from llmgr.sessions.graphs import GraphBatch
 
 
@@ -21,7 +20,7 @@ class Niser(SessionEncoder):
 
     pads = False
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.sigma = settings.sigma
         self.dropout = Dropout(dropout)

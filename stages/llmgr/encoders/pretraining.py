@@ -1,4 +1,4 @@
-"""Pretraining of an encoder or control: next-item prediction over all prefixes, at the learning rate that suits it."""
+"""Pretraining of an encoder or control: next-item prediction over all prefixes, at the best learning rate."""
 from __future__ import annotations
 
 import time
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.encoders.registry import EncoderWithItems, build_with_items, family, save_with_items
+from llmgr.params.encoders import EncoderTraining
 from llmgr.params.loading import flat
+from llmgr.params.schema import Params
 from llmgr.ranking.loop import Score, rank_sessions
 from llmgr.ranking.metrics import metrics
 from llmgr.runtime.artifacts import load_tensors, write_json
@@ -24,7 +26,7 @@ from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.vectors import principal_components, shuffled
 from llmgr.training.engine import finish
-from llmgr.training.job import Loss, Progress
+from llmgr.training.job import Loss, Progress, Settings
 from llmgr.training.precision import arithmetic, device_of
 from llmgr.training.rates import fit_best_rate
 
@@ -32,9 +34,8 @@ if TYPE_CHECKING:
     from llmgr.encoders.layers import SessionEncoder
 
 
-
-def with_rate(training: Any, lr: float | str) -> types.SimpleNamespace:
-    """`encoder.training` as the engine reads it, its `rates` those to choose among: `lr` alone, or all for `auto`."""
+def with_rate(training: EncoderTraining, lr: float | str) -> Settings:
+    """The encoder.training section with a rate; its `rates` are those to choose from: `lr`, or all for `auto`."""
     rates = training.rates if lr == "auto" else [lr]
     return types.SimpleNamespace(**vars(training) | {"rates": rates, "lr": rates[0]})
 
@@ -43,19 +44,19 @@ PIECE = 512  # sessions that an encoder without padding reads at a time, so that
 CHUNK = 128  # rows of logits formed at a time, so that they stay in cache
 
 
-def pretrain(params: Any, files: Layout, name: str, offset: Callable[[Sessions], nn.Module] | None = None) -> None:
-    """Train the encoder or control `name` into its folder of `files`, with its records.
+def pretrain(params: Params, files: Layout, name: str, offset: Callable[[Sessions], nn.Module] | None = None) -> None:
+    """Train the encoder or control `name`, and write it, its metrics, curves and cost to their places in `files`.
 
-    `offset` makes, from the training sessions, what is added to the logits (see `EncoderWithItems.offset`). UserError
-    as `fit`, and where the sessions are of another catalogue.
+    `offset` makes, from the training sessions, the module `EncoderWithItems.offset`. UserError as `fit`, and where the
+    sessions are of another catalogue.
     """
     base, text = family(name)
     if (text == "linear") != (offset is not None):
         raise UserError(f"{name} is not trained here: run stages/linear.py --encoder {base}")
     resume = resume_folder(f"pretrain-{name}", flat(params), [*inputs(files, text),
                                                               *([files.items] if offset else [])])
-    train, valid = sessions_here(params, files)
-    model = built(params, files, name, train)
+    train, valid = load_sessions(params, files)
+    model = new_encoder(params, files, name, train)
     settings = with_rate(params.encoder.training,
                          getattr(params.encoder, base).lr if text == "none" else params.encoder.text_lr)
     started = time.monotonic()
@@ -72,17 +73,17 @@ def pretrain(params: Any, files: Layout, name: str, offset: Callable[[Sessions],
 
 
 def inputs(files: Layout, text: str) -> list[Path]:
-    """What decides a training beside parameters and code; `text` as in `family`."""
+    """The files that a training reads; `text` as in `family`."""
     return [files.sessions("train"), files.sessions("valid"), *([files.item_vectors] if text != "none" else [])]
 
 
-def sessions_here(params: Any, files: Layout) -> tuple[Sessions, Sessions]:
-    """Training and validation sessions on the GPU, if there is one."""
+def load_sessions(params: Params, files: Layout) -> tuple[Sessions, Sessions]:
+    """The training and the validation sessions, on the GPU where there is one."""
     return tuple(read_split(files, split, params.data.max_session)[0].to(device_of()) for split in ("train", "valid"))
 
 
-def built(params: Any, files: Layout, name: str, train: Sessions) -> EncoderWithItems:
-    """The untrained encoder `name` with its items, drawn by the seed, where `train` is."""
+def new_encoder(params: Params, files: Layout, name: str, train: Sessions) -> EncoderWithItems:
+    """The untrained encoder `name` with its items, drawn by the seed, on the device of `train`."""
     _, text = family(name)
     features = None
     if text != "none":
@@ -96,7 +97,7 @@ def built(params: Any, files: Layout, name: str, train: Sessions) -> EncoderWith
 
 
 def outcome(progress: Progress) -> dict[str, Any]:
-    """A training in figures: passes, loss and validation metrics of the best one."""
+    """The figures of a finished training: its epochs, and the loss and validation metrics of the best one."""
     best = progress.epoch_rows[progress.best_epoch]
     return {"best_epoch": progress.best_epoch, "epochs": progress.epoch, "train_loss": best["train_loss"],
             "valid": {key.removeprefix("valid_"): best[key] for key in best if key.startswith("valid_")}}
@@ -105,14 +106,14 @@ def outcome(progress: Progress) -> dict[str, Any]:
 class EncoderJob:
     """Cross-entropy over all items of every prefix's next item, or the encoder's own loss; NDCG@20 selects.
 
-    Batches are random over all lengths. Batches of like length would need no padding, but their gradients are of short
-    or of long sessions alone: on Office, 38 batches, GRU4Rec ended 18% lower in NDCG@20.
+    A batch mixes sessions of all lengths. Batches of similar length would need no padding, but their gradients would be
+    of short or of long sessions alone: on Office, with 38 batches an epoch, GRU4Rec ended 18% lower in NDCG@20.
     """
 
     selects = "valid_ndcg_at_20"
 
-    def __init__(self, model: EncoderWithItems, train: Sessions, valid: Sessions, settings: Any, dtype: torch.dtype
-                 ) -> None:
+    def __init__(self, model: EncoderWithItems, train: Sessions, valid: Sessions, settings: EncoderTraining,
+                 dtype: torch.dtype) -> None:
         self.model, self.train, self.valid, self.settings, self.dtype = model, train, valid, settings, dtype
         self.length = train.length.cpu()
 
@@ -140,7 +141,7 @@ class EncoderJob:
         return Loss(total, len(micro), 0)
 
     def _loss_with_offset(self, session_BD: Tensor, vectors_VD: Tensor, samples_B: Tensor) -> Tensor:
-        """Summed cross-entropy of the logits with the offset, so that they are formed."""
+        """Summed cross-entropy of the logits plus the offset, CHUNK rows at a time."""
         total = session_BD.new_zeros(())
         for session_CD, samples_C in zip(session_BD.split(CHUNK), samples_B.split(CHUNK)):
             logits_CV = self.model.encoder.logits(session_CD, vectors_VD)
@@ -151,15 +152,15 @@ class EncoderJob:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         vectors_VD = self.model.vectors()
-        kept = rank_sessions(scoring(self.model.encoder, vectors_VD, self.valid, self.model.offset), self.valid,
+        ranks = rank_sessions(scoring(self.model.encoder, vectors_VD, self.valid, self.model.offset), self.valid,
                              self.settings.batch_size)
-        found = metrics(kept)
-        return {f"valid_{name}": found[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
+        figures = metrics(ranks)
+        return {f"valid_{name}": figures[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}
 
 
 def scoring(encoder: SessionEncoder, vectors_VD: Tensor, sessions: Sessions, offset: nn.Module | None = None
             ) -> Score:
-    """Scores [B, V+1] of samples [B] by an encoder, plus the offset where there is one."""
+    """The encoder as a score: samples [B] to scores [B, V+1], plus the offset where there is one."""
     if offset is None:
         return lambda samples: encoder(sessions.graphs(samples), vectors_VD) @ vectors_VD.T
     return lambda samples: encoder.logits(encoder(sessions.graphs(samples), vectors_VD), vectors_VD) + offset(

@@ -12,20 +12,19 @@ all as in RecBole. RecBole counts positions from the first click.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder
+from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder, Settings
 from llmgr.sessions.graphs import GraphBatch
 
 
 class Sasrec(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.position = nn.Embedding(settings.max_session, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)

@@ -6,12 +6,11 @@ with its last click (equations 6 and 7); scores are inner products with the item
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, SoftAttention
+from llmgr.encoders.layers import Dropout, GatedGraph, SessionEncoder, Settings, SoftAttention
 from llmgr.sessions.graphs import GraphBatch
 
 
@@ -24,7 +23,7 @@ class Srgnn(SessionEncoder):
 
     pads = False
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.dropout = Dropout(dropout)
         self.graph = nn.ModuleList(GatedGraph(dim) for _ in range(settings.gnn_layers))

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmgr.encoders.layers import Dropout, SessionEncoder, at
+from llmgr.encoders.layers import Dropout, SessionEncoder, Settings, at
 from llmgr.sessions.graphs import GraphBatch
 
 
 class Stamp(SessionEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
-    def __init__(self, dim: int, dropout: float, settings: Any) -> None:
+    def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
         super().__init__(dim)
         self.dropout = Dropout(dropout)
         self.of_item, self.of_last = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)

@@ -19,7 +19,7 @@ from llmgr.runtime.layout import Layout
 from llmgr.sessions.clicks import last_clicks
 from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
-from llmgr.text.vectors import likeness, principal_components
+from llmgr.text.vectors import click_similarity, principal_components
 from llmgr.text.words import catalogue_words
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def text_knn(files: Layout, text_dim: int, decay: float, device: torch.device) -
 
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
-            return likeness(sessions, samples, vectors, decay)
+            return click_similarity(sessions, samples, vectors, decay)
 
         return score
 

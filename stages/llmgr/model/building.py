@@ -14,7 +14,7 @@ from llmgr.model.ranker import Ranker
 from llmgr.prior.weighted_sum import Prior
 from llmgr.runtime.layout import Layout
 from llmgr.text.items import item_texts, texts_shuffled
-from llmgr.text.words import catalogue_words, most_alike
+from llmgr.text.words import catalogue_words, most_similar
 
 NEIGHBOURS, TEMPERATURE = 10, 0.1  # text smoothing: items that share a target's weight, how sharply by their likeness
 
@@ -48,4 +48,4 @@ def text_smoothing(params: Any, files: Layout) -> TextSmoothing | None:
     if not share:
         return None
     words = catalogue_words(files.items, texts_shuffled(params))
-    return TextSmoothing(share, *most_alike(words, NEIGHBOURS, TEMPERATURE))
+    return TextSmoothing(share, *most_similar(words, NEIGHBOURS, TEMPERATURE))

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -51,8 +51,8 @@ class Params:
                             f"not told from each other: set more than data.max_session={self.data.max_session}")
         return self
 
-    def view(self, keys: Sequence[str]) -> Any:
-        """The parameters under `keys` (`seed`, `tune`, `data.max_session`) and no others, by attribute."""
+    def view(self, keys: Sequence[str]) -> Params:
+        """The parameters under `keys` (`seed`, `tune`, `data.max_session`); reading another is an AttributeError."""
         result = types.SimpleNamespace()
         for key in keys:
             *parents, leaf = key.split(".")

@@ -1,7 +1,7 @@
-"""The base trained without a part of the users, and its scores of training sessions whose user it has not met.
+"""Cross-fitting: the base is trained without each part of the users, and scores the training sessions of that part.
 
-A model's scores of the sessions that it was trained on say what it remembers, not what it knows: whatever is fitted to
-them trusts it too much. Cross-fitted scores (stacked generalisation, Wolpert 1992) mend that.
+A model's scores of its own training sessions are too good, and a model that is fitted to them would trust them too
+much. Cross-fitted scores (stacked generalisation, Wolpert 1992) avoid that.
 """
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import copy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from llmgr.encoders.pretraining import EncoderJob, built, inputs, outcome, sessions_here, with_rate
+from llmgr.encoders.pretraining import EncoderJob, inputs, load_sessions, new_encoder, outcome, with_rate
 from llmgr.encoders.registry import family, load_encoder
 from llmgr.params.derived import cross_fits
 from llmgr.params.loading import flat
+from llmgr.params.schema import Params
 from llmgr.runtime.artifacts import load_tensors, read_json, replacing_folder, save_tensors, write_json
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
@@ -37,17 +38,18 @@ READ = 1024  # sessions that an encoder reads at a time
 
 
 def fold_of(users: int, folds: int, seed: int) -> Tensor:
-    """Which of the folds, from 0, each user's sessions are left out of, [users + 1]; -1 for user 0, a stranger."""
+    """The fold, from 0, that each user belongs to [users + 1]; -1 for user 0, who is not in the training data."""
     fold = torch.randperm(users, generator=torch.Generator().manual_seed(seed)) % folds
     return torch.cat((torch.tensor([-1]), fold))
 
 
-def train_folds(params: Any, files: Layout) -> None:
-    """Train the base of `files.embeddings` without each of `tune.folds` parts of the users into `files.folds`.
+def train_folds(params: Params, files: Layout) -> None:
+    """Train the base of `files.embeddings` without each of `tune.folds` parts of the users; write them to
+    `files.folds`.
 
-    The folder says so and no more where there are none, or where the base cannot be trained so. The learning rate is
-    the base's, and the best pass is chosen on all validation sessions, as the base's. UserError as `fit`, and where
-    there are more folds than users.
+    Without folds, or with a base that cannot be cross-fitted, the folder holds only a config.json that says so. The
+    learning rate is the base's, and the best epoch is chosen on all validation sessions, as the base's. UserError as
+    `fit`, and where there are more folds than users.
     """
     path = files.embeddings / "config.json"
     config = read_json(path)
@@ -57,7 +59,7 @@ def train_folds(params: Any, files: Layout) -> None:
         base, text = family(name)
         setattr(params.encoder, base, SimpleNamespace(**config["settings"]))
         resume = resume_folder("folds", flat(params), [path, *inputs(files, text)])
-        train, valid = sessions_here(params, files)
+        train, valid = load_sessions(params, files)
         settings = with_rate(params.encoder.training, config["settings"]["lr"])
         users = int(train.user.max())
         if folds > users:
@@ -65,9 +67,9 @@ def train_folds(params: Any, files: Layout) -> None:
         fold_U = fold_of(users, folds, params.seed)
     for fold in range(folds):
         say(f"fold {fold + 1} of {folds}")
-        model = built(params, files, name, train)
-        kept = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
-        job = EncoderJob(model, train.subset(kept), valid, settings, arithmetic(settings.precision))
+        model = new_encoder(params, files, name, train)
+        rows = (fold_U[train.user[train.row].cpu()] != fold).nonzero()[:, 0].to(train.row.device)
+        job = EncoderJob(model, train.subset(rows), valid, settings, arithmetic(settings.precision))
         ends.append(fit(job, settings, seed=params.seed, resume=resume / str(fold + 1),
                         name=f"{name} without fold {fold + 1}"))
         models.append(model)
@@ -85,13 +87,14 @@ def train_folds(params: Any, files: Layout) -> None:
 
 
 class CrossFitted:
-    """The base's scores of all items: of a training session by the base that was trained without its user.
+    """The base's scores of all items; a training session is scored by the base that was trained without its user.
 
-    Any other session is scored by the base that was trained on all, which knows more and has not met its target.
+    Any other session is scored by the base that was trained on all users: it knows more, and was not trained on that
+    session's target.
     """
 
-    def __init__(self, params: Any, files: Layout, items: int, device: torch.device) -> None:
-        """Load the base and its folds; UserError where the folds are of another base, catalogue or seed."""
+    def __init__(self, params: Params, files: Layout, items: int, device: torch.device) -> None:
+        """Load the base and its folds; UserError where the folds belong to another base, catalogue or seed."""
         encoder, vectors = load_encoder(files.embeddings, items)
         self.whole = (encoder.to(device).eval(), vectors.to(device))
         self.folder = files.folds
@@ -118,18 +121,18 @@ class CrossFitted:
         return encoder.eval(), own.to(vectors.device)
 
     def shifts(self, count_V: Tensor) -> list[Tensor]:
-        """What takes the base's item vectors to those of each fold [V+1, E], turned so that they agree best.
+        """Each fold's item vectors less the base's [V+1, E], after a rotation that aligns the fold with the base.
 
-        Trainings end in spaces of their own; the rotation that brings one onto the other is that of Schoenemann (1966,
-        orthogonal Procrustes), an item weighing by how often it is a target, `count_V` [V+1].
+        Every training ends in a vector space of its own. The rotation is the orthogonal Procrustes solution
+        (Schoenemann 1966); an item's weight is how often it is a target, `count_V` [V+1].
         """
         vectors = self.whole[1]
         weight = count_V[1:, None].to(vectors.device)
-        found = []
+        shifts = []
         for _, own in self.folds:
             left, _, right = torch.linalg.svd((own[1:] * weight).T @ vectors[1:])
-            found.append(own @ (left @ right) - vectors)
-        return found
+            shifts.append(own @ (left @ right) - vectors)
+        return shifts
 
     @torch.no_grad()
     def __call__(self, sessions: Sessions, samples: Tensor, trained: bool) -> Tensor:
@@ -148,7 +151,7 @@ class CrossFitted:
         return scores
 
     def _read(self, sessions: Sessions) -> tuple[Tensor, Tensor]:
-        """Session vectors of all training samples, each by its fold's encoder [N, E], and the folds [N] on the CPU."""
+        """The session vectors of all training samples by the encoders of their folds [N, E], and their folds [N]."""
         if int(sessions.user.max()) != self.users:
             raise UserError(f"{self.folder} was trained for other users than the sessions have: run `dvc repro` to "
                             "train it anew")

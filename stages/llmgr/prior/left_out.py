@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmgr.params.checks import check_pairs
+from llmgr.params.training import Slit
 from llmgr.runtime.console import during, say
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
@@ -25,13 +25,14 @@ BLOCK = 256  # training prefixes whose users are left out at a time
 
 
 class LeftOut:
-    """SLIT that scores a session as if that user's own training prefixes had not been fitted, exactly.
+    """SLIT that scores a session exactly as if that user's own training prefixes had not been fitted.
 
-    With A = S'S + ridge, B as in `Slit` and the user's own rows S_u and T_u of S and T, what is fitted without them
-    scores clicks c as (c + w S_u) B - w T_u, w = c A^-1 S_u' (1 - S_u A^-1 S_u')^-1 (the downdate of Sherman, Morrison
-    and Woodbury). So a training prefix, a validation and a test session are all scored by what others clicked, and what
-    learns beside these scores meets them in training as it will in use; a stranger, user 0, has no rows. Forms B and
-    A^-1: memory grows with V squared. UserError where that is too much, or the ridge too small.
+    With A = S'S + ridge, B as in `Slit`, and the user's rows S_u and T_u of S and T, the model that is fitted without
+    these rows scores clicks c as (c + w S_u) B - w T_u, where w = c A^-1 S_u' (1 - S_u A^-1 S_u')^-1 (the downdate of
+    Sherman, Morrison and Woodbury). So training, validation and test sessions are all scored by what other users
+    clicked, and a model that trains beside these scores sees the same kind of scores in training as in use. User 0, who
+    is not in the training data, has no rows. Forms B and A^-1, so memory grows with V squared. UserError where that
+    does not fit, or where the ridge is too small.
     """
 
     def __init__(self, train: Sessions, ridge: float, decay: float, words: csr_array | None, text_share: float,
@@ -60,38 +61,39 @@ class LeftOut:
         self.prepared: WeakKeyDictionary[Sessions, tuple[csr_array, csr_array, csr_array]] = WeakKeyDictionary()
         self.moved: dict[torch.device, Tensor] = {}
 
-    def __call__(self, sessions: Sessions, samples: Tensor, place: torch.device | None = None
+    def __call__(self, sessions: Sessions, samples: Tensor, device: torch.device | None = None
                  ) -> tuple[Tensor, coo_array]:
-        """Scores [R, V+1] of samples [R] at `place`, and how often every item is a target of the same user, [R, V+1].
+        """Scores of samples [R] on `device`, and how often each item is a target of the sample's user; both [R, V+1].
 
-        What is left out is found for all samples when sessions are first met.
+        The first call with some sessions prepares all of their samples.
         """
         if sessions not in self.prepared:
             self.prepared[sessions] = self._prepare(sessions)
-        clicks, told, own = (table[samples.cpu().numpy()] for table in self.prepared[sessions])
-        if place is None or place.type == "cpu":
+        clicks, own_scores, own_targets = (table[samples.cpu().numpy()] for table in self.prepared[sessions])
+        if device is None or device.type == "cpu":
             scores = torch.from_numpy(clicks @ self.matrix)
         else:
-            scores = self._product(clicks, place)
-        told = coo_array(told)
-        row, column, often = (torch.from_numpy(part).to(scores.device) for part in (told.row, told.col, told.data))
+            scores = self._product(clicks, device)
+        own_scores = coo_array(own_scores)
+        row, column, often = (torch.from_numpy(part).to(scores.device)
+                              for part in (own_scores.row, own_scores.col, own_scores.data))
         scores[row.long(), column.long()] -= often
-        return scores, coo_array(own)
+        return scores, coo_array(own_targets)
 
     def solved(self, clicks: csr_array) -> Tensor:
-        """As `Slit.solved`, by the inverse: columns [V+1, B] of the rows of `clicks`, every user's rows fitted."""
+        """As `Slit.solved`, by the inverse and with all users fitted: columns [V+1, B] of the rows of `clicks`."""
         return torch.from_numpy(np.ascontiguousarray((clicks.astype(np.float32) @ self.inverse).T))
 
-    def _product(self, clicks: csr_array, place: torch.device) -> Tensor:
+    def _product(self, clicks: csr_array, device: torch.device) -> Tensor:
         """`clicks @ matrix` on a GPU, which keeps a copy of the matrix: rows weighted and summed."""
-        if place not in self.moved:
-            self.moved[place] = torch.from_numpy(self.matrix).to(place)
-        item, start, weight = (torch.from_numpy(part).to(place) for part in (clicks.indices, clicks.indptr[:-1],
+        if device not in self.moved:
+            self.moved[device] = torch.from_numpy(self.matrix).to(device)
+        item, start, weight = (torch.from_numpy(part).to(device) for part in (clicks.indices, clicks.indptr[:-1],
                                                                               clicks.data))
-        return F.embedding_bag(item.long(), self.moved[place], start.long(), mode="sum", per_sample_weights=weight)
+        return F.embedding_bag(item.long(), self.moved[device], start.long(), mode="sum", per_sample_weights=weight)
 
     def _prepare(self, sessions: Sessions) -> tuple[csr_array, csr_array, csr_array]:
-        """For all samples c + w S_u, w T_u and the sum of the rows of T_u, each [samples, V+1]."""
+        """c + w S_u, w T_u and the sum of the rows of T_u of all samples, each [samples, V+1]."""
         clicks = prefix_clicks(sessions, self.decay, self.items).astype(np.float32)
         user = sessions.user[sessions.row].cpu().numpy()
         order = np.argsort(user, kind="stable")
@@ -99,7 +101,8 @@ class LeftOut:
         fresh = np.diff(user[order], prepend=-1) > 0
         block = np.cumsum(np.where(fresh, count, 0) + 1) // BLOCK
         block = block[np.maximum.accumulate(np.where(fresh, np.arange(len(user)), 0))]  # a user's are not divided
-        parts = [self._weights(clicks, user, asked) for asked in np.split(order, np.flatnonzero(np.diff(block)) + 1)]
+        blocks = np.split(order, np.flatnonzero(np.diff(block)) + 1)
+        parts = [self._weights(clicks, user, samples) for samples in blocks]
         weight, row, column = map(np.concatenate, zip(*parts))
         shape = (len(user), self.clicks.shape[0])
         weights = csr_array((weight, (row, column)), shape=shape)
@@ -107,25 +110,25 @@ class LeftOut:
         return csr_array(clicks + weights @ self.clicks), csr_array(weights @ self.targets), csr_array(
             same @ self.targets)
 
-    def _weights(self, clicks: csr_array, user: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, ...]:
-        """w of the samples `asked` with their places: sample and training row."""
-        users = np.unique(user[asked])
+    def _weights(self, clicks: csr_array, user: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The nonzero weights w of `samples`, and where they stand: the sample and the training row of each."""
+        users = np.unique(user[samples])
         own = np.concatenate([np.arange(self.first[u], self.first[u + 1]) for u in users])
         whose = np.repeat(users, self.first[users + 1] - self.first[users])
-        rows, ours = self.clicks[own], clicks[asked]
+        rows, ours = self.clicks[own], clicks[samples]
         columns = np.unique(np.concatenate((rows.indices, ours.indices)))
         rows, ours = rows[:, columns], ours[:, columns]
         reach = (rows @ self.inverse[np.ix_(columns, columns)]).T
         among = np.where(whose[:, None] == whose, rows @ reach, 0)
-        same = user[asked][:, None] == whose
+        same = user[samples][:, None] == whose
         left = np.eye(len(own), dtype=np.float32) - among
         weight = np.linalg.solve(left, np.where(same, ours @ reach, 0).T).T.astype(np.float32)
         row, column = same.nonzero()
-        return weight[row, column], asked[row], own[column]
+        return weight[row, column], samples[row], own[column]
 
 
-def left_out(slit: Any, files: Layout, train: Sessions, shuffle: int | None = None) -> LeftOut:
-    """The linear model of the catalogue and its training sessions, as the slit section has it.
+def left_out(slit: Slit, files: Layout, train: Sessions, shuffle: int | None = None) -> LeftOut:
+    """`LeftOut` of the training sessions over the catalogue, with the settings of the slit section.
 
     `shuffle` as in `catalogue_words`.
     """

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmgr.params.schema import Params
 from llmgr.prior.cross_fitting import fold_of
 from llmgr.runtime.artifacts import load_tensors, read_json, rounded
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
-from llmgr.text.vectors import likeness
+from llmgr.text.vectors import click_similarity
 
 if TYPE_CHECKING:
     from llmgr.sessions.tensors import Sessions
 
 
-def made_of(params: Any, files: Layout) -> dict[str, Any]:
-    """What a tower's folder must have been made with, as its config.json keeps it."""
+def made_of(params: Params, files: Layout) -> dict[str, Any]:
+    """The settings that a tower depends on, as its config.json records them."""
     return rounded({"enabled": params.tower.enabled, "encoder": params.tower.encoder, "folds": params.tune.folds,
                     "seed": params.seed, "decay": params.tower.decay, "texts": params.model.texts,
                     "weights": params.model.weights,
@@ -25,10 +26,10 @@ def made_of(params: Any, files: Layout) -> dict[str, Any]:
 
 
 class Tower:
-    """The tower's scores of all items: of a training session by the one that was tuned without its user."""
+    """The text tower's scores of all items; a training session is scored by the tower tuned without its user."""
 
-    def __init__(self, params: Any, files: Layout, items: int, device: torch.device) -> None:
-        """Load the item vectors; UserError where it is of other folds, texts, weights, seed or another catalogue."""
+    def __init__(self, params: Params, files: Layout, items: int, device: torch.device) -> None:
+        """Load the item vectors; UserError where they were made with other settings or for another catalogue."""
         self.folder = files.tower
         config = read_json(files.tower / "config.json")
         for key, value in made_of(params, files).items():
@@ -45,12 +46,12 @@ class Tower:
         self.fold_U = fold_of(self.users, config["folds"], config["seed"]) if config["folds"] else None
 
     def __call__(self, sessions: Sessions, samples: Tensor, trained: bool) -> Tensor:
-        """Scores [R, V+1] of samples [R], of unit scale; `trained` where the tower was tuned on these sessions.
+        """Scores [R, V+1] of samples [R], scaled to a mean square of 1; `trained` if it was tuned on the sessions.
 
-        UserError where they have other users than those that it was tuned on.
+        UserError where the users are not those that it was tuned on.
         """
         if not trained:
-            return likeness(sessions, samples, self.vectors[0], self.decay) * self.scale
+            return click_similarity(sessions, samples, self.vectors[0], self.decay) * self.scale
         if int(sessions.user.max()) != self.users:
             raise UserError(f"{self.folder} was tuned on other users than the sessions have: run `dvc repro` to make "
                             "it anew")
@@ -58,5 +59,5 @@ class Tower:
         scores = self.vectors[0].new_empty(len(samples), len(self.vectors[0]))
         for fold in fold_R.unique().tolist():
             at = (fold_R == fold).nonzero()[:, 0].to(samples.device)
-            scores[at] = likeness(sessions, samples[at], self.vectors[1 + fold], self.decay) * self.scale
+            scores[at] = click_similarity(sessions, samples[at], self.vectors[1 + fold], self.decay) * self.scale
         return scores

@@ -1,7 +1,5 @@
-"""The prior: what LLMGR's logits start from, a weighted sum of scores of models without a prompt."""
+"""The prior: a weighted sum of the scores of models without a prompt, to which LLMGR's logits are added."""
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmgr.params.derived import cross_fits
+from llmgr.params.schema import Params
 from llmgr.prior.cross_fitting import CrossFitted
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
@@ -20,17 +19,17 @@ from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
 
 BANDS = (1, 2, 3, 5, 10, 20, 50)  # lower ends: how often an item was a target
-FITTED = 2048  # training prefixes that the weights are fitted to; twice as many with a base's scores
+FITTED = 2048  # training prefixes for the fit of the weights; twice as many with a base's scores
 
 
 class Prior(nn.Module):
-    """What `LeftOut` says of every item, weighted by how often the item is a target of other users.
+    """Logits a[band] s + b[band] + c [clicked] + d[band] base + e[band] tower of all items.
 
-    Logits a[band] s + b[band] + c [clicked], to which LLMGR or a control adds its own, so that it learns what a linear
-    model of clicks and words leaves open. With a `base` (`llmgr.prior.cross_fitting.CrossFitted`: a
-    training session's scores are of one that has not met its user either) the logits have d[band] times its scores,
-    too, and with a `tower` (`llmgr.prior.tower.Tower`, likewise) e[band] times those. a to e learn with it, from the
-    values that fit training prefixes best.
+    s are the scores of `LeftOut`; `base` (`CrossFitted`) and `tower` (`Tower`) are optional. None of them was trained
+    on the user of a training session that it scores. The band of an item is how often it is a target of other users;
+    [clicked] is 1 for the items of the session. LLMGR or a control adds its own logits, so that it learns what the
+    prior leaves open. The weights a to e start at the best fit to training prefixes (`fit`) and then train with the
+    model.
     """
 
     def __init__(self, model: LeftOut, base: CrossFitted | None = None, tower: Tower | None = None) -> None:
@@ -47,15 +46,15 @@ class Prior(nn.Module):
             self.tower_weight = nn.Parameter(torch.zeros(len(BANDS) + 1))
 
     def forward(self, sessions: Sessions, samples: Tensor, trained: bool = False) -> Tensor:
-        """Logits [R, V+1] of samples [R]; `trained` where the sessions are those that are learned from."""
+        """Logits [R, V+1] of samples [R]; `trained` if they are training sessions."""
         return self._weighted(*self._read(sessions, samples, trained))
 
     def _read(self, sessions: Sessions, samples: Tensor, trained: bool) -> tuple[Tensor | None, ...]:
-        """Scores [R, V+1], those of base and tower; place, band of items that the user's own targets hold; clicked
-        [R, N]."""
-        place = self.count.device
-        scores, own = self.model(sessions, samples, place)
-        row, item, often = (torch.from_numpy(part).to(place) for part in (own.row, own.col, own.data))
+        """The arguments of `_weighted`: three scores [R, V+1]; the row, item and band of each item that is a target of
+        the sample's own user; and the clicked items [R, N]."""
+        device = self.count.device
+        scores, own = self.model(sessions, samples, device)
+        row, item, often = (torch.from_numpy(part).to(device) for part in (own.row, own.col, own.data))
         band = torch.bucketize(self.count[item.long()] - often, self.edges, right=True)
         others = [None if part is None else part(sessions, samples, trained) for part in (self.base, self.tower)]
         return (scores * self.scale, *others, row.long(), item.long(), band, sessions.graphs(samples).nodes_BN)
@@ -73,9 +72,9 @@ class Prior(nn.Module):
         return logits.index_put((row, item), own).scatter_add(1, nodes, self.clicked.expand(nodes.shape))
 
     def fit(self, train: Sessions, seed: int, recency: float = 1.0) -> None:
-        """Fit a to e alone to training prefixes drawn by `seed`: a convex problem.
+        """Fit only the weights a to e, to training prefixes that `seed` draws: a convex problem.
 
-        Below 1, `recency` has them drawn with repetition, by the weights of `Sessions.recency`.
+        With `recency` below 1 they are drawn with repetition, by the weights of `Sessions.recency`.
         """
         number, generator = FITTED if self.base is None else 2 * FITTED, torch.Generator().manual_seed(seed)
         if recency == 1:
@@ -93,12 +92,13 @@ class Prior(nn.Module):
             fit(list(self.parameters()), losses, read)
 
 
-def build_prior(params: Any, files: Layout, train: Sessions | None, device: torch.device, formed: LeftOut | None = None
-                ) -> Prior:
-    """The linear model of the training sessions, and with `tune.folds` the base's scores, and with a tower its scores,
-    weighted; yet to be fitted.
+def build_prior(params: Params, files: Layout, train: Sessions | None, device: torch.device,
+                formed: LeftOut | None = None) -> Prior:
+    """The prior of the training sessions, not fitted yet: with the base's scores under `tune.folds`, and with the
+    tower's where it is enabled.
 
-    `params` has the seed and the model, tune, tower and slit sections; what is `formed` already needs no sessions.
+    Reads the seed and the model, tune, tower and slit sections of `params`. `formed` is a `LeftOut` that exists
+    already; then `train` can be None.
     """
     model = left_out(params.slit, files, train, texts_shuffled(params)) if formed is None else formed
     divided = params.tune.folds and cross_fits(read_json(files.embeddings / "config.json")["name"])

@@ -3,23 +3,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmgr.runtime.artifacts import read_table
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def texts_shuffled(params: Any) -> int | None:
-    """What deals the texts to other items under `model.texts=shuffled`, None where they stay."""
+    from llmgr.params.schema import Params
+
+
+def texts_shuffled(params: Params) -> int | None:
+    """The seed that shuffles the texts among the items under `model.texts=shuffled`, else None."""
     return params.seed if params.model.texts == "shuffled" else None
 
 
 def token_table(ids: list[list[int]], longest: int) -> tuple[Tensor, Tensor]:
-    """The first `longest` token ids of every text, padded [V+1, longest], and how many each has [V+1]; row 0 is empty.
+    """The first `longest` token ids of every text, padded [V+1, longest], and their number [V+1]; row 0 is empty.
 
-    Tokenizers leave a text whole where `longest` is less than their own opening and closing tokens.
+    It cuts what the tokenizer did not: one whose own opening and closing tokens exceed `longest` cuts nothing.
     """
     ids = [row[:longest] for row in ids]
     count_V = torch.tensor([0, *map(len, ids)])
@@ -29,12 +34,13 @@ def token_table(ids: list[list[int]], longest: int) -> tuple[Tensor, Tensor]:
     return token_VL, count_V
 
 
-def token_ids(tokenizer: Any, texts: list[str], longest: int | None, special: bool) -> list[list[int]]:
-    """The first `longest` token ids of item texts (None: all), with the tokenizer's own around them if `special`.
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int | None, special: bool
+              ) -> list[list[int]]:
+    """The first `longest` token ids of each text (None: all), with opening and closing tokens if `special`.
 
-    A text is text: what reads like one of the tokenizer's special tokens (`</s>`, `<|endoftext|>`) gets a space behind
-    its first character, so that the text cannot end a prompt. The end of a text is cut, whatever side the tokenizer's
-    file names, since the title stands first.
+    A text that spells one of the tokenizer's special tokens (`</s>`, `<|endoftext|>`) gets a space after the token's
+    first character, so that it cannot end a prompt. Long texts lose their end, whatever side the tokenizer's own file
+    would cut, since the title stands first.
     """
     known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     known |= set(tokenizer.all_special_tokens)
@@ -47,13 +53,15 @@ def token_ids(tokenizer: Any, texts: list[str], longest: int | None, special: bo
 
 
 def deal(items: int, seed: int) -> Tensor:
+    """A random order [items] of the numbers from 0: the item whose text each item gets when texts are shuffled."""
     return torch.randperm(items, generator=torch.Generator().manual_seed(seed))
 
 
 def item_texts(path: str | Path, column: str, shuffle: int | None = None) -> list[str]:
-    """The items' `title`, `text` or `words` (title and brand) by their ids; the text stands in for an empty title.
+    """The `title`, `text` or `words` (title and brand) of the items of items.parquet, in the order of their ids.
 
-    With the seed `shuffle` they are dealt out to other items, as `shuffled` deals out vectors.
+    The text stands in for an empty title. With the seed `shuffle` the texts are shuffled among the items, in the order
+    in which `llmgr.text.vectors.shuffled` shuffles vectors.
     """
     import polars as pl
 

@@ -1,7 +1,7 @@
 """Item text vectors: mean hidden states of a language model, their principal components, their similarity."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,19 @@ from llmgr.sessions.clicks import click_weights
 from llmgr.text.items import deal, token_ids
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmgr.sessions.graphs import GraphBatch
     from llmgr.sessions.tensors import Sessions
 
 
-
 BATCH_TEXTS = 512
 FLAT = 1e-6
-"""Share of the vectors' length below which they do not differ in a direction but for float32's rounding: it is 0."""
+"""A direction in which the vectors vary by less than this share of their length is rounding alone, and is set to 0."""
 
 
 def position_offset(model: nn.Module) -> int:
-    """What a language model calls the first position: in RoBERTa's family the one after the padding's id."""
+    """The number of a language model's first position: 0, but in RoBERTa's family the id of the padding plus 1."""
     for module in model.modules():
         table = getattr(module, "position_embeddings", None)
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
@@ -33,12 +34,12 @@ def position_offset(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens: int, batch_tokens: int = 8192
-                 ) -> Tensor:
-    """A unit vector a text [len(texts), H]: the mean of the last hidden states over its tokens (Sentence-BERT).
+def encode_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int,
+                 batch_tokens: int = 8192) -> Tensor:
+    """A unit vector for each text [len(texts), H]: the mean of the last hidden states of its tokens (Sentence-BERT).
 
-    Texts go through in batches of like length, at most `batch_tokens` tokens with padding. UserError where `max_tokens`
-    passes the model's positions.
+    A batch holds texts of similar length, at most `batch_tokens` tokens with padding. UserError where `max_tokens`
+    exceeds the model's positions.
     """
     positions = model.config.max_position_embeddings - position_offset(model)
     if max_tokens > positions:
@@ -65,9 +66,10 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: list[str], max_tokens:
 
 
 def principal_components(vectors_VH: Tensor, dim: int, whiten: bool = False) -> Tensor:
-    """The first `dim` principal components of item text vectors, scaled to unit mean variance; row 0 (padding) is 0.
+    """The first `dim` principal components of item text vectors [V+1, dim]; row 0, padding, is 0.
 
-    Where the vectors are narrower than `dim`, all of their components. With `whiten` each has unit variance by itself.
+    Their mean variance is 1; with `whiten` each component has variance 1. Vectors narrower than `dim` have only as many
+    components as columns.
     """
     centred = vectors_VH[1:].double()
     centred = centred - centred.mean(0)
@@ -84,8 +86,10 @@ def principal_components(vectors_VH: Tensor, dim: int, whiten: bool = False) -> 
 
 
 def whitening(vectors_VH: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [H] and axes [H, H] such that (v - mean) @ axes has no correlations and, but for directions in which the
-    vectors hardly differ, unit variances."""
+    """Mean [H] and axes [H, H] so that the columns of (v - mean) @ axes are uncorrelated with variance 1.
+
+    Directions in which the vectors hardly vary get less than variance 1, so that noise is not magnified.
+    """
     mean_H = vectors_VH.mean(0)
     centred = (vectors_VH - mean_H).double()
     variance_H, axes_HH = torch.linalg.eigh(centred.T @ centred / len(centred))
@@ -95,15 +99,18 @@ def whitening(vectors_VH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shuffled(vectors_VH: Tensor, seed: int) -> Tensor:
-    """The same vectors dealt out to other items (row 0 stays): what is left of a gain is not the text."""
+    """The same vectors shuffled among the items; row 0, padding, stays. A gain that remains is not due to texts."""
     return torch.cat((vectors_VH[:1], vectors_VH[1:][deal(len(vectors_VH) - 1, seed)]))
 
 
 def click_sum(graphs: GraphBatch, vectors_VH: Tensor, decay: float) -> Tensor:
-    """The clicks' vectors, summed with the weights of `click_weights`, [B, H]."""
+    """The sum of the clicks' vectors with the weights of `click_weights` [B, H]."""
     return (vectors_VH[graphs.items_BS] * click_weights(graphs, decay)[..., None]).sum(1)
 
 
-def likeness(sessions: Sessions, samples: Tensor, vectors_VH: Tensor, decay: float) -> Tensor:
-    """Scores [B, V+1]: cosines of item vectors to those of the clicks, summed with their weights."""
+def click_similarity(sessions: Sessions, samples: Tensor, vectors_VH: Tensor, decay: float) -> Tensor:
+    """Scores [B, V+1]: each item's cosine to the clicks, summed over the clicks with the weights of `click_weights`.
+
+    `vectors_VH` are unit vectors.
+    """
     return click_sum(sessions.graphs(samples), vectors_VH, decay) @ vectors_VH.T

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 WORD = re.compile(r"[^\W_]+")
 
 
 def word_matrix(texts: Sequence[str]) -> csr_array:
-    """Items as unit vectors of the words of their texts [V+1, words], row 0 empty: TF-IDF with a word counted once.
+    """Unit TF-IDF vectors of the items' texts [V+1, words]; row 0 is empty. A word counts once in a text.
 
-    A word's weight is ln(V / texts that hold it); one that a single text holds joins no two items and is left out.
+    A word's weight is ln(V / number of texts with it). A word of a single text connects no items and is left out.
     """
     words: dict[str, int] = {}
     held = [{words.setdefault(word, len(words)) for word in WORD.findall(text.lower())} for text in texts]
@@ -38,14 +37,15 @@ def word_matrix(texts: Sequence[str]) -> csr_array:
 
 
 def catalogue_words(items: str | Path, shuffle: int | None = None) -> csr_array:
-    """The `word_matrix` of the titles and brands in items.parquet; the seed `shuffle` deals them out to other items."""
+    """The `word_matrix` of the titles and brands in items.parquet, shuffled among the items by the seed `shuffle`."""
     return word_matrix(item_texts(items, "words", shuffle))
 
 
-def most_alike(matrix: csr_array, count: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The `count` other items whose rows have the largest inner products with an item's, and their weights.
+def most_similar(matrix: csr_array, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The `count` most similar other items of every item, and their weights, both [V+1, count].
 
-    Both [V+1, count]; the weights of an item are the softmax of its products over `temperature`. At most all others.
+    Similarity is the inner product of rows. An item's weights are the softmax of its similarities over `temperature`.
+    With fewer than `count` other items all of them are taken.
     """
     items = matrix.shape[0] - 1
     nearest, weight = [], []
