@@ -8,11 +8,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from machine import ROOT
 
 from llmgr.data import amazon
 from llmgr.runtime.errors import UserError
 
-STAGES = Path(amazon.__file__).parents[2]
+STAGES = ROOT / "stages"
 
 
 def written(path: Path, *lines: object) -> Path:

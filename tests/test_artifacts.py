@@ -10,12 +10,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 from llmgr.runtime import artifacts, resume
 from llmgr.runtime.errors import UserError
 
-STAGES = Path(__file__).resolve().parent.parent / "stages"
+STAGES = ROOT / "stages"
 
 
 def names(folder: Path) -> list[str]:

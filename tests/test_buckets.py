@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 import bucket as stage
 from llmgr.data.interactions import ends_in_a_tie, training_counts
@@ -20,7 +20,6 @@ from llmgr.ranking import metrics
 from llmgr.reporting import buckets, significance
 from llmgr.runtime.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 BUCKET = SimpleNamespace(ours="llmgr", resamples=200, cold=[5, 10], warm=50, practice=[10, 50], trained=[1, 5, 10, 50])
 MODELS = ("llmgr", "gcsan", "pop", "text-knn")
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from machine import within
+from machine import ROOT, within
 
 from llmgr.encoders.registry import REGISTRY
 from llmgr.runtime.reach import reached
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SCRIPTS = {name: ROOT / body["cmd"].split()[1] for name, body in STAGES.items()}
 

@@ -1,17 +1,15 @@
 """Parameters that follow from others: what is not trained is left out with a line, and what is no name is refused."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
+from machine import ROOT
 
 from llmgr.params.derived import cross_fits, models
 from llmgr.params.loading import build, changed, flat, whole
 from llmgr.params.schema import Params
 from llmgr.runtime.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = yaml.safe_load((ROOT / "params.yaml").read_text())
 SMALL = changed(OWN, {"gate.fuse": {"both": ["llmgr", "gcsan-text"], "plain": ["llmgr", "text-knn", "repeat"]},
                       "encoder.names": ["gcsan"], "encoder.controls": ["gcsan"], "encoder.linear_controls": ["gcsan"],

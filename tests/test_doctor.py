@@ -9,8 +9,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from machine import ROOT
 
 
 @pytest.fixture

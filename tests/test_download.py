@@ -16,14 +16,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 from llmgr.data import fetch
 from llmgr.runtime import artifacts
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.state import write_state
 
-ROOT = Path(artifacts.__file__).parents[3]
 DATA = gzip.compress(random.Random(1).randbytes(300_000), 1)
 NAME = "reviews_Beauty_5.json.gz"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import encoder_section
+from tiny import chain, encoder_section
 from torch.nn import functional as F
 
 from llmgr.encoders import pretraining
@@ -134,19 +134,6 @@ def test_every_batch_mixes_short_and_long_sessions():
     assert torch.cat(first).sort()[0].tolist() == list(range(400))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert all(3.5 < float(length[batch].float().mean()) < 7.5 for batch in first if len(batch) > 30)
-
-
-def chain(count: int, seed: int, shuffle: bool) -> Sessions:
-    """Walks on a fixed successor of every item; with `shuffle` the targets belong to other walks."""
-    generator = torch.Generator().manual_seed(seed)
-    successor = F.pad(torch.randperm(30, generator=torch.Generator().manual_seed(9)) + 1, (1, 0))
-    walk = [torch.randint(1, 31, (count,), generator=generator)]
-    for _ in range(4):
-        walk.append(successor[walk[-1]])
-    items, target = torch.stack(walk[:-1], 1).int(), walk[-1]
-    if shuffle:
-        target = torch.randint(1, 31, (count,), generator=generator)
-    return Sessions(items, torch.arange(count), torch.full((count,), 4), target)
 
 
 def hit_at_1(name: str, folder: Path, shuffle: bool) -> float:

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import collections
-import random
 import types
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from histories import ITEMS, histories, written
 from machine import DEFAULTS
 from tiny import FILES, llmgr, tokenizer
 
@@ -25,31 +25,7 @@ from llmgr.runtime.errors import UserError
 from llmgr.sessions import reading
 from llmgr.sessions.reading import read_sessions
 
-ITEMS = 15
 CPU = torch.device("cpu")
-SCHEMA = {"user": pl.String, "items": pl.List(pl.Int32), "target": pl.Int32}
-
-
-def histories() -> list[list[int]]:
-    rng = random.Random(3)
-    return [[rng.randint(1, ITEMS) for _ in range(rng.randint(3, 9))] for _ in range(30)]
-
-
-def written(folder, window: int) -> None:
-    """Items and sessions as the earlier stages write them: a history ends in its validation and its test target."""
-    (folder / "data/sessions").mkdir(parents=True)
-    (folder / "data/core").mkdir(parents=True)
-    held = SCHEMA | {"earlier": pl.List(pl.Int32)}
-    prefixes = [(f"u{n:02d}", x[max(0, t - window):t], x[t]) for n, x in enumerate(histories())
-                for t in range(1, len(x) - 2)]
-    pl.DataFrame(prefixes, SCHEMA, orient="row").write_parquet(folder / "data/sessions/train.parquet")
-    for split, ends in (("valid", 2), ("test", 1)):
-        before = [(x[:len(x) - ends], x[-ends]) for x in histories()]
-        rows = [(f"u{n:02d}", x[-window:], target, x[:-window]) for n, (x, target) in enumerate(before)]
-        pl.DataFrame(rows, held, orient="row").write_parquet(folder / f"data/sessions/{split}.parquet")
-    count = collections.Counter(i for x in histories() for i in x)
-    pl.DataFrame({"item_id": range(1, ITEMS + 1), "count": [count[i] for i in range(1, ITEMS + 1)]}).write_parquet(
-        folder / "data/core/items.parquet")
 
 
 @pytest.mark.parametrize("window", [1, 50])

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 from machine import DEFAULTS, stage
-from test_pretrain import ITEMS, USERS, set_up, write_data
+from small_split import ITEMS, USERS, set_up, write_data
 from tiny import FILES
 from torch.nn import functional as F
 

@@ -8,8 +8,7 @@ import types
 import geoopt
 import pytest
 import torch
-from test_encoders import chain
-from tiny import encoder_section, readout_by_hand
+from tiny import chain, encoder_section, readout_by_hand
 from torch.nn import functional as F
 
 from llmgr.encoders.hcgr import RADIUS, Hcgr

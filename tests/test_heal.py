@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import ROOT
 
 from llmgr.runtime import healing
 
-STAGES = Path(__file__).resolve().parent.parent / "stages"
+STAGES = ROOT / "stages"
 KILLED = """
     import itertools, os, signal, sys
     from scmrepo.git import Git

@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from histories import ITEMS, histories, project, weights
 from scipy.sparse import csr_array
-from test_neighbours import ITEMS, histories, project, weights
 from tiny import FILES, encoder_section
 from torch.nn import functional as F
 

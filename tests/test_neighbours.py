@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from histories import ITEMS, histories, project, weights
 from scipy.sparse import csr_array
-from test_evaluation import ITEMS, SCHEMA, histories, written
 from tiny import FILES
 
 from llmgr.evaluation import baselines, neighbours
@@ -23,21 +23,9 @@ from llmgr.text import words
 CPU = torch.device("cpu")
 
 
-def project(folder: Path, window: int = 50, lists: list[list[int]] | None = None) -> None:
-    """What `written` leaves, and train.parquet: a row a training position, its last `window` clicks."""
-    written(folder, window)
-    rows = [(f"u{n:02d}", x[max(0, at - window):at], x[at])
-            for n, x in enumerate(lists or histories()) for at in range(1, len(x) - 2)]
-    pl.DataFrame(rows, SCHEMA, orient="row").write_parquet(folder / "data/sessions/train.parquet")
-
-
 def training() -> list[set[int]]:
     """Training sessions of more than one click."""
     return [set(x[:-2]) for x in histories() if len(x) > 3]
-
-
-def weights(clicks: list[int], decay: float) -> dict[int, float]:
-    return {item: decay ** back for back, item in reversed(list(enumerate(reversed(clicks))))}
 
 
 def item_reference(clicks: list[int], shrinkage: float, decay: float) -> list[float]:

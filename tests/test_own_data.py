@@ -8,7 +8,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_data_stages import ROOT, STAGES, refused, run
+from data_stages import STAGES, refused, run
+from machine import ROOT
 
 from llmgr.data import files, own, times
 from llmgr.runtime import artifacts

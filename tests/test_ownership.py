@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 from llmgr.runtime import ownership
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.resume import resume_folder
 
-STAGES = Path(__file__).resolve().parent.parent / "stages"
+STAGES = ROOT / "stages"
 STAGE = '''
     """A stage that works until it is told to end."""
     import os, sys, time

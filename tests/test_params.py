@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 from llmgr.encoders import pretraining
 from llmgr.encoders.registry import REGISTRY
@@ -19,7 +19,6 @@ from llmgr.experiments import ablations
 from llmgr.params import encoders, loading, schema
 from llmgr.runtime.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTENT = yaml.safe_load(DEFAULTS.read_text())
 PRESETS = sorted((ROOT / "stages/presets").glob("*.txt"))
 

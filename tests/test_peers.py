@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from machine import stage
-from test_pretrain import run, set_up, write_data
+from small_split import run, set_up, write_data
 
 from llmgr.data.interactions import leave_one_out
 from llmgr.experiments import recbole

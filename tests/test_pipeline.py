@@ -23,7 +23,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from machine import DEFAULTS, small_disk, stage, within
+from machine import DEFAULTS, ROOT, small_disk, stage, within
 from tiny import CHECKPOINTS, FILES, language_model, tokenizer
 
 from llmgr.experiments.ablations import changes
@@ -34,7 +34,6 @@ from llmgr.runtime import memory
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, save_tensors
 from llmgr.sessions.reading import read_split
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "data.sample_users": 220, "data.sample_items": 90, "data.max_session": 20, "encoder.dim": 16,
     "encoder.text_dim": 16, "encoder.training.epochs": 2, "encoder.training.batch_size": 256,

@@ -11,13 +11,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from test_report import PARAMS, write_reports
+from machine import ROOT
+from tiny_reports import PARAMS, write_reports
 
 import report as stage
 from llmgr.reporting import evidence, summary
 from llmgr.runtime.artifacts import write_json
 
-ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 VIEW = PARAMS.view(stage.READS)
 

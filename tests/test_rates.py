@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from machine import stage
-from test_pretrain import ITEMS, set_up, write_data
-from test_training import Toy, bytes_of, settings, stop
+from small_split import ITEMS, set_up, write_data
 from torch import nn
+from toy import Toy, bytes_of, settings, stop
 
 from llmgr.encoders.pretraining import EncoderJob
 from llmgr.prior import cross_fitting

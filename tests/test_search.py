@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 import pick
 from llmgr.experiments import search
@@ -16,7 +16,6 @@ from llmgr.params.loading import changed, flat, load
 from llmgr.reporting import tracking
 from llmgr.runtime.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 CONTENT = yaml.safe_load(DEFAULTS.read_text())
 METRICS = "reports/metrics/encoders/{}.json"
 

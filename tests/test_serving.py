@@ -15,7 +15,7 @@ import pytest
 import torch
 from machine import stage
 from tiny import ITEMS, LISTS, ROOT
-from tiny_package import IDS, graphs, package, prior
+from tiny_package import IDS, graphs, package, prior, renamed
 
 from llmgr.runtime.errors import UserError
 from llmgr.serving import bulk
@@ -298,12 +298,6 @@ def served_soon(live: Live, item: str) -> bool:
             return True
         time.sleep(0.02)
     return False
-
-
-def renamed() -> object:
-    """Another package: its items are called C0001 to C0012."""
-    whole = package()
-    return type(whole)(whole.config, whole.items.with_columns(pl.col("item").str.replace("B", "C")), whole.tensors)
 
 
 def test_a_new_package_replaces_the_old_one_between_requests(folder: Path, tmp_path: Path) -> None:

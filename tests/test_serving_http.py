@@ -16,8 +16,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from test_serving import renamed
-from tiny_package import IDS, package
+from tiny_package import IDS, package, renamed
 
 from llmgr.serving.package import write_package
 from llmgr.serving.recommender import Recommender

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 
 from llmgr.params import loading
 from llmgr.runtime import memory
 
-STAGES = Path(__file__).resolve().parent.parent / "stages"
+STAGES = ROOT / "stages"
 
 
 def script(folder: Path, body: str) -> list[str]:

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 import torch
 from machine import stage
-from test_pretrain import ITEMS as CATALOGUE
-from test_pretrain import USERS, set_up, write_data
+from small_split import ITEMS as CATALOGUE
+from small_split import USERS, set_up, write_data
 from tiny import FILES, ITEMS, LISTS, TITLES, language_model, prefixes, tokenizer
 from torch.nn import functional as F
 

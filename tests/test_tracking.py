@@ -17,9 +17,9 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
-from machine import DEFAULTS, small_disk
-from test_report import write_reports
+from machine import DEFAULTS, ROOT, small_disk
 from tiny_package import package
+from tiny_reports import write_reports
 
 from llmgr.experiments.search import Trial
 from llmgr.params.loading import flat, load
@@ -28,7 +28,6 @@ from llmgr.reporting import store, tracking
 from llmgr.runtime.errors import UserError
 from llmgr.serving.package import write_package
 
-ROOT = Path(__file__).parents[1]
 TRACK = [sys.executable, str(ROOT / "stages/track.py")]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "DVC"))}
 

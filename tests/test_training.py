@@ -13,59 +13,20 @@ import signal
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from machine import ROOT
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from toy import Toy, bytes_of, checkpoint_of, settings, stop
 
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.state import former, read_state, write_state
 from llmgr.training import engine, job, optimizer, precision
 from llmgr.training.engine import fit
-from llmgr.training.job import Loss
 from llmgr.training.optimizer import ITEM_TABLE, adamw, cosine
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def settings(**changes) -> types.SimpleNamespace:
-    return types.SimpleNamespace(**{"epochs": 3, "lr": 0.05, "weight_decay": 0.01, "warmup_share": 0.2, "clip": 1.0,
-                                    "checkpoint_seconds": 1e9} | changes)
-
-
-class Toy:
-    """Classes of random points, with dropout; `broken` maps the number of a loss to what happens there."""
-
-    selects = None
-
-    def __init__(self, micro: int = 16, accumulate: int = 1, dropout: float = 0.2, samples: int = 80) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
-        self.x = torch.randn(samples, 4)
-        self.y = (self.x[:, 0] > 0).long() + (self.x[:, 1] > 0.5).long()
-        self.micro, self.accumulate, self.calls, self.broken = micro, accumulate, 0, {}
-
-    def steps(self, epoch, generator):
-        order = torch.randperm(len(self.x), generator=generator).split(self.micro)
-        return [list(order[i:i + self.accumulate]) for i in range(0, len(order), self.accumulate)]
-
-    def targets(self, micro):
-        return len(micro)
-
-    def loss(self, micro):
-        self.calls += 1
-        total = nn.functional.cross_entropy(self.model(self.x[micro]), self.y[micro], reduction="sum")
-        if self.calls in self.broken:
-            total = self.broken[self.calls](total)
-        return Loss(total, len(micro), 2 * len(micro))
-
-    @torch.no_grad()
-    def validate(self):
-        assert not self.model.training
-        return {"valid_loss": float(nn.functional.cross_entropy(self.model(self.x), self.y))}
 
 
 class Selecting(Toy):
@@ -82,20 +43,8 @@ class Selecting(Toy):
         return {"valid_ndcg_at_20": self.script[len(self.weights) - 1]}
 
 
-def bytes_of(job: Toy) -> bytes:
-    return b"".join(p.detach().numpy().tobytes() for p in job.model.parameters())
-
-
 def outcome(job: Toy, progress: job.Progress) -> tuple:
     return bytes_of(job), progress.step_rows, progress.epoch_rows, progress.samples, progress.tokens, progress.step
-
-
-def checkpoint_of(path: Path) -> dict:
-    return torch.load(io.BytesIO(read_state(path)), weights_only=True)
-
-
-def stop(_):
-    raise InterruptedError
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -136,12 +85,12 @@ def test_killed_without_warning_it_goes_on(tmp_path):
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent("""
         import os, signal
         from pathlib import Path
-        from test_training import Toy, settings
+        from toy import Toy, settings
         from llmgr.training.engine import fit
         job = Toy()
         job.broken = {8: lambda total: os.kill(os.getpid(), signal.SIGKILL)}
         fit(job, settings(checkpoint_seconds=0), seed=7, resume=Path("a"), name="tune")
-        """)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT / 'tests'}"})
+        """)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{ROOT / 'stages'}:{ROOT / 'tests/support'}"})
     assert killed.returncode == -signal.SIGKILL
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine import DEFAULTS
+from machine import DEFAULTS, ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +30,6 @@ from llmgr.prior.weighted_sum import Prior
 from llmgr.runtime.layout import Layout
 from llmgr.sessions.tensors import Sessions
 
-ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT.parent / "shared" / "llm"
 ITEMS, DIM, TEXT = 12, 8, 5
 FILES = Layout("data", "models", "reports")  # of the folder that a test stands in
@@ -169,3 +168,16 @@ def prefixes(lists: list[list[int]] = LISTS, seed: int = 0) -> Sessions:
     row, length = torch.tensor(pairs).T
     target = torch.randint(1, ITEMS + 1, (len(pairs),), generator=torch.Generator().manual_seed(seed))
     return Sessions(items, row, length, target)
+
+
+def chain(count: int, seed: int, shuffle: bool) -> Sessions:
+    """Walks on a fixed successor of every item; with `shuffle` the targets belong to other walks."""
+    generator = torch.Generator().manual_seed(seed)
+    successor = F.pad(torch.randperm(30, generator=torch.Generator().manual_seed(9)) + 1, (1, 0))
+    walk = [torch.randint(1, 31, (count,), generator=generator)]
+    for _ in range(4):
+        walk.append(successor[walk[-1]])
+    items, target = torch.stack(walk[:-1], 1).int(), walk[-1]
+    if shuffle:
+        target = torch.randint(1, 31, (count,), generator=generator)
+    return Sessions(items, torch.arange(count), torch.full((count,), 4), target)

@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULTS = Path(__file__).with_name("params.yaml")
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = ROOT / "tests/params.yaml"
 """Parameters of the embedded sample, whatever experiment the project's own file is at."""
 
 

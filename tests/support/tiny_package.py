@@ -65,3 +65,9 @@ def graphs(lists: list[list[int]]) -> GraphBatch:
         items[row, :len(clicks)] = torch.tensor(clicks)
     row = torch.arange(len(lists))
     return Sessions(items, row, torch.tensor([len(clicks) for clicks in lists]), row + 1).graphs(row)
+
+
+def renamed() -> object:
+    """Another package: its items are called C0001 to C0012."""
+    whole = package()
+    return type(whole)(whole.config, whole.items.with_columns(pl.col("item").str.replace("B", "C")), whole.tensors)
