@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from machine import ROOT
 from tiny_package import IDS, package, renamed
 
 from llmgr.serving.package import write_package
@@ -115,7 +116,7 @@ def test_a_model_holds_no_pickle_and_nothing_of_this_machine(place: Path, store:
     assert {"MLmodel", "mlflow_model.py", "tensors.safetensors"} <= {path.name for path in files}
     assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
     for about in (place / "artifacts").rglob("MLmodel"):
-        assert str(Path(__file__).resolve().parent.parent) not in about.read_text()
+        assert str(ROOT) not in about.read_text()
 
 
 def test_the_server_answers_as_the_recommender(place: Path, server: Server) -> None:

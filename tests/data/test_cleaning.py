@@ -4,13 +4,13 @@ import gzip
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
+from machine import ROOT
 
 from llmgr.data import cleaning
 
-SAMPLES = Path(__file__).parents[2] / "shared/amazon/item_text_samples.jsonl.gz"
+SAMPLES = ROOT.parent / "shared/amazon/item_text_samples.jsonl.gz"
 DIRT = {
     "entity": r"&#?\w{2,10};|amp;|quot;|nbsp;",
     "tag": r"</?[a-zA-Z!][^<>]*>|<!--|-->",
