@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from llmgr.data.interactions import training_counts
 from llmgr.evaluation.neighbours import item_similarity, neighbours, training_matrix
+from llmgr.params.schema import Params
 from llmgr.prior.left_out import LeftOut
 from llmgr.prior.slit import Slit, fitted_slit
 from llmgr.ranking.loop import Score
@@ -27,38 +28,38 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 
-
 Over = Callable[[Sessions], Score]
+"""A model: given sessions, it returns their score, which maps samples [B] to scores [B, V+1]."""
 
 
 def popularity(files: Layout, device: torch.device) -> Over:
-    """Scores an item by its interactions in the training sessions."""
+    """Scores an item by how many interactions it has in the training sessions."""
     count = training_interactions(files).float().to(device)
     return lambda sessions: lambda samples: count.expand(len(samples), -1)
 
 
 def training_interactions(files: Layout) -> Tensor:
-    """How often every item was trained on, [V+1]; index 0 is padding."""
+    """The number of training interactions of every item [V+1]; index 0 is padding."""
     train = read_table(files.sessions("train"))
     return torch.from_numpy(training_counts(train, catalogue_size(files.items)))
 
 
 def item_knn(files: Layout, shrinkage: float, decay: float, device: torch.device) -> Over:
-    """Scores an item by its similarity to the clicks, weighted by `decay` a step back (ItemKNN; Dacrema et al. 2019).
+    """Scores an item by its similarity to the clicks, weighted as in `last_clicks` (ItemKNN; Dacrema et al. 2019).
 
-    Untrained: similarity is the shrunk cosine of the items' training sessions.
+    Similarity is the shrunk cosine of the items' training sessions (`item_similarity`).
     """
     similarity = item_similarity(_training_sessions(files), shrinkage)
     return _similar(lambda clicks: (clicks @ similarity).toarray(), similarity.shape[0] - 1, decay, device)
 
 
 def session_knn(files: Layout, most: int, decay: float, device: torch.device) -> Over:
-    """Scores an item by the summed similarity of the session's nearest training sessions that hold it.
+    """Scores an item by the summed similarity of those of the `most` nearest training sessions that contain it.
 
-    Untrained: SKNN of Jannach & Ludewig (RecSys 2017) where `decay` is 1; below that V-SKNN (Ludewig & Jannach, UMUAI
-    2018), whose session vector weighs recent clicks more.
-    Deviation: the nearest are taken from all training sessions, not from a sample of recent ones: timestamps are of
-    days, and a user is one session. V-SKNN's decay is exponential here, as in the other baselines, not linear.
+    SKNN of Jannach & Ludewig (RecSys 2017) with `decay` 1; below that V-SKNN (Ludewig & Jannach, UMUAI 2018), whose
+    session vector weighs recent clicks more. Deviation: the nearest sessions come from all training sessions, not from
+    a sample of recent ones, because timestamps are days and a user is one session. V-SKNN's decay is exponential here,
+    as in the other baselines, not linear.
     """
     matrix = _training_sessions(files)
 
@@ -77,9 +78,9 @@ def _training_sessions(files: Layout) -> csr_array:
 
 
 def text_knn(files: Layout, text_dim: int, decay: float, device: torch.device) -> Over:
-    """Scores an item by the cosine of its text vector to those of the clicks, weighted by `decay` a step back.
+    """Scores an item by the cosine of its text vector to those of the clicks (`click_similarity`).
 
-    Untrained. The vectors are whitened to `text_dim` components, which takes away what all texts share.
+    The vectors are whitened to `text_dim` components, which removes what all texts share.
     """
     raw = load_tensors(files.item_vectors)["vectors"]
     vectors = F.normalize(principal_components(raw, text_dim, whiten=True), dim=1).to(device)
@@ -94,20 +95,20 @@ def text_knn(files: Layout, text_dim: int, decay: float, device: torch.device) -
 
 
 def word_knn(files: Layout, decay: float, device: torch.device) -> Over:
-    """Scores an item by the words that its title and brand share with those of the clicks (see `word_matrix`).
+    """Scores an item by the words that its title and brand share with those of the clicks (`word_matrix`).
 
-    Untrained, and without a language model: what text-kNN has to beat. An earlier click weighs `decay` less a step.
-    A batch goes by way of the words: the likeness of all pairs of items would take memory that grows with V squared.
+    No language model: text-kNN has to beat it. Clicks are weighted as in `last_clicks`. Sessions are mapped to words
+    and then to items, since the similarity of all pairs of items would take memory that grows with V squared.
     """
     matrix = catalogue_words(files.items)
     return _similar(lambda clicks: (matrix @ (clicks @ matrix).toarray().T).T, matrix.shape[0] - 1, decay, device)
 
 
-def linear_model(params: Any, files: Layout, device: torch.device, formed: LeftOut | None = None
+def linear_model(params: Params, files: Layout, device: torch.device, formed: LeftOut | None = None
                  ) -> tuple[Slit, Over]:
-    """SLIT of the training sessions, and what solves it for a session's clicks, once for all who ask of a batch.
+    """SLIT of the training sessions, and its solution for a session's clicks, computed once a batch for both baselines.
 
-    By the inverse where it is `formed` for other models anyway, else by conjugate gradients.
+    The inverse solves it where other models need `formed` anyway, else conjugate gradients do.
     """
     decay = params.slit.decay
     train, _ = read_split(files, "train", params.data.max_session)
@@ -118,9 +119,9 @@ def linear_model(params: Any, files: Layout, device: torch.device, formed: LeftO
 
 
 def slit(files: Layout, solved: tuple[Slit, Over], text_share: float) -> Over:
-    """Scores of the linear item-item model SLIT (`linear_model`), with `text_share` shrunk to the likeness of words.
+    """Scores of the linear item-item model SLIT, shrunk towards `text_share` times the similarity of words.
 
-    Closed form, no gradient, no language model: how far clicks and words go without a network.
+    `solved` comes from `linear_model`. Closed form, without a network: it shows how far clicks and words go alone.
     """
     model, over = solved
     words = catalogue_words(files.items) if text_share else None
@@ -128,7 +129,7 @@ def slit(files: Layout, solved: tuple[Slit, Over], text_share: float) -> Over:
 
 
 def _similar(summed: Callable[[csr_array], np.ndarray], items: int, decay: float, device: torch.device) -> Over:
-    """Scores an item by its similarity to the clicks, weighted by `decay` a step back; `summed` sums it, [B, V+1]."""
+    """Scores an item by `summed`, which maps weighted clicks [B, V+1] to their summed similarity to the item."""
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
             clicks = last_clicks(sessions.graphs(samples), decay, items)
@@ -140,7 +141,7 @@ def _similar(summed: Callable[[csr_array], np.ndarray], items: int, decay: float
 
 
 def repeat(items: int) -> Over:
-    """1 for the clicked items, 0 for the others: what a gate needs to learn whether shoppers click anything twice."""
+    """Scores 1 for the clicked items and 0 for the others, so that a gate can learn how often shoppers click again."""
     def over(sessions: Sessions) -> Score:
         def score(samples: Tensor) -> Tensor:
             clicked = sessions.graphs(samples).items_BS
@@ -152,7 +153,7 @@ def repeat(items: int) -> Over:
 
 
 def once(score: Score) -> Score:
-    """The same scorer, which remembers the last batch: a gate asks for what has been ranked by itself just before."""
+    """The same score, which remembers the last batch: a gate needs the scores that were just ranked by themselves."""
     last: list[Tensor | None] = [None, None]
 
     def remembered(samples: Tensor) -> Tensor:

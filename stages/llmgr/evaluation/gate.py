@@ -1,24 +1,23 @@
 """The gate: several scorers fused with weights that depend on how often the candidate item was trained on.
 
-z_j = sum_m w[m, bin(j)] s_m,j + b[bin(j)], where bin(j) is the band of the item's training interactions. An item met
-once has an ID row that is noise and a text that is as good as any other's, so its text should count for more: "LLMGR
-for cold items, the graph model for head items" (arXiv 2402.16539, discussion) as a formula of a few dozen numbers. They
-are fitted on validation sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked
-(unless the scorer `repeat` is to learn of them): a multinomial logit, which is convex. The prior shares the formula and
-the optimiser (`llmgr.ranking.banded_sum`).
+The formula and the optimiser are those of `llmgr.ranking.banded_sum`, which the prior uses, too. The ID vector of a
+rare item is noise and its text is as good as any other, so its text should count for more: "LLMGR for cold items, the
+graph model for head items" (arXiv 2402.16539, discussion), in a few dozen numbers. They are fitted on validation
+sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked, unless the scorer `repeat` is
+fused.
 """
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 from torch.nn import functional as F
 
+from llmgr.evaluation.baselines import Over
 from llmgr.params.names import REPEAT
 from llmgr.ranking.banded_sum import banded_sum, fit
 from llmgr.ranking.metrics import metrics, ranks_both
@@ -52,11 +51,11 @@ class Gate:
 
     @classmethod
     def load(cls, path: str | Path, scorers: Sequence[str], edges: Sequence[int]) -> Gate:
-        """Read what `save` wrote; UserError where it fuses other scorers or bands than asked for."""
-        kept = read_json(path)
-        if kept["scorers"] != list(scorers) or kept["edges"] != list(edges):
+        """Read what `save` wrote; UserError where its scorers or bands are not the given ones."""
+        saved = read_json(path)
+        if saved["scorers"] != list(scorers) or saved["edges"] != list(edges):
             raise UserError(f"{path} fuses other scorers or bands than the gate section asks for: run `dvc repro gate`")
-        return cls(scorers, edges, torch.tensor(kept["weight"]), torch.tensor(kept["bias"]))
+        return cls(scorers, edges, torch.tensor(saved["weight"]), torch.tensor(saved["bias"]))
 
 
 def bands(trained_V: Tensor, edges: Sequence[int]) -> Tensor:
@@ -71,11 +70,11 @@ def draw(sessions: int, most: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, batch_size: int
+def score_tables(makers: Mapping[str, Callable[[], Over]], sessions: Sessions, batch_size: int
                  ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every scorer's scores of all items for all sessions, [S, V+1] where they are; its seconds.
+    """Each scorer's scores of all sessions [S, V+1], on the device of the scores, and its seconds.
 
-    In half precision, or in float32 where that ends short of a score.
+    In half precision, or in float32 where a score is too large for that.
     """
     batches = torch.argsort(sessions.length, stable=True).split(batch_size)
     tables, seconds = {}, {}
@@ -98,10 +97,11 @@ def score_tables(makers: Mapping[str, Callable[[], Any]], sessions: Sessions, ba
 def cross_fitted(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Tensor, seen_SX: Tensor,
                  band_V: Tensor, edges: Sequence[int], seed: int, start: Gate | None = None
                  ) -> dict[str, dict[str, float]]:
-    """Metrics of sessions that the gate was not fitted on: each half is scored by the other half's gate.
+    """Cross-fitted metrics of validation sessions: each half is scored by the gate that was fitted to the other half.
 
-    The fit may start from the gate of all sessions: the optimum of a half is its own all the same. `valid` keeps seen
-    items, `valid_unseen` excludes them. What to choose a gate's scorers and bands by. UserError for a single session.
+    `valid` ranks all items, `valid_unseen` excludes seen ones. A gate's scorers and bands are to be chosen by these. A
+    fit may start from the gate of all sessions, since the optimum of a half does not depend on the start. UserError for
+    a single session.
     """
     if len(target_S) < 2:
         raise UserError("one validation session cannot be halved for the gates: lower filter.core or take a larger "
@@ -122,9 +122,9 @@ def fit_gate(scorers: Sequence[str], scores_MSV: Sequence[Tensor], target_S: Ten
              edges: Sequence[int], start: Gate | None = None) -> Gate:
     """The gate that minimises the cross-entropy of the targets among unseen items (all items if `repeat` is fused).
 
-    `scores_MSV`: a table [S, V+1] of each scorer (half precision will do), `seen_SX`: items to mask, 0 pads. Starts
-    from the first scorer alone, or from another gate, which saves steps and changes nothing else. UserError where a
-    scorer says the same of every item. Sums are formed where the tables are, which the other tensors share.
+    `scores_MSV` holds a table [S, V+1] for each scorer, in half precision or more; `seen_SX` the items to mask, 0 pads.
+    All tensors are on one device. The fit starts from the first scorer alone, or from the gate `start`, which saves
+    steps and does not change the result. UserError where a scorer gives all items the same score.
     """
     if REPEAT in scorers:
         seen_SX = torch.zeros_like(seen_SX[:, :1])

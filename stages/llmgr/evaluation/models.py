@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from llmgr.evaluation.baselines import (
 from llmgr.evaluation.gate import Gate, bands
 from llmgr.params.encoders import trained
 from llmgr.params.names import PRIOR, REPEAT, SERVED, TOWER
+from llmgr.params.schema import Params
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
 from llmgr.prior.weighted_sum import Prior, build_prior
@@ -40,11 +40,11 @@ from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
 
 Formed = Callable[[int | None], LeftOut]
-"""The linear model, formed once for all that ask; by what shuffles the texts."""
+"""Returns the linear model for the seed that shuffles the texts (None: not shuffled); it is formed once for all."""
 
 
-def scorers(params: Any, files: Layout, device: torch.device) -> dict[str, Callable[[], Over]]:
-    """By model name, in the report's order: what loads it; that gives sessions -> samples -> scores [B, V+1]."""
+def scorers(params: Params, files: Layout, device: torch.device) -> dict[str, Callable[[], Over]]:
+    """A loader of every model, by name in the report's order."""
     items = catalogue_size(files.items)
 
     @functools.cache
@@ -54,7 +54,7 @@ def scorers(params: Any, files: Layout, device: torch.device) -> dict[str, Calla
 
     others = (params.tune.linear and texts_shuffled(params) is None) or params.encoder.linear_controls
     solved = functools.cache(lambda: linear_model(params, files, device, formed(None) if others else None))
-    found: dict[str, Callable[[], Over]] = {
+    models: dict[str, Callable[[], Over]] = {
         "pop": lambda: popularity(files, device),
         "item-knn": lambda: item_knn(files, params.evaluate.item_shrinkage, params.evaluate.item_decay, device),
         "session-knn": lambda: session_knn(files, params.evaluate.session_neighbours, params.evaluate.session_decay,
@@ -64,24 +64,24 @@ def scorers(params: Any, files: Layout, device: torch.device) -> dict[str, Calla
         "slit": lambda: slit(files, solved(), 0.0),
         "slit-text": lambda: slit(files, solved(), params.slit.text)}
     if params.tower.enabled:
-        found[TOWER] = lambda: tower(params, files, items, device)
+        models[TOWER] = lambda: tower(params, files, items, device)
     for name in trained(params.encoder):
-        found[name] = lambda name=name: encoder(files.encoder(name), items, device, formed)
+        models[name] = lambda name=name: encoder(files.encoder(name), items, device, formed)
     if params.tune.linear:
-        found[PRIOR] = lambda: fitted_prior(params, files, device, formed)
-    found["llmgr"] = lambda: llmgr(params, files, device, formed)
-    found[SERVED] = lambda: served(items)
-    return found
+        models[PRIOR] = lambda: fitted_prior(params, files, device, formed)
+    models["llmgr"] = lambda: llmgr(params, files, device, formed)
+    models[SERVED] = lambda: served(items)
+    return models
 
 
-def tower(params: Any, files: Layout, items: int, device: torch.device) -> Over:
-    """Scores an item by the cosine of its text's tuned vector to those of the clicks (`llmgr.prior.tower`)."""
+def tower(params: Params, files: Layout, items: int, device: torch.device) -> Over:
+    """Scores of the text tower (`llmgr.prior.tower`)."""
     model = Tower(params, files, items, device)
     return lambda sessions: lambda samples: model(sessions, samples, False)
 
 
 def encoder(folder: Path, items: int, device: torch.device, formed: Formed | None = None) -> Over:
-    """Scores of a pretrained encoder: inner products of its session and item vectors, over its offset if any."""
+    """Scores of a pretrained encoder: inner products of its session and item vectors, plus its offset if it has one."""
     module, vectors = load_encoder(folder, items)
     module, vectors = module.to(device).eval(), vectors.to(device)
     offset = None
@@ -97,8 +97,8 @@ def encoder(folder: Path, items: int, device: torch.device, formed: Formed | Non
     return over
 
 
-def llmgr(params: Any, files: Layout, device: torch.device, formed: Formed) -> Over:
-    """Scores of the tuned LLMGR, in the arithmetic that it was tuned in, whatever this machine would choose."""
+def llmgr(params: Params, files: Layout, device: torch.device, formed: Formed) -> Over:
+    """Scores of the tuned LLMGR, in the precision that it was tuned in."""
     from llmgr.model.building import build_ranker
     from llmgr.training.precision import arithmetic
 
@@ -114,13 +114,13 @@ def llmgr(params: Any, files: Layout, device: torch.device, formed: Formed) -> O
     return over
 
 
-def own_prior(params: Any, files: Layout, device: torch.device, formed: Formed) -> Prior:
-    """LLMGR's prior, its weights yet to be loaded."""
+def own_prior(params: Params, files: Layout, device: torch.device, formed: Formed) -> Prior:
+    """LLMGR's prior; its weights are loaded later."""
     return build_prior(params, files, None, device, formed(texts_shuffled(params)))
 
 
-def fitted_prior(params: Any, files: Layout, device: torch.device, formed: Formed) -> Over:
-    """Scores of LLMGR's prior as it was fitted before stage 2: no language model but for a tower of one."""
+def fitted_prior(params: Params, files: Layout, device: torch.device, formed: Formed) -> Over:
+    """Scores of LLMGR's prior as it was fitted before stage 2. UserError where it has other parts than `params`."""
     prior = own_prior(params, files, device, formed)
     weights = load_tensors(files.tuned / "prior.safetensors")
     if weights.keys() != prior.state_dict().keys():
@@ -131,7 +131,7 @@ def fitted_prior(params: Any, files: Layout, device: torch.device, formed: Forme
 
 
 def served(items: int) -> Over:
-    """Scores of the package in models/recommender, which knows no user, on the CPU as it is served."""
+    """Scores of the package, which knows no user, on the CPU as it is served. UserError for another catalogue."""
     package = load_package(FOLDER)
     if len(package.items) != items:
         raise UserError(f"{FOLDER} has {len(package.items)} items, the catalogue {items}: run `dvc repro` to write it "
@@ -145,13 +145,13 @@ def served(items: int) -> Over:
     return over
 
 
-def parts(params: Any, files: Layout, device: torch.device) -> dict[str, Callable[[], Over]]:
-    """`scorers`, and what a gate alone may fuse."""
+def parts(params: Params, files: Layout, device: torch.device) -> dict[str, Callable[[], Over]]:
+    """`scorers`, and `repeat`, which only gates use."""
     return scorers(params, files, device) | {REPEAT: lambda: repeat(catalogue_size(files.items))}
 
 
-def gated(name: str, params: Any, files: Layout, device: torch.device, shared: dict[str, Over]) -> Over:
-    """Scores of the gate `name` of gate.fuse; `shared` holds its scorers, which others may use, too."""
+def gated(name: str, params: Params, files: Layout, device: torch.device, shared: dict[str, Over]) -> Over:
+    """Scores of the gate `name` of gate.fuse; `shared` holds the models that gates fuse."""
     gate = Gate.load(files.gates / f"{name}.json", params.gate.fuse[name], params.gate.edges)
     band_V = bands(training_interactions(files), gate.edges).to(device)
 
@@ -162,8 +162,8 @@ def gated(name: str, params: Any, files: Layout, device: torch.device, shared: d
     return over
 
 
-def loaded(params: Any, files: Layout, device: torch.device) -> dict[str, Over]:
-    """Every model, loaded, then the gates of gate.fuse by name; what a gate fuses scores a batch once for all."""
+def loaded(params: Params, files: Layout, device: torch.device) -> dict[str, Over]:
+    """All models and then the gates of gate.fuse, loaded. A model that gates fuse scores a batch only once."""
     fused = {name for names in params.gate.fuse.values() for name in names}
     made = {name: make() for name, make in parts(params, files, device).items() if name != REPEAT or REPEAT in fused}
     models = {name: over for name, over in made.items() if name != REPEAT}

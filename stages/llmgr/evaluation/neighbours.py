@@ -10,13 +10,11 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-
 def training_matrix(train: pl.DataFrame, items: int) -> csr_array:
-    """Which items every training session holds, 0 or 1, [sessions, V+1].
+    """The items of every training session, 0 or 1, [sessions, V+1].
 
-    `train` is the table of train.parquet: a user's first row starts with the first click, and the targets of all rows
-    are the other clicks, whatever the window. It holds nothing of a held-out target; a user with one training click is
-    not in it, and has no neighbours to give.
+    `train` is the table of train.parquet. A user's first row starts with the first click, and the targets of the rows
+    are the other clicks, so nothing of a held-out target is in it. A user with a single training click has no row.
     """
     import polars as pl
 
@@ -30,11 +28,11 @@ def training_matrix(train: pl.DataFrame, items: int) -> csr_array:
 
 
 def item_similarity(sessions: csr_array, shrinkage: float) -> csr_array:
-    """Similarity of items [V+1, V+1], an item to itself 0.
+    """The similarity of items [V+1, V+1]; that of an item to itself is 0.
 
-    s_ij = c_ij / (sqrt(c_ii c_jj) + shrinkage) with c_ij the training sessions that hold both: the cosine of ItemKNN
-    (Sarwar et al., WWW 2001) shrunk as by Dacrema et al. (RecSys 2019).
-    Deviation: all neighbours of an item count, not the most similar ones alone: a session on real data has few.
+    s_ij = c_ij / (sqrt(c_ii c_jj) + shrinkage), where c_ij counts the training sessions with both items: the cosine of
+    ItemKNN (Sarwar et al., WWW 2001), shrunk as by Dacrema et al. (RecSys 2019).
+    Deviation: all neighbours of an item count, not only the most similar ones, since on real data there are few.
     """
     together = (sessions.T @ sessions).tocsr()
     root = np.sqrt(together.diagonal())
@@ -46,11 +44,10 @@ def item_similarity(sessions: csr_array, shrinkage: float) -> csr_array:
 
 
 def neighbours(clicks: csr_array, sessions: csr_array, most: int) -> csr_array:
-    """Similarity of the `most` nearest training sessions to every row of weighted `clicks`, [B, sessions].
+    """The similarity of the `most` nearest training sessions to each row of weighted `clicks` [B, sessions].
 
-    The cosine between the weighted clicks and a training session's 0-1 vector; of equals the earlier row. A training
-    session that holds nothing beside the clicks is no neighbour: it has nothing to recommend, and a user's own training
-    session is one.
+    Similarity is the cosine of the weighted clicks and a training session's 0-1 vector; of equal ones the earlier row
+    counts. A training session without other items than the clicks, such as the user's own, is no neighbour.
     """
     shared = csr_array((clicks.data + 1j, clicks.indices, clicks.indptr), shape=clicks.shape) @ sessions.T
     shared.sort_indices()  # real part: the weights of the shared clicks; imaginary part: their number
@@ -59,5 +56,5 @@ def neighbours(clicks: csr_array, sessions: csr_array, most: int) -> csr_array:
     length = np.sqrt(clicks.multiply(clicks).sum(1))[row]
     similarity = np.where(shared.data.imag < size, shared.data.real / (length * np.sqrt(size)), 0)
     order = np.lexsort((-similarity, row))
-    kept = order[(np.arange(len(order)) - shared.indptr[row] < most) & (similarity[order] > 0)]
-    return csr_array((similarity[kept], (row[kept], shared.indices[kept])), shape=shared.shape)
+    nearest = order[(np.arange(len(order)) - shared.indptr[row] < most) & (similarity[order] > 0)]
+    return csr_array((similarity[nearest], (row[nearest], shared.indices[nearest])), shape=shared.shape)

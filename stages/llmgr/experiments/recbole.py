@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmgr.params.schema import Params
 from llmgr.ranking.metrics import gains, names
 from llmgr.runtime.errors import UserError
 from llmgr.training.cost import hardware
@@ -143,7 +144,7 @@ class Ours:
     speed: Mapping[str, Any]
 
 
-def speed(params: Any, name: str, train: Sessions, items: int) -> dict[str, Any]:
+def speed(params: Params, name: str, train: Sessions, items: int) -> dict[str, Any]:
     """CPU seconds of an epoch of an encoder's training, and of its products with all items and their softmax alone.
 
     CPU seconds, because others may use the machine; with one thread they are the seconds of a machine of one's own.

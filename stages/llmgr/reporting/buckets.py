@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from llmgr.params.evaluation import Bucket
 from llmgr.params.names import BASELINES, PRIOR, SERVED
 from llmgr.ranking import metrics
 from llmgr.reporting import significance
@@ -21,14 +22,14 @@ Ranks = dict[str, dict[str, np.ndarray]]
 
 
 def order(models: Sequence[str], ours: str) -> list[str]:
-    """Models in the order of every table: baselines, encoders by name, each before its controls, LLMGR, `ours`."""
-    place = {name: number for number, name in enumerate(BASELINES)}
-    return sorted(models, key=lambda name: (
-        name == ours, name == "llmgr", name == SERVED, name == PRIOR, place.get(name, len(BASELINES)), name.split("-")))
+    """Models in the order of every table: baselines, encoders by name before their controls, prior, LLMGR, `ours`."""
+    position = {name: number for number, name in enumerate(BASELINES)}
+    return sorted(models, key=lambda name: (name == ours, name == "llmgr", name == SERVED, name == PRIOR,
+                                            position.get(name, len(BASELINES)), name.split("-")))
 
 
-def masks(counts: np.ndarray, trained: np.ndarray, tied: np.ndarray, bucket: Any) -> dict[str, np.ndarray]:
-    """Bucket name to a mask over the test sessions, from the targets' 5-core and training interactions.
+def masks(counts: np.ndarray, trained: np.ndarray, tied: np.ndarray, bucket: Bucket) -> dict[str, np.ndarray]:
+    """A mask over the test sessions for each bucket, from the targets' 5-core and training interactions.
 
     `all`; the paper's `cold` and `warm`; `count_*` by `bucket.practice`; `trained_*` by `bucket.trained`; and, where
     there are ties, `tied` and `untied`: whether the target has the timestamp of the click before it.
@@ -53,8 +54,8 @@ def _bands(prefix: str, values: np.ndarray, edges: Sequence[int]) -> dict[str, n
     return bands
 
 
-def checked(path: Any, test: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Ranks of one model by convention; UserError if the file does not belong to these test sessions."""
+def checked(path: str | Path, test: pl.DataFrame) -> dict[str, np.ndarray]:
+    """One model's ranks by convention; UserError if the file does not belong to these test sessions."""
     frame = read_table(path)
     if not frame["target"].equals(test["target"]):
         raise UserError(f"{path} ranks other sessions than data/sessions/test.parquet: run `dvc repro evaluate`")
@@ -71,23 +72,23 @@ def measure(ranks: Ranks, masks: Mapping[str, np.ndarray], ours: str, resamples:
     of a bucket share the same resamples. `p_holm` is corrected for the number of other models; every metric, convention
     and bucket is a family of its own.
     """
-    found, bounds, gaps = ({m: {c: {} for c in COLUMNS} for m in ranks} for _ in range(3))
+    figures, bounds, gaps = ({m: {c: {} for c in COLUMNS} for m in ranks} for _ in range(3))
     gaps = {model: gaps[model] for model in ranks if ours in ranks and model != ours}
     for bucket, mask in masks.items():
         inside = {(m, c): rank[mask] for m, by in ranks.items() for c, rank in by.items()}
         sessions = int(mask.sum())
         resampled = significance.bootstrap(inside, resamples, seed) if sessions else {}
         for (model, convention), rank in inside.items():
-            found[model][convention][bucket] = {"n": sessions} | (metrics.metrics(rank) if sessions else {})
+            figures[model][convention][bucket] = {"n": sessions} | (metrics.metrics(rank) if sessions else {})
             if sessions:
                 bounds[model][convention][bucket] = significance.intervals(resampled[model, convention])
         for model, convention in resampled:
             if model in gaps and bucket in COMPARED:
                 gaps[model][convention][bucket] = significance.paired(
-                    found[ours][convention][bucket], found[model][convention][bucket],
+                    figures[ours][convention][bucket], figures[model][convention][bucket],
                     resampled[ours, convention], resampled[model, convention])
         _correct([by[convention][bucket] for by in gaps.values() if bucket in by[convention]] for convention in COLUMNS)
-    return found, bounds, gaps
+    return figures, bounds, gaps
 
 
 def pooled(ranks: Mapping[str, Ranks], ours: str, resamples: int, seed: int) -> dict[str, dict[str, dict]]:
@@ -122,14 +123,14 @@ def _correct(families: Iterable[list[dict]]) -> None:
                 gap[metric]["p_holm"] = p
 
 
-def plot_rows(found: dict, bounds: dict) -> pl.DataFrame:
+def plot_rows(figures: dict, bounds: dict) -> pl.DataFrame:
     """One row a model and bucket for `dvc plots`, seen items kept: n, HR@20 with its interval, NDCG@20, MRR@20."""
     rows = []
-    for model, by in found.items():
-        for bucket, figures in by["test"].items():
+    for model, by in figures.items():
+        for bucket, row in by["test"].items():
             low, high = bounds[model]["test"].get(bucket, {}).get("hr_at_20", (None, None))
-            rows.append((model, bucket, figures["n"], figures.get("hr_at_20"), low, high, figures.get("ndcg_at_20"),
-                         figures.get("mrr_at_20")))
+            rows.append((model, bucket, row["n"], row.get("hr_at_20"), low, high, row.get("ndcg_at_20"),
+                         row.get("mrr_at_20")))
     kinds = {"model": pl.String, "bucket": pl.String, "n": pl.Int64}
     kinds |= dict.fromkeys(("hr_at_20", "low", "high", "ndcg_at_20", "mrr_at_20"), pl.Float64)
     return pl.DataFrame(rows, kinds, orient="row").with_columns(pl.col(pl.Float64).round(6))

@@ -1,4 +1,4 @@
-"""What a report is made of: metrics, curves, ablations and seeds, read from reports/."""
+"""The evidence that a report shows: metrics, curves, ablations and seeds, read from the folder of reports."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,12 +7,13 @@ from typing import Any
 
 import polars as pl
 
+from llmgr.params.schema import Params
 from llmgr.reporting.buckets import order
 from llmgr.runtime.artifacts import read_json
 
 
 def left_behind(reports: Path) -> set[Path]:
-    """Files of encoders that are not evaluated: what earlier, longer lists under encoder left there."""
+    """Files of encoders that are not evaluated: earlier runs with more encoders left them."""
     metrics, curves = reports / "metrics", reports / "curves"
     evaluated = read_json(metrics / "buckets.json")
     gone = [path.stem for path in (metrics / "encoders").glob("*.json") if path.stem not in evaluated]
@@ -27,9 +28,9 @@ FACTS = ("filter", "split", "backbone", "folds", "tower", "align", "tune", "gate
 
 
 def evidence(reports: Path) -> dict[str, Any]:
-    """All that the report shows, from `reports/`: metrics, facts by stage, costs, and curves as frames.
+    """All that the report shows, from the folder `reports`: metrics, facts by stage, costs, and curves as frames.
 
-    UserError where what the bucket stage writes is missing; everything else may be absent.
+    Only the files of the bucket stage are required: UserError where one is missing.
     """
     metrics, curves = reports / "metrics", reports / "curves"
     parts = [*FACTS, "evaluate"]
@@ -55,37 +56,40 @@ def evidence(reports: Path) -> dict[str, Any]:
 
 
 def own_ablations(path: Path, main: Mapping | None) -> dict[str, Any]:
-    """What stages/ablations.py collected, if it belongs to these results: LLMGR's own figures tell."""
-    found = read_json(path) if path.exists() else {}
-    same = main and found.get(MAIN) and all(
-        main[convention][bucket] == figures for convention, by in found[MAIN]["figures"].items()
+    """The ablations that stages/ablations.py collected, if they belong to these results: LLMGR's figures must agree."""
+    ablations = read_json(path) if path.exists() else {}
+    same = main and ablations.get(MAIN) and all(
+        main[convention][bucket] == figures for convention, by in ablations[MAIN]["figures"].items()
         for bucket, figures in by.items())
-    return found if same else {}
+    return ablations if same else {}
 
 
 def own_seeds(path: Path, buckets: Mapping) -> dict[str, Any]:
-    """What stages/seeds.py collected at several seeds, if these results are one of them."""
+    """The results that stages/seeds.py collected at several seeds, if these results are among them."""
     whole = read_json(path) if path.exists() else {}
-    found = whole.get("figures", {})
+    by_seed = whole.get("figures", {})
     same = any(by.keys() and all(
         buckets.get(model, {}).get(convention, {}).get(bucket) == figures
         for model, conventions in by.items() for convention, inner in conventions.items()
-        for bucket, figures in inner.items()) for by in found.values())
-    return whole if same and len(found) > 1 else {}
+        for bucket, figures in inner.items()) for by in by_seed.values())
+    return whole if same and len(by_seed) > 1 else {}
 
 
 def read_curves(paths: set[Path], order: Mapping) -> dict[str, pl.DataFrame]:
-    place = {name: number for number, name in enumerate(order)}
-    found = {path.stem.rpartition("_")[0]: path for path in paths}
-    frames = {name: pl.read_csv(found[name], infer_schema_length=None)
-              for name in sorted(found, key=lambda name: (place.get(name, len(place)), name))}
+    """Curve files as frames by the trained part, in the order of `order`; empty ones are left out."""
+    position = {name: number for number, name in enumerate(order)}
+    files = {path.stem.rpartition("_")[0]: path for path in paths}
+    frames = {name: pl.read_csv(files[name], infer_schema_length=None)
+              for name in sorted(files, key=lambda name: (position.get(name, len(position)), name))}
     return {name: frame for name, frame in frames.items() if frame.height}
 
 
-def arranged(found: Mapping[str, Any], params: Any) -> dict[str, Any]:
-    """The evidence with gates behind the models that they fuse; LLMGR and `bucket.ours` stay last."""
-    def place(model: str) -> tuple[bool, ...]:
+def arranged(evidence: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """The evidence with models in the page's order: gates after the models that they fuse, then LLMGR and
+    `bucket.ours`.
+    """
+    def last(model: str) -> tuple[bool, ...]:
         return model == params.bucket.ours, model == MAIN, model in params.gate.fuse
 
-    return {**found, **{kind: {model: found[kind][model] for model in sorted(found[kind], key=place)}
+    return {**evidence, **{kind: {model: evidence[kind][model] for model in sorted(evidence[kind], key=last)}
                         for kind in REQUIRED}}

@@ -49,7 +49,7 @@ def palette(models: Sequence[str], ours: str) -> Looks:
     return looks
 
 
-def buckets(found: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, str]], looks: Looks,
+def buckets(figures: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, str]], looks: Looks,
             metric: str = "hr_at_20") -> str:
     """A dot with a 95% interval a model of `looks` and bucket, seen items kept; `panels`: title -> bucket -> label."""
     with matplotlib.rc_context(STYLE):
@@ -59,8 +59,9 @@ def buckets(found: Mapping, bounds: Mapping, panels: Mapping[str, Mapping[str, s
                                          panels.items()):
             for number, (model, (colour, marker)) in enumerate(looks.items()):
                 shift = (number - (len(looks) - 1) / 2) * 0.72 / len(looks)
-                points = [(place + shift, found[model]["test"][bucket][metric], bounds[model]["test"][bucket][metric])
-                          for place, bucket in enumerate(labels) if metric in found[model]["test"].get(bucket, {})]
+                own, limits = figures[model]["test"], bounds[model]["test"]
+                points = [(position + shift, own[bucket][metric], limits[bucket][metric])
+                          for position, bucket in enumerate(labels) if metric in own.get(bucket, {})]
                 if points:
                     _dots(axes, points, colour, marker, model)
             axes.set_xticks(range(len(labels)), labels.values())
@@ -82,11 +83,11 @@ def answer(quality: Mapping[str, Mapping], bounds: Mapping[str, Mapping], panels
         shape = {"wspace": 0.1}
         for axes, (bucket, label) in zip(figure.subplots(1, len(panels), sharey=True, gridspec_kw=shape),
                                          panels.items()):
-            for place, (model, by) in enumerate(quality.items()):
+            for position, (model, by) in enumerate(quality.items()):
                 colour, marker = looks[model]
                 if metric in by.get(bucket, {}):
-                    axes.plot(bounds[model][bucket][metric], [place] * 2, color=colour, linewidth=1.8)
-                    axes.plot(by[bucket][metric], place, marker, color=colour, markersize=5.5)
+                    axes.plot(bounds[model][bucket][metric], [position] * 2, color=colour, linewidth=1.8)
+                    axes.plot(by[bucket][metric], position, marker, color=colour, markersize=5.5)
             axes.set_title(label)
             axes.locator_params(axis="x", nbins=3)
             axes.grid(axis="y", visible=False)
@@ -105,11 +106,11 @@ def differences(gaps: Mapping, ours: str, metrics: Sequence[str] = ("hr_at_20", 
             axes.axvline(0, color=QUIET, linewidth=1)
             for number, (bucket, (colour, marker)) in enumerate(slices.items()):
                 shift = (number - 1) * 0.22
-                for place, by in enumerate(gaps.values()):
+                for position, by in enumerate(gaps.values()):
                     if bucket in by["test"]:
                         gap = by["test"][bucket][metric]
-                        axes.plot([gap["low"], gap["high"]], [place + shift] * 2, color=colour, linewidth=1.6)
-                        axes.plot(gap["difference"], place + shift, marker, color=colour, markersize=4.5)
+                        axes.plot([gap["low"], gap["high"]], [position + shift] * 2, color=colour, linewidth=1.6)
+                        axes.plot(gap["difference"], position + shift, marker, color=colour, markersize=4.5)
                 axes.plot([], [], marker, color=colour, label=bucket, markersize=4.5)
             axes.set_yticks(range(len(gaps)), [f"against {model}" for model in gaps])
             axes.set_ylim(len(gaps) - 0.5, -0.5)
@@ -166,12 +167,12 @@ def cost(quality: Mapping[str, Mapping], bounds: Mapping[str, Mapping], seconds:
         figure = Figure(figsize=(WIDTH, 0.5 + 0.25 * len(quality)))
         shape = {"wspace": 0.06, "width_ratios": (1.6, 1, 1)}
         for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True, gridspec_kw=shape), panels.items()):
-            for place, model in enumerate(quality):
+            for position, model in enumerate(quality):
                 colour, marker = looks[model]
                 if values is not seconds and values is not parameters:
-                    axes.plot(bounds[model][metric], [place] * 2, color=colour, linewidth=1.6)
+                    axes.plot(bounds[model][metric], [position] * 2, color=colour, linewidth=1.6)
                 if values.get(model):
-                    axes.plot(values[model], place, marker, color=colour, markersize=5.5)
+                    axes.plot(values[model], position, marker, color=colour, markersize=5.5)
             axes.set_title(title)
         first, time, size = figure.axes
         first.set_yticks(range(len(quality)), quality)
@@ -190,8 +191,8 @@ def cost(quality: Mapping[str, Mapping], bounds: Mapping[str, Mapping], seconds:
 
 def pretty(metric: str) -> str:
     """`ndcg_at_20` as `NDCG@20`; other names with spaces."""
-    found = re.fullmatch(r"(hr|ndcg|mrr)_at_(\d+)", metric)
-    return f"{found[1].upper()}@{found[2]}" if found else metric.replace("_", " ")
+    match = re.fullmatch(r"(hr|ndcg|mrr)_at_(\d+)", metric)
+    return f"{match[1].upper()}@{match[2]}" if match else metric.replace("_", " ")
 
 
 def signed(value: float, form: str = ".4f") -> str:
@@ -231,7 +232,7 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _median(y: np.ndarray) -> np.ndarray:
     """The running median, of what there is towards the ends."""
     reach = SMOOTH // 2
-    return np.array([np.median(y[max(0, place - reach):place + reach + 1]) for place in range(len(y))])
+    return np.array([np.median(y[max(0, position - reach):position + reach + 1]) for position in range(len(y))])
 
 
 def _legend(figure: Figure, handles: list, names: list[str]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.params.derived import base_scores
+from llmgr.params.evaluation import Bucket
 from llmgr.params.names import PRIOR, SERVED, TOWER
+from llmgr.params.schema import Params
 from llmgr.ranking.metrics import names
 from llmgr.reporting.evidence import MAIN
 from llmgr.reporting.figures import count, pretty
@@ -18,7 +20,7 @@ ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessi
          "text-knn": "items with the most similar texts to the language model, untrained",
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
-         "slit-text": "the same, shrunk to the likeness of the items' words",
+         "slit-text": "the same, shrunk towards the similarity of the items' words",
          SERVED: "what the package for production answers: no language model, no knowledge of the user"}
 TOWERS = {"tokens": "items with the most similar texts to a mean of token vectors, tuned on which texts follow which; "
                     "no language model",
@@ -28,14 +30,14 @@ CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
             "linear": "item texts, over the linear model of clicks and words: no language model tuned"}
 
 
-def llm_name(params: Any) -> str:
-    """The language model as others know it: a folder of this machine by its last part."""
+def llm_name(params: Params) -> str:
+    """The language model's public name; of a folder on this machine only the last part."""
     name = params.llm.name
     return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
-def describe(model: str, params: Any) -> str:
-    """What a model is, for somebody who meets its name for the first time."""
+def describe(model: str, params: Params) -> str:
+    """One line that explains a model to somebody who sees its name for the first time."""
     base, hyphen, text = model.partition("-")
     if model in ABOUT:
         return ABOUT[model]
@@ -57,29 +59,30 @@ def describe(model: str, params: Any) -> str:
     return "session encoder, item ids alone"
 
 
-def tuned_tower(params: Any) -> bool:
-    """Whether a language model has been tuned for LLMGR's prior alone."""
+def tuned_tower(params: Params) -> bool:
+    """Whether LLMGR's prior alone needs a tuned language model."""
     return params.tower.enabled and params.tower.encoder == "language-model"
 
 
-def control(params: Any, reads: str = "text") -> str:
+def control(params: Params, reads: str = "text") -> str:
+    """The name of the base encoder's control, such as `gcsan-text`."""
     return f"{params.model.base.split('-')[0]}-{reads}"
 
 
 def title_of(model: str) -> str:
-    """A model as prose names it."""
+    """The model's name in prose."""
     return "LLMGR" if model == MAIN else model
 
 
 TIES = {"tied": "last two clicks at one time", "untied": "last two clicks at different times"}
 
 
-def bucket_label(bucket: str, settings: Any) -> str:
+def bucket_label(bucket: str, section: Bucket) -> str:
     """A bucket's name for people: `count_10_49` as `10–49`, `cold` as `cold (5–10)`."""
     if bucket == "cold":
-        return f"cold ({settings.cold[0]}–{settings.cold[1]})"
+        return f"cold ({section.cold[0]}–{section.cold[1]})"
     if bucket == "warm":
-        return f"warm ({settings.warm}+)"
+        return f"warm ({section.warm}+)"
     if bucket in ("all", *TIES):
         return TIES.get(bucket, bucket)
     _, *ends = bucket.split("_")
@@ -88,9 +91,9 @@ def bucket_label(bucket: str, settings: Any) -> str:
     return f"{ends[0][2:]}+" if ends[0].startswith("ge") else "–".join(ends)
 
 
-def bucket_title(bucket: str, settings: Any) -> str:
-    """What a bucket holds, for a caption: `targets with 10–49 interactions in training`."""
-    label = bucket_label(bucket, settings)
+def bucket_title(bucket: str, section: Bucket) -> str:
+    """A bucket in a caption: `targets with 10–49 interactions in training`."""
+    label = bucket_label(bucket, section)
     if bucket == "all":
         return "all targets"
     if bucket in ("cold", "warm"):
@@ -100,36 +103,39 @@ def bucket_title(bucket: str, settings: Any) -> str:
     return f"targets with {label} interactions in {'training' if bucket.startswith('trained') else 'the 5-core data'}"
 
 
-def best(found: Mapping[str, Any], convention: str, bucket: str) -> dict[str, float]:
-    """The highest value of every metric among the models, by metric."""
-    rows = [by[convention][bucket] for by in found["buckets"].values()]
+def best(evidence: Mapping[str, Any], convention: str, bucket: str) -> dict[str, float]:
+    """The highest value among the models, by metric."""
+    rows = [by[convention][bucket] for by in evidence["buckets"].values()]
     return {metric: max(row[metric] for row in rows) for metric in names() if metric in rows[0]}
 
 
-def bucket_names(found: Mapping[str, Any]) -> list[str]:
-    return list(next(iter(found["buckets"].values()))["test"])
+def bucket_names(evidence: Mapping[str, Any]) -> list[str]:
+    """All buckets, in their order."""
+    return list(next(iter(evidence["buckets"].values()))["test"])
 
 
-def sessions(found: Mapping[str, Any], convention: str, bucket: str) -> int:
-    return next(iter(found["buckets"].values()))[convention][bucket]["n"]
+def sessions(evidence: Mapping[str, Any], convention: str, bucket: str) -> int:
+    """The number of sessions in a bucket."""
+    return next(iter(evidence["buckets"].values()))[convention][bucket]["n"]
 
 
 def four(value: float | None) -> str:
-    """A metric; a dash where its bucket has no session."""
+    """A metric with four digits; a dash where its bucket has no session."""
     return "–" if value is None else f"{value:.4f}"
 
 
 def changes(ablation: Mapping[str, Any]) -> str:
+    """The parameters that an ablation changes, in one line."""
     return ", ".join(f"{key}={shown(value)}" for key, value in ablation["changed"].items()) or "–"
 
 
 def grid(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested facts for display: a table of the groups with the same keys (before, after, published), plain rows."""
+    """Nested facts for display: groups with the same keys (before, after, published) as tables, the rest as rows."""
     groups = {name: _plain(value) for name, value in facts.items() if isinstance(value, dict)}
-    alike: dict[tuple[str, ...], list[str]] = {}
+    by_keys: dict[tuple[str, ...], list[str]] = {}
     for name, group in groups.items():
-        alike.setdefault(tuple(sorted(group)), []).append(name)
-    tables = [columns for columns in alike.values() if len(columns) > 1]
+        by_keys.setdefault(tuple(sorted(group)), []).append(name)
+    tables = [columns for columns in by_keys.values() if len(columns) > 1]
     shown = set(itertools.chain.from_iterable(tables))
     return {"tables": [{"columns": columns, "rows": {row: [groups[column][row] for column in columns]
                                                      for row in groups[columns[0]]}} for columns in tables],
@@ -144,7 +150,7 @@ def _plain(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def number(value: float | None) -> str:
-    """4.20 M, 131,413, 12.35, 0.102, or a dash."""
+    """A number as text: 4.20 M, 131,413, 12.35, 0.102, or a dash for None."""
     if value is None:
         return "–"
     return count(value) if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""What an MLflow run of an experiment, and of each of its models, holds: metrics, curves, tables, times, description.
+"""The contents of the MLflow runs of an experiment and of its models: metrics, curves, tables, times, description.
 
 Metrics are called `test.cold/ndcg_at_20`: MLflow's pages put what stands before the slash over a section of its own, so
 that all, cold and warm targets, both conventions, costs and every curve have theirs.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.params.names import HEADLINE, STAGES
+from llmgr.params.schema import Params
 from llmgr.reporting.cost import parameters, ranking_seconds, training_parts, training_seconds
 from llmgr.reporting.evidence import MAIN
 from llmgr.reporting.naming import describe
@@ -27,45 +28,46 @@ POINTS = 1000  # of a curve; the whole of it is among the artifacts
 UNDRAWN = ("step", "epoch", "lr", "train_loss")  # columns of curves that are in the artifacts alone
 
 
-def model_metrics(found: Mapping[str, Any], params: Any, model: str) -> dict[str, float]:
+def model_metrics(evidence: Mapping[str, Any], params: Params, model: str) -> dict[str, float]:
     """A model's figures at cutoff 20 by their MLflow names, the same for every model, and what it cost."""
     values: dict[str, float] = {}
-    for split, by in found["buckets"][model].items():
+    for split, by in evidence["buckets"][model].items():
         for bucket in BUCKETS:
             values |= {f"{split}.{bucket}/{metric}": by[bucket][metric] for metric in HEADLINE
                        if metric in by.get(bucket, {})}
-    valid = _validation(found, params, model)
+    valid = _validation(evidence, params, model)
     values |= {f"valid.all/{metric}": valid[metric] for metric in HEADLINE if metric in valid}
-    costs = [found["cost"][part] for part in training_parts(found, params).get(model, ()) if part in found["cost"]]
-    last = found["cost"].get("tune" if model == MAIN else model, {})
-    spent = {"minutes": training_seconds(found, params).get(model, 0.0) / 60 if costs else None,
+    cost_of = evidence["cost"]
+    costs = [cost_of[part] for part in training_parts(evidence, params).get(model, ()) if part in cost_of]
+    last = cost_of.get("tune" if model == MAIN else model, {})
+    spent = {"minutes": training_seconds(evidence, params).get(model, 0.0) / 60 if costs else None,
              "peak_memory_mb": max((cost["peak_memory_mb"] for cost in costs), default=None),
-             "parameters": parameters(found).get(model), "trainable_parameters": last.get("trainable_parameters"),
+             "parameters": parameters(evidence).get(model), "trainable_parameters": last.get("trainable_parameters"),
              "samples_per_second": last.get("samples_per_second"), "tokens_per_second": last.get("tokens_per_second"),
-             "ranking_seconds": ranking_seconds(found, params).get(model)}
+             "ranking_seconds": ranking_seconds(evidence, params).get(model)}
     values |= {f"cost/{name}": float(value) for name, value in spent.items() if value is not None}
     return {legal(name): value for name, value in values.items()}
 
 
-def _validation(found: Mapping[str, Any], params: Any, model: str) -> Mapping[str, float]:
+def _validation(evidence: Mapping[str, Any], params: Params, model: str) -> Mapping[str, float]:
     """Validation figures; a gate's are cross-fitted, since it was fitted on validation sessions."""
     if model in params.gate.fuse:
-        return found["facts"].get("gate", {}).get(model, {}).get("valid", {})
-    return found["evaluate"].get(model, {}).get("valid", {}).get("all", {})
+        return evidence["facts"].get("gate", {}).get(model, {}).get("valid", {})
+    return evidence["evaluate"].get(model, {}).get("valid", {}).get("all", {})
 
 
-def experiment_metrics(found: Mapping[str, Any], params: Any) -> dict[str, float]:
+def experiment_metrics(evidence: Mapping[str, Any], params: Params) -> dict[str, float]:
     """LLMGR's metrics, and by how much it is above the main baselines with p (Holm), and sessions by bucket."""
     ours = params.bucket.ours
-    if ours not in found["buckets"]:
+    if ours not in evidence["buckets"]:
         return {}
-    values = model_metrics(found, params, ours)
-    for other in main_models(found, params):
-        gap = found["differences"].get(other, {}).get("test", {}).get("all", {}).get("ndcg_at_20")
+    values = model_metrics(evidence, params, ours)
+    for other in main_models(evidence, params):
+        gap = evidence["differences"].get(other, {}).get("test", {}).get("all", {}).get("ndcg_at_20")
         if gap:
             values |= {legal(f"above.{other}/ndcg_at_20"): gap["difference"], legal(f"above.{other}/p"): gap["p_holm"]}
-    values |= {f"sessions/{bucket}": float(found["buckets"][ours]["test"][bucket]["n"]) for bucket in BUCKETS
-               if bucket in found["buckets"][ours]["test"]}
+    values |= {f"sessions/{bucket}": float(evidence["buckets"][ours]["test"][bucket]["n"]) for bucket in BUCKETS
+               if bucket in evidence["buckets"][ours]["test"]}
     return values
 
 
@@ -95,18 +97,18 @@ def stage_curves(reports: Path) -> list[Path]:
     return [path for stage in STAGES for path in own_curves(reports, stage)]
 
 
-def tables(found: Mapping[str, Any]) -> dict[str, dict[str, list]]:
+def tables(evidence: Mapping[str, Any]) -> dict[str, dict[str, list]]:
     """Full tables by name, a list a column: every figure with its interval, every difference, every cost."""
     figures = [(model, split, bucket, by["n"], metric, value,
-                *found["intervals"].get(model, {}).get(split, {}).get(bucket, {}).get(metric, (None, None)))
-               for model, splits in found["buckets"].items() for split, buckets in splits.items()
+                *evidence["intervals"].get(model, {}).get(split, {}).get(bucket, {}).get(metric, (None, None)))
+               for model, splits in evidence["buckets"].items() for split, buckets in splits.items()
                for bucket, by in buckets.items() for metric, value in by.items() if metric != "n"]
     gaps = [(model, split, bucket, metric, gap["difference"], gap["low"], gap["high"], gap["p"], gap["p_holm"])
-            for model, splits in found["differences"].items() for split, buckets in splits.items()
+            for model, splits in evidence["differences"].items() for split, buckets in splits.items()
             for bucket, by in buckets.items() for metric, gap in by.items()]
     columns = ("seconds", "samples_per_second", "tokens_per_second", "peak_memory_mb", "trainable_parameters",
                "total_parameters", "hardware")
-    costs = [(part, *(cost.get(column) for column in columns)) for part, cost in found["cost"].items()]
+    costs = [(part, *(cost.get(column) for column in columns)) for part, cost in evidence["cost"].items()]
     made = {"metrics": (("model", "split", "bucket", "n", "metric", "value", "low", "high"), figures),
             "differences": (("against", "split", "bucket", "metric", "difference", "low", "high", "p", "p_holm"), gaps),
             "cost": (("part", *columns), costs)}
@@ -127,12 +129,12 @@ def times(reports: Path, parts: Iterable[str] | None = None) -> tuple[int, int]:
     return end - int(seconds * 1000), end
 
 
-def note(found: Mapping[str, Any], params: Any, page: str) -> str:
+def note(evidence: Mapping[str, Any], params: Params, page: str) -> str:
     """The description on a run's page: what came out, in one sentence and a table, and the way to the report."""
-    said = verdicts(found, params)
+    said = verdicts(evidence, params)
     rows = [f"| {model} | {describe(model, params)} | " + " | ".join(
-        f"{found['buckets'][model]['test']['all'][metric]:.4f}" for metric in HEADLINE) + " |"
-        for model in main_models(found, params)]
+        f"{evidence['buckets'][model]['test']['all'][metric]:.4f}" for metric in HEADLINE) + " |"
+        for model in main_models(evidence, params)]
     return "\n".join([
         sentence(said, params.bucket.ours) or "LLMGR was not evaluated.", "",
         "| model | what it is | HR@20 | NDCG@20 | MRR@20 |", "|---|---|---|---|---|", *rows, "",

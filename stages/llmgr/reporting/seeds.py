@@ -1,4 +1,4 @@
-"""The same experiment at other seeds: what of a difference between two models is the training's chance."""
+"""The same experiment at several seeds: how much of a difference between two models is chance in training."""
 from __future__ import annotations
 
 import functools
@@ -11,19 +11,19 @@ COLUMNS = [*(("test", "all", metric) for metric in ("hr_at_20", "ndcg_at_20", "m
 Figures = dict[str, dict[str, dict[str, dict[str, float]]]]  # model, convention, bucket, metric
 
 
-def models(found: Mapping[str, Figures]) -> list[str]:
+def models(figures: Mapping[str, Figures]) -> list[str]:
     """The models that every seed has, in the first seed's order."""
-    return [model for model in next(iter(found.values()), {}) if all(model in by for by in found.values())]
+    return [model for model in next(iter(figures.values()), {}) if all(model in by for by in figures.values())]
 
 
-def spread(found: Mapping[str, Figures], model: str, column: tuple[str, str, str], minus: str | None = None
+def spread(figures: Mapping[str, Figures], model: str, column: tuple[str, str, str], minus: str | None = None
            ) -> tuple[float, float, float, float] | None:
     """Mean, standard deviation, least and greatest over the seeds of a figure, or of its excess over `minus`'s.
 
     None where a seed lacks it; NaN is the deviation of a single seed.
     """
     values = []
-    for by in found.values():
+    for by in figures.values():
         pair = [functools.reduce(lambda inner, key: inner.get(key, {}), (name, *column), by)
                 for name in (model, minus or model)]
         if {} in pair:

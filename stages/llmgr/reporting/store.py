@@ -216,19 +216,19 @@ def _client(mlflow: Any, address: str) -> Any:
 
 def _experiment(client: Any, name: str, address: str) -> str:
     # A database store would put artifacts below the current folder, which in DVC's temporary copies vanishes.
-    place = None if address.startswith("http") else (beside(address) / "mlartifacts").resolve().as_uri()
+    location = None if address.startswith("http") else (beside(address) / "mlartifacts").resolve().as_uri()
     existing = client.get_experiment_by_name(name)
     if existing is None:
-        return client.create_experiment(name, artifact_location=place)
+        return client.create_experiment(name, artifact_location=location)
     if existing.lifecycle_stage == "deleted":
         raise UserError(f"track.experiment={name} was deleted in MLflow: restore it there or choose another name")
-    if file_of(address) and _elsewhere(existing.artifact_location, place):
+    if file_of(address) and _elsewhere(existing.artifact_location, location):
         former = f"{name} (former {existing.experiment_id})"
         client.set_experiment_tag(existing.experiment_id, FORMER, name)
         client.rename_experiment(existing.experiment_id, former)
         say(f"the artifacts of MLflow's experiment {name} lie in another folder, from before a move or a copy: it is "
             f"now called {former}, and this run opens a new {name}")
-        return client.create_experiment(name, artifact_location=place)
+        return client.create_experiment(name, artifact_location=location)
     return existing.experiment_id
 
 
@@ -254,6 +254,6 @@ def _path(location: str) -> Path:
     return Path(unquote(location.removeprefix("file://")))
 
 
-def _elsewhere(location: str, place: str) -> bool:
+def _elsewhere(location: str, here: str) -> bool:
     """Whether an experiment's artifacts are in a folder that MLflow or this project chose for another store."""
-    return location != place and bool(re.fullmatch(r"/.*/(mlartifacts|mlruns/\d+)/?", str(_path(location))))
+    return location != here and bool(re.fullmatch(r"/.*/(mlartifacts|mlruns/\d+)/?", str(_path(location))))

@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from llmgr.params.names import HEADLINE, PRIOR
+from llmgr.params.schema import Params
 from llmgr.reporting.cost import training_parts, training_seconds
 from llmgr.reporting.evidence import MAIN
 
@@ -15,44 +16,46 @@ POINTS = 150  # of a drawn training loss
 SELECTS = "ndcg_at_20"
 
 
-def main_models(found: Mapping[str, Any], params: Any) -> list[str]:
+def main_models(evidence: Mapping[str, Any], params: Params) -> list[str]:
     """The base without texts, the base with texts, the strongest late fusion without LLMGR, and LLMGR, where evaluated.
 
     The strongest is so on validation sessions (cross-fitted), so that no choice was made on test sessions.
     """
     base = params.model.base.partition("-")[0]
-    named = [base, f"{base}-text", params.model.base, strongest_fusion(found, params), MAIN, params.bucket.ours]
-    return [model for model in dict.fromkeys(named) if model in found["buckets"]]
+    named = [base, f"{base}-text", params.model.base, strongest_fusion(evidence, params), MAIN, params.bucket.ours]
+    return [model for model in dict.fromkeys(named) if model in evidence["buckets"]]
 
 
-def strongest_fusion(found: Mapping[str, Any], params: Any) -> str | None:
+def strongest_fusion(evidence: Mapping[str, Any], params: Params) -> str | None:
     """The gate with the highest cross-fitted validation NDCG@20 of those that fuse nothing of LLMGR."""
-    fitted = found["facts"].get("gate", {})
+    fitted = evidence["facts"].get("gate", {})
     without = [gate for gate, fused in params.gate.fuse.items()
-               if gate in found["buckets"] and not {MAIN, PRIOR} & {*fused}]
+               if gate in evidence["buckets"] and not {MAIN, PRIOR} & {*fused}]
     return max(without, key=lambda gate: fitted.get(gate, {}).get("valid", {}).get(SELECTS, 0.0), default=None)
 
 
-def summary(found: Mapping[str, Any], params: Any) -> dict[str, Any]:
-    """What reports/metrics.json holds: at most `NUMBERS` figures at cutoff 20 of the `main_models`.
+def summary(evidence: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """The content of reports/metrics.json: at most `NUMBERS` figures at cutoff 20 of the `main_models`.
 
-    Of `bucket.ours` all targets, cold and warm ones, and the same with seen items excluded (`unseen`); of each of the
-    `baselines` all targets, HR@20 on cold and warm ones, and NDCG@20 with seen items excluded. `minutes` and
-    `peak_memory_mb` are those of all that `bucket.ours` needs to be trained.
+    `bucket.ours` has figures of all, cold and warm targets, with seen items and without (`unseen`). Each of the
+    `baselines` has figures of all targets, HR@20 of cold and warm ones, and NDCG@20 without seen items. `minutes` and
+    `peak_memory_mb` are the cost of training all that `bucket.ours` needs.
     """
     ours = params.bucket.ours
     content: dict[str, Any] = {}
-    for model in reversed(main_models(found, params)):
-        kept, unseen = (found["buckets"][model][convention] for convention in ("test", "test_unseen"))
+    for model in reversed(main_models(evidence, params)):
+        figures, unseen = (evidence["buckets"][model][convention] for convention in ("test", "test_unseen"))
         if model == ours:
-            content[model] = {**_figures(kept), "unseen": _figures(unseen)}
+            content[model] = {**_figures(figures), "unseen": _figures(unseen)}
         else:
             few = ("hr_at_20",)
-            content.setdefault("baselines", {})[model] = {**_figures(kept, {"all": HEADLINE, "cold": few, "warm": few}),
-                                                          "unseen": _figures(unseen, {"all": (SELECTS,)})}
-    parts = [found["cost"][part] for part in training_parts(found, params).get(ours, ()) if part in found["cost"]]
+            content.setdefault("baselines", {})[model] = {
+                **_figures(figures, {"all": HEADLINE, "cold": few, "warm": few}),
+                "unseen": _figures(unseen, {"all": (SELECTS,)})}
+    cost_of = evidence["cost"]
+    parts = [cost_of[part] for part in training_parts(evidence, params).get(ours, ()) if part in cost_of]
     if parts:
-        content["minutes"] = training_seconds(found, params)[ours] / 60
+        content["minutes"] = training_seconds(evidence, params)[ours] / 60
         content["peak_memory_mb"] = max(cost["peak_memory_mb"] for cost in parts)
     return content
 

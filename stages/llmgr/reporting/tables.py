@@ -5,23 +5,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmgr.params.names import HEADLINE
+from llmgr.params.schema import Params
 from llmgr.reporting import seeds
 from llmgr.reporting.evidence import CONVENTIONS
 from llmgr.reporting.figures import pretty
-from llmgr.reporting.naming import (
-    bucket_label,
-    title_of,
-)
+from llmgr.reporting.naming import bucket_label, title_of
 from llmgr.reporting.verdicts import p_text
 
 ABLATION_COLUMNS = [*(("test", "all", metric) for metric in HEADLINE), ("test_unseen", "all", "hr_at_20"),
                 ("test_unseen", "all", "ndcg_at_20"), ("test", "cold", "hr_at_20"), ("test", "warm", "hr_at_20")]
 
 
-def seed_tables(found: Mapping[str, Any], params: Any) -> list[tuple[str, list[str], dict[str, list[str]]]]:
+def seed_tables(seed_results: Mapping[str, Any], params: Params) -> list[tuple[str, list[str], dict[str, list[str]]]]:
     """Title, heads and cells by model: mean and deviation over the seeds; by how much `bucket.ours` exceeds each, mean
     [least, most]; and the paired differences of the sessions' means over the seeds, by convention."""
-    figures, ours = found["figures"], params.bucket.ours
+    figures, ours = seed_results["figures"], params.bucket.ours
     models, number = seeds.models(figures), f"{len(figures)} seeds ({', '.join(figures)})"
     head = [f"{CONVENTIONS[c].split()[-1]}, {bucket_label(b, params.bucket)}: {pretty(m)}" for c, b, m in seeds.COLUMNS]
 
@@ -34,11 +32,12 @@ def seed_tables(found: Mapping[str, Any], params: Any) -> list[tuple[str, list[s
     if ours in models:
         tables.append((f"{title_of(ours)} minus the other model at the same seed, mean [least, greatest] of {number}",
                        head, {model: cells(ours, model) for model in models if model != ours}))
-    for convention, words in CONVENTIONS.items() if found.get("ours") == ours and found["differences"] else ():
+    pooled = seed_results.get("ours") == ours and seed_results["differences"]
+    for convention, words in CONVENTIONS.items() if pooled else ():
         tables.append((f"{title_of(ours)} minus the other model, every session's mean over {number}, {words.lower()} "
                        "(paired 95% interval, p, Holm-corrected p)", list(map(pretty, HEADLINE)),
-                       {model: [_gap(by[convention][metric], found["resamples"]) for metric in HEADLINE]
-                        for model, by in found["differences"].items()}))
+                       {model: [_gap(by[convention][metric], seed_results["resamples"]) for metric in HEADLINE]
+                        for model, by in seed_results["differences"].items()}))
     return tables
 
 

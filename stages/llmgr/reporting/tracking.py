@@ -19,6 +19,7 @@ from typing import Any
 
 from llmgr.params.loading import flat
 from llmgr.params.names import SERVED
+from llmgr.params.schema import Params
 from llmgr.reporting import runs
 from llmgr.reporting.cost import training_parts
 from llmgr.reporting.evidence import MAIN, evidence, left_behind
@@ -74,13 +75,13 @@ def tags(key: str) -> dict[str, str]:
     return known | {tag: os.environ[name] for tag, name in named.items() if os.environ.get(name)}
 
 
-def kinds(params: Any) -> dict[str, str]:
+def kinds(params: Params) -> dict[str, str]:
     """Tags to filter runs by."""
     return {"kind": "experiment", "dataset": params.data.dataset, "base": params.model.base,
             "backbone": llm_name(params), "seed": str(params.seed)}
 
 
-def publish(params: Any, reports: Path, package: Path | None = None) -> dict[str, str]:
+def publish(params: Params, reports: Path, package: Path | None = None) -> dict[str, str]:
     """Publish the results under `reports`, or find the run that already holds them; what stands in mlflow_run.json.
 
     `params` are all parameters. A new run gets the folder `package` as a model, which `llmgr.serving.registry`
@@ -155,7 +156,7 @@ def _log_metrics(client: Any, run_id: str, values: Mapping[str, float], points: 
         client.log_batch(run_id, metrics=logged[start:start + 1000])
 
 
-def _fill(client: Any, run: Any, logged: Mapping, results: Mapping, params: Any, reports: Path, end: int) -> None:
+def _fill(client: Any, run: Any, logged: Mapping, results: Mapping, params: Params, reports: Path, end: int) -> None:
     """Everything of the experiment's own run."""
     run_id = run.info.run_id
     _log_parameters(client, run_id, logged)
@@ -187,7 +188,7 @@ def _log_inputs(client: Any, run_id: str) -> None:
         for path, content in datasets(Path("dvc.lock"), Path("data")).items()])
 
 
-def _publish_model(client: Any, parent: Any, model: str, logged: Mapping, results: Mapping, params: Any,
+def _publish_model(client: Any, parent: Any, model: str, logged: Mapping, results: Mapping, params: Params,
                    reports: Path) -> None:
     """A model's run below the experiment's: the same metrics, its own parameters and training curves."""
     part = "tune" if model == MAIN else model

@@ -1,10 +1,11 @@
-"""What came out in words: differences, which of them count, and the answer."""
+"""The results in words: differences, which of them are significant, and the answer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
 from llmgr.params.names import HEADLINE, PRIOR
+from llmgr.params.schema import Params
 from llmgr.reporting.buckets import LEVEL
 from llmgr.reporting.naming import control, title_of, tuned_tower
 from llmgr.reporting.significance import least_p
@@ -12,15 +13,15 @@ from llmgr.reporting.significance import least_p
 ANSWERS = {"better": "Yes", "worse": "No", "mixed": "It depends on the metric", "no clear difference": "Not clearly"}
 
 
-def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
-    """What came out in words: LLMGR against the text control, its base encoder and the strongest other model.
+def verdicts(evidence: Mapping[str, Any], params: Params) -> list[dict[str, Any]]:
+    """The results in words: LLMGR against the text control, its base encoder and the strongest other model.
 
-    A difference is called one only where its Holm-corrected p is below 0.05.
+    A difference counts only where its Holm-corrected p is below 0.05.
     """
-    gaps = found["differences"]
+    gaps = evidence["differences"]
     if not gaps:
         return []
-    strongest = max(gaps, key=lambda model: found["buckets"][model]["test"]["all"]["ndcg_at_20"])
+    strongest = max(gaps, key=lambda model: evidence["buckets"][model]["test"]["all"]["ndcg_at_20"])
     texts, plain = control(params), params.model.base.split("-")[0]
     roles = {texts: "the text + GNN control" + (" that it reads" if texts == params.model.base else "")}
     if params.tune.linear:
@@ -31,22 +32,22 @@ def verdicts(found: Mapping[str, Any], params: Any) -> list[dict[str, Any]]:
     roles.setdefault(params.model.base, "the encoder that it reads")
     roles.setdefault(plain, "the encoder without texts")
     roles.setdefault(strongest, "the strongest other model")
-    return [_verdict(found, params.bucket.ours, model, role) for model, role in roles.items() if model in gaps]
+    return [_verdict(evidence, params.bucket.ours, model, role) for model, role in roles.items() if model in gaps]
 
 
-def _verdict(found: Mapping[str, Any], ours: str, model: str, role: str) -> dict[str, Any]:
-    gaps = found["differences"][model]["test"]
+def _verdict(evidence: Mapping[str, Any], ours: str, model: str, role: str) -> dict[str, Any]:
+    gaps = evidence["differences"][model]["test"]
     word, calls = _calls(gaps)
-    excluded = found["differences"][model]["test_unseen"]
+    excluded = evidence["differences"][model]["test_unseen"]
     word_unseen, calls_unseen = _calls(excluded)
     return {"model": model, "role": role, "word": word, "calls": calls,
             "unseen": {"word": word_unseen, "calls": calls_unseen, "gaps": excluded},
-            "ours": found["buckets"][ours]["test"]["all"], "theirs": found["buckets"][model]["test"]["all"],
+            "ours": evidence["buckets"][ours]["test"]["all"], "theirs": evidence["buckets"][model]["test"]["all"],
             "gaps": gaps, "cold": call(gaps["cold"]["hr_at_20"]) if "cold" in gaps else None}
 
 
 def _calls(gaps: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """What a difference over all targets is called, and by metric."""
+    """The verdict on a difference over all targets: as one word, and by metric."""
     calls = {metric: call(gaps["all"][metric]) for metric in HEADLINE}
     kinds = set(calls.values())
     return kinds.pop() if len(kinds) == 1 else "mixed", calls
@@ -62,12 +63,12 @@ def sentence(said: list[dict[str, Any]], ours: str) -> str:
     return f"{title_of(ours)} ranks the next item {listed}." if parts else ""
 
 
-def answer(said: list[dict[str, Any]], params: Any) -> str:
-    """Whether the model beats the text control, under both conventions; empty where that is not known."""
-    kept, excluded = next(((ANSWERS[v["word"]], ANSWERS[v["unseen"]["word"]]) for v in said
+def answer(said: list[dict[str, Any]], params: Params) -> str:
+    """Whether the model beats the text control, under both conventions; empty without a text control."""
+    seen, excluded = next(((ANSWERS[v["word"]], ANSWERS[v["unseen"]["word"]]) for v in said
                            if v["model"] == control(params)), ("", ""))
-    return kept if kept == excluded else (
-        f"With seen items kept {kept[0].lower()}{kept[1:]}, with them excluded {excluded[0].lower()}{excluded[1:]}")
+    return seen if seen == excluded else (
+        f"With seen items kept {seen[0].lower()}{seen[1:]}, with them excluded {excluded[0].lower()}{excluded[1:]}")
 
 
 def call(gap: Mapping[str, float]) -> str:
