@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 from machine import DEFAULTS, ROOT
 
@@ -141,8 +142,6 @@ input()
 
 
 def test_a_second_one_says_whom_it_waits_for_and_gives_up(tmp_path, monkeypatch, capsys) -> None:
-    import fcntl
-
     monkeypatch.setattr(sys, "argv", ["probe.py"])
     monkeypatch.setattr(ownership, "_held", {})
     monkeypatch.setattr(ownership, "WAIT", 0.3)
@@ -150,9 +149,7 @@ def test_a_second_one_says_whom_it_waits_for_and_gives_up(tmp_path, monkeypatch,
     ownership.alone(tmp_path)
     (lock,) = (tmp_path / ".resume/locks").iterdir()
     assert lock.read_text() == str(os.getpid())
-    ownership._held.popitem()[1].close()
-    with lock.open() as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run of this stage"):
-            ownership.alone(tmp_path)
+    ownership.let_go()
+    with filelock.FileLock(lock), pytest.raises(UserError, match="another run of this stage"):
+        ownership.alone(tmp_path)
     assert capsys.readouterr().err.count("at most") == 1

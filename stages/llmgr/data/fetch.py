@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import json
@@ -14,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from llmgr.data.part import Part
 from llmgr.runtime import artifacts, resume
@@ -97,8 +98,7 @@ def source(url: str, mirror: str | None, expected: str | None, retries: int, tim
         return
     url = f"{mirror.rstrip('/')}/{name}" if mirror else url
     folder = resume.waiting("download", hashlib.sha256(url.encode()).hexdigest()[:16])
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # experiments that run side by side want the same file
+    with filelock.FileLock(folder.with_suffix(".lock")):  # experiments that run side by side want the same file
         folder.mkdir(exist_ok=True)
         path = from_web(url, name, folder, retries, timeout)
         try:

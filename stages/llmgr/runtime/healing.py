@@ -92,7 +92,7 @@ def at_work(root: Path) -> str:
 def _guard(path: Path) -> Iterator[None]:
     """DVC's lock on one of its files, which it holds while it writes that file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
+    with path.open("a") as handle:  # by fcntl, not filelock: heal.py also runs on a Python with no package installed
         until = time.monotonic() + WAIT
         while True:
             try:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import sys
@@ -10,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from llmgr.runtime.console import WORKERS, say
 from llmgr.runtime.errors import UserError
@@ -20,7 +19,7 @@ WAIT = 60.0
 SPOKEN = 20.0
 """Seconds between lines that say what is waited for."""
 LEFT = 1
-_held: dict[Path, IO[str]] = {}  # locks of this process, which end with it
+_held: dict[Path, Any] = {}  # locks of this process, which end with it
 
 
 def follow_dvc() -> None:
@@ -94,30 +93,28 @@ def alone(root: Path) -> None:
 
 def hold(path: Path) -> bool:
     """Whether this process now holds the lock file `path`, which it then does until it ends."""
+    import filelock
+
     path = path.absolute()
     if path in _held:
         return True
+    lock = filelock.FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
+        lock.acquire(blocking=False)
     except PermissionError:
         return True  # a folder that cannot be written is no place of two writers
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
+    except filelock.Timeout:
         return False
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    _held[path] = handle
+    path.write_text(str(os.getpid()))
+    _held[path] = lock
     return True
 
 
 def let_go() -> None:
     """Give up every place that this process holds: its stage is over, though the process may live on."""
     while _held:
-        _held.popitem()[1].close()
+        _held.popitem()[1].release()
 
 
 def _writer(path: Path) -> str:
