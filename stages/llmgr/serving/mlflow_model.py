@@ -11,26 +11,14 @@ import os
 from typing import Any
 
 import mlflow
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from llmgr.runtime.errors import UserError
 from llmgr.serving.live import Live
+from llmgr.serving.recommender import Recommender
+from llmgr.serving.refusals import PARAMS, SESSION, Refused, refuse_plainly
 
 FOLDER = "LLMGR_RECOMMENDER"
-PARAMS = {"k": 20, "exclude_seen": True, "explain": False}
-
-
-class Refused(MlflowException):
-    """HTTP 400 with one sentence: MLflow would put the whole input before it."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence, INVALID_PARAMETER_VALUE)
-        self.sentence = sentence
-
-    def serialize_as_json(self) -> str:
-        self.message = self.sentence
-        return super().serialize_as_json()
+ANSWERS = 1_000_000  # items of an answer at most, over all its sessions
 
 
 class Served(mlflow.pyfunc.PythonModel):
@@ -38,22 +26,32 @@ class Served(mlflow.pyfunc.PythonModel):
     `llmgr.serving.recommender.Recommender.recommend`."""
 
     def load_context(self, context: Any) -> None:
+        refuse_plainly()
         self.live = Live(os.environ.get(FOLDER) or context.artifacts["package"])
 
     def predict(self, model_input: list[Any], params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Each session is `{"items": [ID, ...]}`; `params` are those of `recommend`."""
         settings = PARAMS | (params or {})
         try:
-            return self.live.current().recommend([_items(session, place) for place, session in enumerate(
-                model_input, 1)], **{name: settings[name] for name in PARAMS}).to_dicts()
+            sessions = [_items(session, place) for place, session in enumerate(model_input, 1)]
+            recommender = self.live.current()
+            _check_size(recommender, len(sessions), settings["k"])
+            return recommender.recommend(sessions, **{name: settings[name] for name in PARAMS}).to_dicts()
         except UserError as error:
             raise Refused(str(error)) from None
 
 
 def _items(session: Any, place: int) -> Any:
     if not isinstance(session, dict) or set(session) != {"items"}:
-        raise UserError(f'input {place} must be a session such as {{"items": ["B0001", "B0002"]}}')
+        raise UserError(f"input {place} must be a session such as {SESSION}")
     return session["items"]
+
+
+def _check_size(recommender: Recommender, sessions: int, k: int) -> None:
+    most = min(k, len(recommender.ids))
+    if sessions * most > ANSWERS:
+        raise UserError(f"{sessions:,} sessions of {most:,} items each are more than {ANSWERS:,} items: send fewer "
+                        "sessions a request, or lower k")
 
 
 mlflow.models.set_model(Served())
