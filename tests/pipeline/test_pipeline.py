@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 from machine import DEFAULTS, ROOT, small_disk, stage, within
+from scoring_server import Server
 from tiny import CHECKPOINTS, FILES, language_model, tokenizer
 
 from llmgr.experiments.ablations import changes
@@ -306,6 +307,32 @@ def test_every_reported_figure_follows_from_the_ranks(reproduced: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- leakage
+
+def test_the_real_server_ranks_targets_as_evaluate_wrote(reproduced: Path, tmp_path: Path) -> None:
+    """The registered model, asked over HTTP for the whole catalogue: a target stands where `served` ranked it."""
+    ids = ["", *pl.read_parquet(reproduced / "models/recommender/items.parquet")["item"]]
+    test = pl.read_parquet(reproduced / "data/sessions/test.parquet").head(40)
+    sessions = [{"items": [ids[number] for number in [*row["earlier"], *row["items"]]]}
+                for row in test.iter_rows(named=True)]
+    ranks = pl.read_parquet(reproduced / "reports/ranks/served.parquet").head(40)
+    assert ranks["target"].equals(test["target"])
+    server, compared = Server(f"sqlite:///{reproduced}/mlflow.db", "models:/llmgr@best", None, tmp_path / "log"), 0
+    try:
+        for column, without in (("rank", False), ("rank_unseen", True)):
+            status, answer = server.ask({"inputs": sessions, "params": {"k": len(ids), "exclude_seen": without}})
+            assert status == 200
+            for row, rank, target in zip(answer["predictions"], ranks[column], ranks["target"], strict=True):
+                scores = torch.tensor(row["scores"])
+                if ids[target] not in row["items"]:
+                    continue  # clicked before: the server leaves it out, evaluate ranks it all the same
+                own = scores[row["items"].index(ids[target])]
+                near = 1e-5 * max(1.0, float(scores.abs().max()))  # rounding of batches of another size
+                assert (scores > own + near).sum() < rank <= (scores >= own - near).sum()
+                compared += 1
+        assert compared > len(test)
+    finally:
+        server.stop()
+
 
 def test_training_sessions_end_before_the_held_out_items(reproduced: Path) -> None:
     parts = {name: pl.read_parquet(reproduced / f"data/sessions/{name}.parquet") for name in ("train", "valid", "test")}
