@@ -1,6 +1,6 @@
 """Stage 1: align nodes with texts. The model is shown candidate nodes and a description and names the node described.
 
-Reads:  models/embeddings/, models/backbone/, data/core/items.parquet
+Reads:  models/embeddings/, models/backbone/, models/text_encoder/, data/core/items.parquet
 Writes: models/aligned/ (bridge, output layer and LoRA adapters; no frozen weight), reports/metrics/align.json,
         reports/curves/align_{steps,epochs}.csv, reports/metrics/cost/align.json
 With align.enabled=false the untrained bridge is written (the paper's RQ3).
@@ -9,7 +9,7 @@ Params: seed, model, align, launch
 from llmgr.pipeline.stage import run
 
 READS = ("seed", "model", "align", "launch")
-INPUTS = ("models/embeddings", "models/backbone", "data/core/items.parquet")
+INPUTS = ("models/embeddings", "models/backbone", "models/text_encoder", "data/core/items.parquet")
 
 
 def main(params) -> None:
@@ -49,7 +49,7 @@ def main(params) -> None:
     if rank():
         return
     with replacing_folder(files.aligned) as folder:
-        save_llmgr(folder, model, params.model, files.backbone, encoder=False)
+        save_llmgr(folder, model, params.model, files, encoder=False)
     last = progress.epoch_rows[-1] if progress.epoch_rows else {}
     write_json("reports/metrics/align.json", {
         "enabled": settings.enabled, "items": len(model.vectors) - 1, "prompts_cut": cut,

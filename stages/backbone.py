@@ -1,14 +1,15 @@
-"""Resolve the language model and turn every item's text into a vector with it, frozen.
+"""Resolve the language model of the prompts and the text encoder, which turns every item's text into a vector, frozen.
 
-Reads:  data/core/items.parquet; llm.name: a hub id, a local folder, or `scratch`
-Writes: models/backbone/ (config, weights as safetensors, tokenizer, backbone.json, item_text.safetensors),
-        reports/metrics/backbone.json, reports/metrics/cost/backbone.json, reports/curves/backbone_{steps,epochs}.csv
-        (without rows unless the model was trained here)
-Params: seed, llm, data.max_session
+Reads:  data/core/items.parquet; llm.name and text_encoder.name: a hub id, a local folder, or `scratch`
+Writes: models/backbone/ (config, weights as safetensors, tokenizer, backbone.json), models/text_encoder/ (the same,
+        text_encoder.json, item_text.safetensors: vectors [V+1, H]; where text_encoder.name is null its model is that
+        of the prompts), reports/metrics/backbone.json, reports/metrics/cost/backbone.json,
+        reports/curves/backbone_{steps,epochs}.csv (without rows unless a model was trained here)
+Params: seed, llm, text_encoder, data.max_session
 """
 from llmgr.pipeline.stage import run
 
-READS = ("seed", "llm", "data.max_session")
+READS = ("seed", "llm", "text_encoder", "data.max_session")
 
 
 def main(params) -> None:
@@ -17,11 +18,12 @@ def main(params) -> None:
 
     import torch
 
-    from llmgr.language_model.loading import check_backbone, load_language_model, load_tokenizer
-    from llmgr.language_model.resolve import describe, resolve
+    from llmgr.language_model.loading import check_prompts, check_weights, load_language_model, load_tokenizer
+    from llmgr.language_model.resolve import describe, link_model, resolve
     from llmgr.language_model.scratch import train_scratch
     from llmgr.params.loading import flat
     from llmgr.runtime.artifacts import replacing_folder, save_tensors, write_json
+    from llmgr.runtime.layout import Layout
     from llmgr.runtime.resume import resume_folder
     from llmgr.text.items import item_texts
     from llmgr.text.vectors import encode_texts
@@ -29,33 +31,60 @@ def main(params) -> None:
     from llmgr.training.job import Progress
     from llmgr.training.precision import device_of
 
-    texts = item_texts("data/core/items.parquet", "text")
-    resume = resume_folder("backbone", flat(params), ["data/core/items.parquet"])
-    scratch = None
-    with replacing_folder("models/backbone") as folder:
-        if params.llm.name == "scratch":
-            settings = params.llm.scratch
-            scratch = train_scratch(item_texts("data/core/items.parquet", "text"), settings, folder, resume,
-                                    params.seed, max_positions=32 + 12 * params.data.max_session)
-            origin = {"name": "scratch", "revision": "trained on this catalogue's texts"}
+    files, trained = Layout("data", "models", "reports"), None
+    texts = item_texts(files.items, "text")
+    resume = resume_folder("backbone", flat(params), [files.items])
+
+    def obtained(section: str, folder: Path) -> tuple:
+        """Put the model that a section names into `folder`: what is known of it, the model, its tokenizer."""
+        nonlocal trained
+        name, revision = getattr(params, section).name, getattr(params, section).revision
+        if name == "scratch":
+            trained = train_scratch(texts, params.llm.scratch, folder, resume, params.seed,
+                                    max_positions=32 + 12 * params.data.max_session)
+            origin = {"name": name, "revision": "trained on this catalogue's texts"}
         else:
-            origin = resolve(params.llm.name, params.llm.revision, folder)
-        start = time.monotonic()
-        called = f"llm.name={params.llm.name}"
+            origin = resolve(name, revision, folder, section)
+        called = f"{section}.name={name}"
         model, tokenizer = load_language_model(folder, called=called), load_tokenizer(folder, called)
-        check_backbone(model, tokenizer, called)
-        vectors = encode_texts(model.to(device_of()), tokenizer, texts, params.llm.max_text_tokens)
-        save_tensors(folder / "item_text.safetensors", {"vectors": torch.cat((torch.zeros_like(vectors[:1]), vectors))})
-        record = {**origin, **describe(folder)}
-        write_json(folder / "backbone.json", record)
-    write_json("reports/metrics/backbone.json", {
-        "name": record["name"], "revision": record["revision"], "architecture": record["architecture"],
-        "attention": record["attention"], "parameters": sum(p.numel() for p in model.parameters()),
-        "items_encoded": len(texts)})
-    if scratch is None:
+        check_weights(model, tokenizer, called)
+        return origin, model, tokenizer
+
+    def recorded(origin: dict, model: torch.nn.Module, path: Path) -> dict:
+        """Write what is known of a model beside it; what of that the metrics hold."""
+        record = {**origin, **describe(path.parent)}
+        write_json(path, record)
+        return {**{key: record[key] for key in ("name", "revision", "architecture", "attention")},
+                "parameters": sum(p.numel() for p in model.parameters())}
+
+    with replacing_folder(files.backbone) as folder, replacing_folder(files.text_encoder) as encoder:
+        origin, model, tokenizer = obtained("llm", folder)
+        check_prompts(model, f"llm.name={params.llm.name}")
+        one = one_model(params)
+        if one:
+            link_model(folder, encoder)
+        metrics = recorded(origin, model, folder / "backbone.json")
+        if not one:
+            del model  # one at a time in memory
+            origin, model, tokenizer = obtained("text_encoder", encoder)
+        start = time.monotonic()
+        vectors = encode_texts(model.to(device_of()), tokenizer, texts, params.text_encoder.max_text_tokens)
+        padded = torch.cat((torch.zeros_like(vectors[:1]), vectors))
+        save_tensors(encoder / "item_text.safetensors", {"vectors": padded})
+        own = recorded(origin, model, encoder / "text_encoder.json")
+    metrics |= {} if one else {"text_encoder": own}
+    write_json(files.metrics("backbone"), metrics | {"items_encoded": len(texts)})
+    if trained is None:
         seconds = time.monotonic() - start
-        scratch = Progress(seconds=seconds, training_seconds=seconds, samples=len(texts)), model
-    finish(*scratch, name="backbone", resume=resume, reports=Path("reports"))
+        trained = Progress(seconds=seconds, training_seconds=seconds, samples=len(texts)), model
+    finish(*trained, name="backbone", resume=resume, reports=Path(files.reports))
+
+
+def one_model(params) -> bool:
+    """Whether the language model of the prompts encodes the item texts, too."""
+    prompts, reader = params.llm, params.text_encoder
+    same = reader.name == prompts.name and (reader.name == "scratch" or reader.revision == prompts.revision)
+    return reader.name is None or same
 
 
 if __name__ == "__main__":

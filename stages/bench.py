@@ -1,7 +1,8 @@
 """Measure the tuning step: its share of the machine's rate of matrix products, and a plain loop beside it.
 
 Reads:  models/aligned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
-        data/sessions/{train,valid}.parquet, data/core/items.parquet: what `dvc repro align folds tower split` leaves
+        models/text_encoder/, data/sessions/{train,valid}.parquet, data/core/items.parquet: what `dvc repro align
+        folds tower split` leaves
 Writes: nothing; prints tokens and sessions a second, operations a second as a share of the machine's, and what the
         rest of the time goes to
 Params: seed, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session, launch

@@ -1,7 +1,7 @@
 """Rank every item for every validation and test session, with every model. The only stage that scores test.
 
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
-        models/gates/, models/recommender/, data/sessions/, data/core/items.parquet
+        models/text_encoder/, models/gates/, models/recommender/, data/sessions/, data/core/items.parquet
 Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
         reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
 Params: split.selection, seed, evaluate, gate, model, tune, tower.enabled, tower.encoder, tower.decay, slit,

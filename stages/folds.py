@@ -1,7 +1,7 @@
 """Train LLMGR's base once without each of tune.folds parts of the users, for scores of sessions it has not met.
 
 Reads:  models/embeddings/config.json (which base, its own settings), data/sessions/{train,valid}.parquet,
-        data/core/items.parquet (their number); models/backbone/item_text.safetensors where the base is a control
+        data/core/items.parquet (their number); models/text_encoder/item_text.safetensors where the base is a control
 Writes: models/folds/ (K.safetensors: encoder and item vectors of the base trained without fold K; config.json; nothing
         else where tune.folds is 0), reports/metrics/folds.json, reports/metrics/cost/folds.json
 Params: seed, data.max_session, tune.folds, tune.linear, encoder.dim, encoder.text_dim, encoder.training

@@ -1,7 +1,7 @@
 """Fit the gates: scorers fused with weights that depend on how often the candidate item was trained on.
 
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
-        data/sessions/, data/core/items.parquet
+        models/text_encoder/, data/sessions/, data/core/items.parquet
 Writes: models/gates/NAME.json for every NAME of gate.fuse (weights and biases by band of training interactions),
         reports/metrics/gate.json (validation metrics, each half of the sessions scored by a gate fitted on the other),
         reports/metrics/cost/gate.json

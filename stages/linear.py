@@ -1,6 +1,6 @@
 """Pretrain a control over the linear part of LLMGR's prior: the nearest model without a language model.
 
-Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet, models/backbone/item_text.safetensors
+Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet, models/text_encoder/item_text.safetensors
 Writes: models/encoders/NAME/ (as pretrain, and offset.safetensors: the weights of the linear prior),
         reports/metrics/encoders/NAME.json, reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json;
         NAME is ENCODER-linear

@@ -3,8 +3,8 @@
 A student learns what LLMGR's language model adds to its prior; where it is worse than the prior on validation sessions,
 the package goes without it.
 
-Reads:  models/embeddings/, models/folds/, models/tower/, models/tuned/, models/backbone/, data/sessions/,
-        data/core/items.parquet
+Reads:  models/embeddings/, models/folds/, models/tower/, models/tuned/, models/backbone/, models/text_encoder/,
+        data/sessions/, data/core/items.parquet
 Writes: models/recommender/ (see llmgr.serving.package), reports/metrics/package.json (validation: what pruning the
         item-item matrix costs, prior and student), reports/metrics/cost/package.json
 Params: seed, model, tune, tower.enabled, tower.encoder, tower.decay, tower.max_text_tokens, slit,

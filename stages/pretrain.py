@@ -1,7 +1,7 @@
 """Pretrain one session encoder on next-item prediction over all training prefixes.
 
 Reads:  data/sessions/{train,valid}.parquet, data/core/items.parquet (their number);
-        models/backbone/item_text.safetensors for a control (an encoder whose name ends in -text or -shuffled)
+        models/text_encoder/item_text.safetensors for a control (an encoder whose name ends in -text or -shuffled)
 Writes: models/encoders/NAME/ (weights, item vectors, config), reports/metrics/encoders/NAME.json,
         reports/curves/NAME_{steps,epochs}.csv, reports/metrics/cost/NAME.json
 Params: seed, data.max_session, encoder.dim, encoder.text_dim, encoder.text_lr, encoder.training, encoder.ENCODER

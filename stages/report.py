@@ -16,8 +16,8 @@ from typing import Any
 from llmgr.pipeline import stage
 from llmgr.runtime import console
 
-READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder", "llm", "model", "align", "tune",
-         "tower", "slit", "gate", "evaluate", "bucket")
+READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder", "llm", "text_encoder",
+         "model", "align", "tune", "tower", "slit", "gate", "evaluate", "bucket")
 
 
 def main(params: Any) -> None:

@@ -1,6 +1,6 @@
 """Tune a text encoder so that an item's text lies near the texts of what is clicked before it, all users and folds.
 
-Reads:  models/backbone/, data/sessions/{train,valid}.parquet, data/core/items.parquet
+Reads:  models/text_encoder/, data/sessions/{train,valid}.parquet, data/core/items.parquet
 Writes: models/tower/ (whole.safetensors: item vectors [V+1, H] tuned over all users; K.safetensors: without fold K;
         tower.safetensors: the first one's weights; config.json; nothing else where tower.enabled is false),
         reports/metrics/tower.json, reports/metrics/cost/tower.json, reports/curves/tower_{steps,epochs}.csv

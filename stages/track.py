@@ -15,8 +15,8 @@ from typing import Any
 from llmgr.pipeline import stage
 from llmgr.runtime import console
 
-READS = ("seed", "data", "filter", "split", "encoder", "llm", "model", "align", "tune", "tower", "slit", "launch",
-         "gate", "evaluate", "bucket", "track")
+READS = ("seed", "data", "filter", "split", "encoder", "llm", "text_encoder", "model", "align", "tune", "tower", "slit",
+         "launch", "gate", "evaluate", "bucket", "track")
 
 
 def main(params: Any) -> None:

@@ -1,7 +1,7 @@
 """Stage 2: tune LLMGR on behaviour, the next item of session graphs, from stage 1's weights.
 
 Reads:  models/aligned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
-        data/sessions/{train,valid}.parquet, data/core/items.parquet
+        models/text_encoder/, data/sessions/{train,valid}.parquet, data/core/items.parquet
 Writes: models/tuned/ (bridge, output layer, adapters, graph encoder, no frozen weight; prior.safetensors: the prior
         as it was fitted before, where tune.linear asks for one), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
@@ -11,7 +11,8 @@ from llmgr.pipeline.stage import run
 
 READS = ("seed", "model", "tune", "tower.enabled", "tower.encoder", "tower.decay", "slit", "data.max_session", "launch")
 INPUTS = ("models/aligned", "models/embeddings", "models/folds", "models/tower", "models/backbone",
-          "data/sessions/train.parquet", "data/sessions/valid.parquet", "data/core/items.parquet")
+          "models/text_encoder", "data/sessions/train.parquet", "data/sessions/valid.parquet",
+          "data/core/items.parquet")
 
 
 def main(params) -> None:
@@ -54,7 +55,7 @@ def main(params) -> None:
     if rank():
         return
     with replacing_folder(files.tuned) as folder:
-        save_llmgr(folder, model.llmgr, params.model, files.backbone, prior, encoder=True)
+        save_llmgr(folder, model.llmgr, params.model, files, prior, encoder=True)
         if fitted:
             save_tensors(folder / "prior.safetensors", fitted)
     last = progress.epoch_rows[-1]

@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("name", "peak"), [("stamp", 0.02), ("stamp-text", 0.004)])
 def test_a_control_learns_at_its_own_rate(place: Path, name: str, peak: float) -> None:
     set_up(place, encoder__text_lr=0.004, encoder__stamp__lr=0.02)
-    save_tensors(place / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
+    save_tensors(place / "models/text_encoder/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
     run(place, "pretrain.py", "--encoder", name)
     rates = pl.read_csv(place / f"reports/curves/{name}_steps.csv")["lr"]
     assert rates[0] == pytest.approx(peak, rel=0.2) and rates.max() <= peak
@@ -89,9 +89,9 @@ def test_sessions_of_another_catalogue_are_refused_by_training_and_by_evaluation
                                              ("bench", "train"), ("linear", "train")])
 def test_every_reader_of_sessions_refuses_those_of_another_catalogue(
         place: Path, name: str, split: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("aligned", "embeddings", "folds", "tower", "backbone"):
+    for folder in ("aligned", "embeddings", "folds", "tower", "backbone", "text_encoder"):
         (place / "models" / folder).mkdir(parents=True)
-    save_tensors(place / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 130)})
+    save_tensors(place / "models/text_encoder/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 130)})
     items = place / "data/core/items.parquet"
     pl.read_parquet(items).head(ITEMS - 1).write_parquet(items)
     options = ("--encoder", "gcsan") if name == "linear" else ()
@@ -101,7 +101,7 @@ def test_every_reader_of_sessions_refuses_those_of_another_catalogue(
 
 
 def test_a_damaged_file_of_weights_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "models/backbone").mkdir(parents=True)
-    (place / "models/backbone/item_text.safetensors").write_bytes(b"\x08cut off")
+    (place / "models/text_encoder").mkdir(parents=True)
+    (place / "models/text_encoder/item_text.safetensors").write_bytes(b"\x08cut off")
     assert stage("pretrain", "--encoder", "stamp-text", root=place) == 2
-    assert "models/backbone/item_text.safetensors is damaged" in capsys.readouterr().err
+    assert "models/text_encoder/item_text.safetensors is damaged" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_text_knn_is_a_decayed_sum_of_cosines_of_whitened_vectors(tmp_path, monk
     written(tmp_path, 4)
     raw = torch.randn(ITEMS + 1, 6, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 6) + 2
     raw[0] = 0
-    save_tensors("models/backbone/item_text.safetensors", {"vectors": raw})
+    save_tensors("models/text_encoder/item_text.safetensors", {"vectors": raw})
     centred = raw[1:].double().numpy()
     axes, _, _ = np.linalg.svd(centred - centred.mean(0), full_matrices=False)
     white = axes[:, :dim] / np.linalg.norm(axes[:, :dim], axis=1, keepdims=True)

@@ -115,7 +115,7 @@ def test_stale_inputs_do_not_count(grid: Repository) -> None:
 
 def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> None:
     grid.run("exp-3", {"data.dataset": "office", LR: 0.001, LAYERS: 1, "tune.lr": 0.01, "bucket.resamples": 100,
-                       "llm.max_text_tokens": 9, "encoder.control_texts": ["text"]}, 0.051)
+                       "text_encoder.max_text_tokens": 9, "encoder.control_texts": ["text"]}, 0.051)
     result = search.search(grid.trials(), "gcsan")
     assert result.keys == [LR, LAYERS] and len(result.trials) == 3
     assert search.role("encoder.narm.lr", "gcsan") == search.role("llm.name", "gcsan") == "ignored"

@@ -9,17 +9,22 @@ import threading
 import types
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 import transformers
+import yaml
+from machine import DEFAULTS, stage
 from safetensors.torch import load_file, save_file
 from tiny import checkpoint, language_model, tokenizer
 
 from llmgr.language_model import scratch
-from llmgr.language_model.loading import check_backbone, is_causal, load_language_model, load_tokenizer
+from llmgr.language_model.loading import check_prompts, check_weights, is_causal, load_language_model, load_tokenizer
 from llmgr.language_model.lora import add_adapters
 from llmgr.language_model.resolve import describe, resolve
 from llmgr.language_model.scratch import train_scratch
+from llmgr.params.loading import changed
+from llmgr.runtime.artifacts import digest
 from llmgr.runtime.errors import UserError
 
 
@@ -97,7 +102,7 @@ def test_a_model_whose_sizes_lie_deeper_is_refused(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     Gemma3Model(Gemma3Config(text_config=sizes | {"vocab_size": 62, "num_key_value_heads": 1, "head_dim": 8},
                              vision_config=sizes | {"image_size": 28, "patch_size": 14})).save_pretrained(tmp_path)
-    assert "has no hidden_size, num_hidden_layers, vocab_size, max_position_embeddings; choose another llm.name" in (
+    assert "has no hidden_size, num_hidden_layers, vocab_size, max_position_embeddings; choose another model" in (
         refused(lambda: load_language_model(tmp_path)))
 
 
@@ -117,7 +122,7 @@ def test_a_config_that_does_not_fit_is_one_sentence(folder, changes, told):
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     said = refused(lambda: load_language_model(folder))
-    assert said.startswith(f"{folder} cannot be loaded (") and told in said and said.endswith("choose another llm.name")
+    assert said.startswith(f"{folder} cannot be loaded (") and told in said and said.endswith("choose another model")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA"), OSError(errno.ENOSPC, "full"),
@@ -181,6 +186,52 @@ def test_a_folder_without_a_tokenizer(folder, tmp_path):
         (folder / name).unlink()
     (folder / "config.json").write_text('{"model_type": "nosuch"}')
     assert "has no usable tokenizer" in refused(lambda: load_tokenizer(folder))
+
+
+def encoded(root: Path, **changes: object) -> tuple[dict, torch.Tensor]:
+    """What the stage says of its models, and the items' vectors, with these parameters."""
+    content = yaml.safe_load(DEFAULTS.read_text())
+    (root / "params.yaml").write_text(yaml.safe_dump(changed(content, {
+        key.replace("__", "."): value for key, value in changes.items()})))
+    pl.DataFrame({"item_id": [1, 2, 3], "text": ["a red soap", "a comb", "two soaps"]}).write_parquet(
+        root / "data/core/items.parquet")
+    assert stage("backbone", root=root) == 0
+    vectors = load_file(root / "models/text_encoder/item_text.safetensors")["vectors"]
+    return json.loads((root / "reports/metrics/backbone.json").read_text()), vectors
+
+
+def test_the_text_encoder_and_the_model_of_the_prompts_vary_alone(tmp_path):
+    (tmp_path / "data/core").mkdir(parents=True)
+    for name, kind, seed in (("llama", "llama", 0), ("other", "llama", 1), ("bert", "bert", 0)):
+        language_model(kind, seed).save_pretrained(tmp_path / name)
+        tokenizer(kind).save_pretrained(tmp_path / name)
+    weights = {name: digest(tmp_path / name / "model.safetensors") for name in ("llama", "other", "bert")}
+    told, own = encoded(tmp_path, llm__name="llama")
+    assert "text_encoder" not in told and told["architecture"] == "LlamaModel" and told["parameters"] > 0
+    again, same = encoded(tmp_path, llm__name="llama", text_encoder__name="llama")
+    assert again == told and torch.equal(same, own)
+    assert digest(tmp_path / "models/text_encoder/model.safetensors") == weights["llama"]
+    told, read = encoded(tmp_path, llm__name="llama", text_encoder__name="bert")
+    assert (told["architecture"], told["text_encoder"]["architecture"]) == ("LlamaModel", "BertModel")
+    assert not torch.allclose(read, own, atol=1e-3)
+    before = digest(tmp_path / "models/text_encoder")
+    _, still = encoded(tmp_path, llm__name="other", text_encoder__name="bert")
+    assert torch.equal(still, read) and digest(tmp_path / "models/text_encoder") == before
+    assert digest(tmp_path / "models/backbone/model.safetensors") == weights["other"]
+    assert digest(tmp_path / "models/text_encoder/model.safetensors") == weights["bert"]
+
+
+def test_a_text_encoder_that_is_not_there_is_named_by_its_own_key(tmp_path, capfd):
+    (tmp_path / "data/core").mkdir(parents=True)
+    language_model("llama").save_pretrained(tmp_path / "llama")
+    tokenizer().save_pretrained(tmp_path / "llama")
+    encoded(tmp_path, llm__name="llama")
+    kept = digest(tmp_path / "models")
+    content = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed(content, {"text_encoder.name": "./nowhere"})))
+    assert stage("backbone", root=tmp_path) == 2
+    assert "error: text_encoder.name=./nowhere is no folder here" in capfd.readouterr().err
+    assert digest(tmp_path / "models") == kept
 
 
 @pytest.fixture
@@ -354,7 +405,7 @@ def test_what_a_folder_holds_is_checked_and_called_as_the_user_called_it(folder,
     def backbone() -> None:
         resolve("../given", "main", target)
         called = "llm.name=../given"
-        check_backbone(load_language_model(target, called=called), load_tokenizer(target, called), called)
+        check_weights(load_language_model(target, called=called), load_tokenizer(target, called), called)
 
     monkeypatch.chdir(target)
     said = refused(backbone)
@@ -376,7 +427,8 @@ def test_an_architecture_without_torchs_attention_is_read_with_its_own(tmp_path)
     model, read = language_model("mpnet"), tokenizer("mpnet")
     model.save_pretrained(tmp_path)
     loaded = load_language_model(tmp_path)
-    check_backbone(loaded, read, "llm.name=x")
+    check_weights(loaded, read, "llm.name=x")
+    check_prompts(loaded, "llm.name=x")
     ids = torch.tensor([[5, 9, 11, 30]])
     plain = transformers.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
     expected = plain(input_ids=ids).last_hidden_state
@@ -391,7 +443,7 @@ def test_an_architecture_that_heeds_no_mask_of_prompts_is_refused(tmp_path):
     shape = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.DebertaV2Model(transformers.DebertaV2Config(**shape, intermediate_size=32))
     model.save_pretrained(tmp_path)
-    said = refused(lambda: check_backbone(load_language_model(tmp_path), tokenizer(), "llm.name=deberta"))
+    said = refused(lambda: check_prompts(load_language_model(tmp_path), "llm.name=deberta"))
     assert said.startswith("llm.name=deberta (DebertaV2Model) cannot read prompts")
 
 

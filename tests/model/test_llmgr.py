@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from llmgr.model.hybrid import HybridEncoding
 from llmgr.model.llmgr import Llmgr
 from llmgr.model.prompts import AlignmentPrompts, BehaviourPrompts
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import Layout
 
-BACKBONE = Path("models/backbone")
+FILES = Layout("data", "models", "reports")
 
 
 def prompted(kind: str = "llama", titles: bool = True) -> tuple[PromptBatch, torch.Tensor]:
@@ -160,12 +160,12 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     prompts, session_RD = prompted(kind)
     before = scores(model, prompts, session_RD)
     settings = model_settings(output=output, attention="causal")
-    save_llmgr(tmp_path, model, settings, BACKBONE, encoder=True)
+    save_llmgr(tmp_path, model, settings, FILES, encoder=True)
     other = llmgr(kind, seed=1, output=output, attention="causal")
     for _, parameter in [*other.trained(), *other.encoder.named_parameters()]:
         parameter.add_(0.1)
     assert not torch.allclose(scores(other, prompts, session_RD), before, atol=1e-3)
-    load_llmgr(tmp_path, other, settings, BACKBONE)
+    load_llmgr(tmp_path, other, settings, FILES)
     assert torch.equal(scores(other, prompts, session_RD), before)
     for ours, theirs in zip(model.encoder.parameters(), other.encoder.parameters()):
         assert torch.equal(ours, theirs)
@@ -179,11 +179,11 @@ def test_what_is_saved_comes_back_and_holds_no_frozen_weight(tmp_path, monkeypat
     assert size == adapters and (tmp_path / "llmgr.safetensors").stat().st_size < size + 6000
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "fp32"
     other.language_model.to(torch.bfloat16)
-    save_llmgr(tmp_path, other, settings, BACKBONE, encoder=True)
+    save_llmgr(tmp_path, other, settings, FILES, encoder=True)
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
-    save_llmgr(tmp_path, model, settings, BACKBONE, encoder=True)
+    save_llmgr(tmp_path, model, settings, FILES, encoder=True)
     first = (tmp_path / "llmgr.safetensors").read_bytes()
-    save_llmgr(tmp_path, model, settings, BACKBONE, encoder=True)
+    save_llmgr(tmp_path, model, settings, FILES, encoder=True)
     assert (tmp_path / "llmgr.safetensors").read_bytes() == first
 
 
@@ -193,49 +193,52 @@ def test_a_lost_encoder_is_missed_and_a_folder_that_has_none_is_read(tmp_path, m
     backbone(tmp_path, "aa")
     model, path = llmgr(), tmp_path / "config.json"
     model.encoder.attention[0].out.weight.add_(1)
-    save_llmgr(tmp_path, model, model_settings(), BACKBONE, encoder=True)
+    save_llmgr(tmp_path, model, model_settings(), FILES, encoder=True)
     kept, config = (tmp_path / "encoder.safetensors").read_bytes(), json.loads(path.read_text())
     (tmp_path / "encoder.safetensors").unlink()
     with pytest.raises(UserError, match=r"encoder\.safetensors is missing: run `dvc repro`"):
-        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+        load_llmgr(tmp_path, llmgr(), model_settings(), FILES)
     path.write_text(json.dumps(config | {"encoder": False}))
-    load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+    load_llmgr(tmp_path, llmgr(), model_settings(), FILES)
     path.write_text(json.dumps(config))
     (tmp_path / "encoder.safetensors").write_bytes(kept)
     other = llmgr()
-    load_llmgr(tmp_path, other, model_settings(), BACKBONE)
+    load_llmgr(tmp_path, other, model_settings(), FILES)
     assert torch.equal(other.encoder.attention[0].out.weight, model.encoder.attention[0].out.weight)
 
 
-def backbone(folder, digest: str) -> None:
-    (folder / "models/backbone").mkdir(parents=True, exist_ok=True)
-    (folder / "models/backbone/backbone.json").write_text(json.dumps({"sha256": {"model.safetensors": digest}}))
+def backbone(folder, digest: str, reader: str | None = None) -> None:
+    """Records of the language model and, where it is another, the text encoder."""
+    for name, own in (("backbone", digest), ("text_encoder", reader or digest)):
+        (folder / "models" / name).mkdir(parents=True, exist_ok=True)
+        (folder / f"models/{name}/{name}.json").write_text(json.dumps({"sha256": {"model.safetensors": own}}))
 
 
 def test_what_belongs_elsewhere_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone(tmp_path, "aa")
-    save_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE, encoder=False)
-    load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
-    load_llmgr(tmp_path, llmgr(dropout=0.5), model_settings(dropout=0.5), BACKBONE)
+    save_llmgr(tmp_path, llmgr(), model_settings(), FILES, encoder=False)
+    load_llmgr(tmp_path, llmgr(), model_settings(), FILES)
+    load_llmgr(tmp_path, llmgr(dropout=0.5), model_settings(dropout=0.5), FILES)
     long = model_settings(lora_alpha=8 * 2 ** 0.5)
-    save_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, BACKBONE, encoder=False)
-    load_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, BACKBONE)
+    save_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, FILES, encoder=False)
+    load_llmgr(tmp_path / "long", llmgr(lora_alpha=long.lora_alpha), long, FILES)
     for changes in ({"lora_r": 2}, {"lora_targets": ["q_proj"]}, {"output": "linear"}, {"lora_r": 0},
                     {"node_text": True}):
         (key, value), = changes.items()
         with pytest.raises(UserError, match=rf"trained with model\.{key}=.*, not {re.escape(str(value))}: run `dvc"):
-            load_llmgr(tmp_path, llmgr(**changes), model_settings(**changes), BACKBONE)
+            load_llmgr(tmp_path, llmgr(**changes), model_settings(**changes), FILES)
     with pytest.raises(UserError, match=r"other tensors than .* tune\.folds and tower\.enabled ask for"):
-        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE, torch.nn.Linear(1, 1))
+        load_llmgr(tmp_path, llmgr(), model_settings(), FILES, torch.nn.Linear(1, 1))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"items": ITEMS + 1}))
     with pytest.raises(UserError, match="another backbone or catalogue"):
-        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+        load_llmgr(tmp_path, llmgr(), model_settings(), FILES)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    backbone(tmp_path, "bb")
-    with pytest.raises(UserError, match="another backbone or catalogue"):
-        load_llmgr(tmp_path, llmgr(), model_settings(), BACKBONE)
+    for changed in (("bb",), ("aa", "bb")):
+        backbone(tmp_path, *changed)
+        with pytest.raises(UserError, match="another backbone or catalogue"):
+            load_llmgr(tmp_path, llmgr(), model_settings(), FILES)
 
 
 @torch.no_grad()

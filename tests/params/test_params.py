@@ -78,6 +78,7 @@ def test_every_committed_key_arrives_with_its_value():
     ({"tune": 3}, ("tune=3", "section")),
     ({"llm__name": None}, ("llm.name",)),
     ({"llm__name": " "}, ("llm.name", "scratch")),
+    ({"text_encoder__name": " "}, ("text_encoder.name", "scratch", "null")),
     ({"model__lora_targets": {"a": 1}}, ("model.lora_targets", "list")),
     ({"model__lora_targets": []}, ("model.lora_targets", "model.lora_r=0")),
     ({"data__sha256": ["a"]}, ("data.sha256",)),

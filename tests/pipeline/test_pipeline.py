@@ -39,7 +39,7 @@ SMALL = {
     "data.sample_users": 220, "data.sample_items": 90, "data.max_session": 20, "encoder.dim": 16,
     "encoder.text_dim": 16, "encoder.training.epochs": 2, "encoder.training.batch_size": 256,
     "encoder.training.checkpoint_seconds": 0, "llm.scratch.layers": 1, "llm.scratch.width": 32, "llm.scratch.heads": 2,
-    "llm.scratch.vocabulary": 400, "llm.scratch.epochs": 1, "llm.max_text_tokens": 16, "model.text_dim": 16,
+    "llm.scratch.vocabulary": 400, "llm.scratch.epochs": 1, "text_encoder.max_text_tokens": 16, "model.text_dim": 16,
     "align.batch_size": 32, "align.candidates": 4, "align.max_text_tokens": 16, "tune.epochs": 1,
     "tune.checkpoint_seconds": 0, "tune.linear": True, "tune.folds": 2, "tune.recency": 0.5,
     "tower.enabled": True, "tower.epochs": 1, "tower.batch_size": 256, "tower.max_text_tokens": 16,
@@ -222,6 +222,7 @@ def test_a_remote_brings_back_every_output(copy: Path, tmp_path: Path) -> None:
     ("slit.ridge", 50.0, {"linear@gcsan", "tune", "package", *LAST}),
     ("split.selection", True, {"split", *LEARNING}),
     ("llm.scratch.epochs", 2, {"backbone", "folds", "tower", *CONTROLS, *TUNING}),
+    ("text_encoder.max_text_tokens", 8, {"backbone", "folds", "tower", *CONTROLS, *TUNING}),
     ("encoder.gcsan.lr", 5e-4, LEARNING - {"tower"}),
     ("encoder.niser.sigma", 8.0, {"report", "track"}),
     ("split.ties", "file", {"split", *LEARNING}),
@@ -229,6 +230,15 @@ def test_a_remote_brings_back_every_output(copy: Path, tmp_path: Path) -> None:
 ], ids=lambda value: value if isinstance(value, str) and "." in value else "to")
 def test_a_parameter_reruns_what_it_touches(planned: Path, key: str, value: Any, expected: set[str]) -> None:
     assert would_run(planned, **{key.replace(".", "__"): value}) == expected
+
+
+def test_another_language_model_of_the_prompts_leaves_all_that_reads_the_text_encoder(copy: Path, tmp_path: Path
+                                                                                      ) -> None:
+    language_model("llama").save_pretrained(tmp_path / "llama")
+    tokenizer().save_pretrained(tmp_path / "llama")
+    change(copy, llm__name=str(tmp_path / "llama"), text_encoder__name="scratch")
+    run(copy, "dvc", "repro", "backbone")
+    assert set(RAN.findall(run(copy, "dvc", "repro", "--dry", "--force-downstream"))) == TUNING
 
 
 def test_a_base_that_is_no_encoder_is_refused_before_any_work(planned: Path) -> None:

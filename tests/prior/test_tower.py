@@ -174,11 +174,11 @@ def ready(root: Path, folds: int = 3, **changes) -> None:
            tower__max_text_tokens=12, tower__precision="fp32", **changes)
     table = root / "data/core/items.parquet"
     pl.read_parquet(table).with_columns(text=pl.format("an item of {} letters", "item_id")).write_parquet(table)
-    folder = root / "models/backbone"
+    folder = root / "models/text_encoder"
     folder.mkdir(parents=True, exist_ok=True)
     language_model("bert").save_pretrained(folder)
     tokenizer("bert").save_pretrained(folder)
-    write_json(folder / "backbone.json", {"sha256": {"model.safetensors": "own"}, "width": 16})
+    write_json(folder / "text_encoder.json", {"sha256": {"model.safetensors": "own"}, "width": 16})
 
 
 @pytest.mark.parametrize("encoder, own", [("language-model", "word_embeddings"), ("tokens", "means.weight")])
@@ -265,7 +265,7 @@ def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"tower__max_text_tokens": 701}, "tower.max_text_tokens=701 exceeds the backbone's 700 positions"),
+    ({"tower__max_text_tokens": 701}, "tower.max_text_tokens=701 exceeds the text encoder's 700 positions"),
     ({"tune__folds": USERS + 1}, f"tune.folds={USERS + 1} are more than the {USERS} users")])
 def test_what_cannot_be_tuned_is_told_in_a_sentence(tmp_path, capfd, change, told):
     ready(tmp_path)
@@ -287,7 +287,7 @@ def saved(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[torch.Tensor]:
     vectors = [F.pad(F.normalize(torch.randn(ITEMS, 4, generator=draw), dim=1), (0, 0, 1, 0)) for _ in range(3)]
     for name, one in zip(("whole", "1", "2"), vectors):
         save_tensors(root / f"models/tower/{name}.safetensors", {"vectors": one})
-    write_json(root / "models/backbone/backbone.json", {"sha256": {"model.safetensors": "own"}})
+    write_json(root / "models/text_encoder/text_encoder.json", {"sha256": {"model.safetensors": "own"}})
     write_json(root / "models/tower/config.json", tower.made_of(PARAMS, FILES) | {"users": len(LISTS)})
     return vectors
 
@@ -317,10 +317,10 @@ def test_a_session_that_was_tuned_on_is_scored_without_its_user_and_any_other_by
     ({"tower": SimpleNamespace(**vars(TOWER) | {"encoder": "tokens"})}, "encoder=language-model, not tokens"),
     ({"model": SimpleNamespace(texts="shuffled", weights="pretrained")}, "texts=own, not shuffled"),
     ({"model": SimpleNamespace(texts="own", weights="random")}, "weights=pretrained, not random"),
-    ({}, "another backbone")])
+    ({}, "another text encoder")])
 def test_a_tower_of_other_parameters_is_refused(tmp_path, monkeypatch, change, told):
     saved(monkeypatch, tmp_path)
-    digest = tmp_path / "models/backbone/backbone.json"
+    digest = tmp_path / "models/text_encoder/text_encoder.json"
     own = digest.read_bytes()
     if not change:
         write_json(digest, {"sha256": {"model.safetensors": "other"}})
@@ -372,7 +372,7 @@ def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path
 def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_the_texts_dealt_out_to_a_twin(tmp_path, monkeypatch):
     ready(tmp_path, tower__encoder="tokens")
     monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "models/backbone/backbone.json", {"width": 12})
+    write_json(tmp_path / "models/text_encoder/text_encoder.json", {"width": 12})
     params, every = load("params.yaml"), torch.arange(1, CATALOGUE + 1)
     changes = {}, {}, {"seed": params.seed + 1}, {"model": replace(params.model, texts="shuffled")}
     own, again, other, dealt = (tower_training.build_tower(replace(params, **change), FILES, CPU).means(every).detach()

@@ -120,8 +120,8 @@ def test_an_experiments_run_holds_what_its_users_compare(home: Path, inside: mlf
         losses = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(handle)}
     history = inside.get_metric_history(run.info.run_id, "curve.tune/loss")
     assert {point.step: point.value for point in history} == losses
-    assert {"kind": "experiment", "dataset": "sample", "base": "gcsan", "backbone": "scratch", "seed": "2026"}.items() \
-        <= data.tags.items()
+    assert {"kind": "experiment", "dataset": "sample", "base": "gcsan", "backbone": "scratch",
+            "text_encoder": "scratch", "seed": "2026"}.items() <= data.tags.items()
     assert data.tags["version.torch"] and data.tags["python"]
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("data/sessions", "0123456789abcdef0123456789abcdef.dir")

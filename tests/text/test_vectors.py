@@ -77,7 +77,7 @@ def test_a_batch_holds_no_more_tokens_than_allowed():
 def test_texts_longer_than_the_model_are_refused():
     long, read = ["w1 " * 100], tokenizer()
     for kind, positions in (("bert", 80), ("roberta", 78)):  # RoBERTa's begin after the padding's id
-        with pytest.raises(UserError, match=rf"llm.max_text_tokens={positions + 1} .* {positions} positions"):
+        with pytest.raises(UserError, match=rf"text_encoder.max_text_tokens={positions + 1} .* {positions} positions"):
             encode_texts(model(kind), read, ["w1"], positions + 1)
         assert encode_texts(model(kind), read, long, positions).isfinite().all()
         assert position_offset(model(kind)) == 80 - positions

@@ -162,7 +162,7 @@ def place(tmp_path: Path) -> Path:
     set_up(tmp_path, encoder__gcsan__lr="auto", encoder__text_lr="auto", encoder__training__epochs=4,
            encoder__training__rates=[0.0001, 0.02, 1e9], encoder__training__rungs=[1, 2], encoder__training__clip=1e9,
            tune__linear=True, tune__folds=2)
-    save_tensors(tmp_path / "models/backbone/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
+    save_tensors(tmp_path / "models/text_encoder/item_text.safetensors", {"vectors": torch.randn(ITEMS + 1, 12)})
     return tmp_path
 
 

@@ -219,7 +219,8 @@ def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
         return "ignored"  # a control learns at encoder.text_lr
     if section == "encoder":
         return "ignored" if len(rest) > 1 and rest[0] not in ("training", base) else "searched"
-    return "ignored" if section in ("model", "align", "tune", "tower") or (section == "llm" and not text) else "fixed"
+    texts = ("llm", "text_encoder") if not text else ()
+    return "ignored" if section in ("model", "align", "tune", "tower", *texts) else "fixed"
 
 
 def table(result: Search) -> tuple[list[str], list[list[str]]]:

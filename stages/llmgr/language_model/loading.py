@@ -1,4 +1,4 @@
-"""A language model and its tokenizer loaded from models/backbone/."""
+"""A language model and its tokenizer loaded from a folder of models/."""
 from __future__ import annotations
 
 import os
@@ -53,14 +53,14 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
             raise
         said = " ".join(str(error).replace(str(folder), called).split())[:200]
         if Path(folder).is_dir():
-            raise UserError(f"{called} cannot be loaded ({said}): choose another llm.name") from None
+            raise UserError(f"{called} cannot be loaded ({said}): choose another model") from None
         raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{called} is an encoder with a decoder: choose a language model that is one of the two")
     missing = [name for name in SIZES if not isinstance(getattr(model.config, name, None), int)]
     if missing:
         raise UserError(f"{called} is no plain text model: its config.json itself has no {', '.join(missing)}; choose "
-                        "another llm.name")
+                        "another model")
     attend_plainly(model)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
@@ -95,26 +95,30 @@ def load_tokenizer(folder: str | Path, called: str | None = None) -> Any:
         if out_of_memory(error) or disk_is_full(error):
             raise
         said = " ".join(str(error).replace(str(folder), called or str(folder)).split())[:200]
-        raise UserError(f"{called or folder} has no usable tokenizer ({said}): llm.name needs tokenizer.json or its "
-                        "parts") from None
+        raise UserError(f"{called or folder} has no usable tokenizer ({said}): it needs tokenizer.json or its parts"
+                        ) from None
 
 
-def check_backbone(model: nn.Module, tokenizer: Any, called: str) -> None:
-    """UserError where a model and its tokenizer load, but cannot be what LLMGR reads its prompts with."""
-    from llmgr.language_model.attention import reads_prompts
-    from llmgr.text.vectors import position_offset
-
+def check_weights(model: nn.Module, tokenizer: Any, called: str) -> None:
+    """UserError where a model and its tokenizer load, but the weights are none or the two do not belong together."""
     broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     if broken:
         raise UserError(f"{called} has weights that are no finite numbers, such as in {broken}: fetch it again or "
-                        "choose another llm.name")
+                        "choose another model")
     last, rows = max(tokenizer.get_vocab().values(), default=-1), len(model.get_input_embeddings().weight)
     if last >= rows:
         raise UserError(f"{called} has a tokenizer with ids up to {last} and vectors for {rows} tokens: give the "
                         "tokenizer that belongs to the model, or resize its embeddings")
+
+
+def check_prompts(model: nn.Module, called: str) -> None:
+    """UserError where a model cannot read LLMGR's prompts; as a text encoder alone it may do."""
+    from llmgr.language_model.attention import reads_prompts
+    from llmgr.text.vectors import position_offset
+
     if not reads_prompts(model, is_causal(model.config), position_offset(model)):
         raise UserError(f"{called} ({type(model).__name__}) cannot read prompts of vectors with masks and positions of "
-                        "their own: choose another llm.name, such as a LLaMA, Qwen, BERT or MPNet model")
+                        "their own: choose another model, such as a LLaMA, Qwen, BERT or MPNet model")
 
 
 def is_causal(config: Any) -> bool:

@@ -1,7 +1,8 @@
-"""A language model found by name (hub, folder) and copied into models/backbone/."""
+"""A language model found by name (hub, folder) and copied into a folder of models/."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,23 @@ WEIGHTS = "model.safetensors"
 FILES = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
 
 
-def resolve(name: str, revision: str, folder: Path) -> dict[str, str]:
+def resolve(name: str, revision: str, folder: Path, section: str = "llm") -> dict[str, str]:
     """Put the language model `name` into `folder` and say where it came from.
 
     A local folder (relative to the repository) or a hub id; weights as safetensors only. UserError where the folder,
-    the weights or the hub cannot be had.
+    the weights or the hub cannot be had; `section` is that of params.yaml that names the model.
     """
     local = next((p for p in (home() / name, Path(name)) if p.is_dir()), None)
     if local is not None:
-        _copy(local, folder, name)
+        _copy(local, folder, f"{section}.name={name}")
         return {"name": name, "revision": "local folder"}
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"llm.name={name} is no folder here: give a folder with config.json and safetensors, a hub id "
-                        "such as meta-llama/Llama-2-7b-hf, or scratch")
-    return {"name": name, "revision": _fetch(name, revision, folder)}
+        raise UserError(f"{section}.name={name} is no folder here: give a folder with config.json and safetensors, a "
+                        "hub id such as meta-llama/Llama-2-7b-hf, or scratch")
+    return {"name": name, "revision": _fetch(name, revision, folder, section)}
 
 
-def _copy(source: Path, folder: Path, name: str) -> None:
-    said = f"llm.name={name}"
+def _copy(source: Path, folder: Path, said: str) -> None:
     if not (source / "config.json").exists():
         raise UserError(f"{said} has no config.json: give a folder in the Hugging Face format")
     if (source / "adapter_config.json").exists():
@@ -86,42 +86,51 @@ def _cached(name: str, revision: str) -> Path | None:
     return found if whole else None
 
 
-def _fetch(name: str, revision: str, folder: Path) -> str:
+def _fetch(name: str, revision: str, folder: Path, section: str) -> str:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     pinned = len(revision) == 40 and set(revision) <= set("0123456789abcdef")  # what it names never changes
     if (pinned or constants.HF_HUB_OFFLINE) and (cached := _cached(name, revision)):
-        _copy(cached, folder, name)
+        _copy(cached, folder, f"{section}.name={name}")
         return cached.name
     try:
         info = HfApi().model_info(name, revision=revision, timeout=30)
         if not any(f.rfilename.endswith(".safetensors") for f in info.siblings):
-            raise UserError(f"llm.name={name} at llm.revision={revision} has no *.safetensors: choose a revision or a "
-                            "model that has them")
+            raise UserError(f"{section}.name={name} at {section}.revision={revision} has no *.safetensors: choose a "
+                            "revision or a model that has them")
         whole = any(f.rfilename == WEIGHTS for f in info.siblings)
         weights = [WEIGHTS] if whole else ["*.safetensors", f"{WEIGHTS}.index.json"]
         cached = Path(snapshot_download(name, revision=info.sha, allow_patterns=FILES + weights,
                                         ignore_patterns="consolidated*"))
     except GatedRepoError:
-        raise UserError(f"llm.name={name} is gated: accept its licence on the hub and set HF_TOKEN") from None
+        raise UserError(f"{section}.name={name} is gated: accept its licence on the hub and set HF_TOKEN") from None
     except RevisionNotFoundError:
-        raise UserError(f"llm.revision={revision} does not exist for llm.name={name}") from None
+        raise UserError(f"{section}.revision={revision} does not exist for {section}.name={name}") from None
     except RepositoryNotFoundError:
-        raise UserError(f"llm.name={name} is not on the hub (or needs HF_TOKEN)") from None
+        raise UserError(f"{section}.name={name} is not on the hub (or needs HF_TOKEN)") from None
     except UserError:
         raise
     except Exception as error:  # the hub's client passes on those of whichever HTTP library it uses
         if getattr(error, "errno", None) in FULL_DISK:
             raise
-        raise UserError(f"llm.name={name} cannot be fetched from the hub ({type(error).__name__}): connect, give a "
-                        "local folder, or set llm.name=scratch") from None
-    _copy(cached, folder, name)
+        raise UserError(f"{section}.name={name} cannot be fetched from the hub ({type(error).__name__}): connect, "
+                        f"give a local folder, or set {section}.name=scratch") from None
+    _copy(cached, folder, f"{section}.name={name}")
     return str(info.sha)
 
 
+def link_model(source: Path, folder: Path) -> None:
+    """Put the model's files that are in `source` into `folder`, too, as hard links where the file system has them."""
+    for path in sorted(source.iterdir()):
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copyfile(path, folder / path.name)
+
+
 def describe(folder: Path) -> dict[str, Any]:
-    """What a resolved backbone is: architecture, sizes, attention, digest of its weights."""
+    """What a resolved model is: architecture, sizes, attention, digest of its weights."""
     config = json.loads((folder / "config.json").read_text())
     from transformers import AutoConfig
 

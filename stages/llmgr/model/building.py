@@ -28,7 +28,7 @@ def build_ranker(params: Any, files: Layout, dtype: torch.dtype, device: torch.d
     """
     llmgr = build_llmgr(params.model, files, dtype, params.seed, shape, device)
     if weights is not None:
-        load_llmgr(weights, llmgr, params.model, files.backbone, prior if weights == files.tuned else None)
+        load_llmgr(weights, llmgr, params.model, files, prior if weights == files.tuned else None)
     return Ranker(llmgr, behaviour_prompts(params, files), dtype, prior).to(device)
 
 

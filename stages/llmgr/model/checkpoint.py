@@ -42,23 +42,23 @@ def build_llmgr(section: Model, files: Layout, dtype: torch.dtype, seed: int, sh
     return Llmgr(language_model, encoder, vectors_VD, text_VT, section)
 
 
-def save_llmgr(folder: Path, model: Llmgr, section: Model, backbone: Path, prior: nn.Module | None = None, *,
+def save_llmgr(folder: Path, model: Llmgr, section: Model, files: Layout, prior: nn.Module | None = None, *,
                encoder: bool) -> None:
     """Write the trained tensors (the prior's and, with `encoder`, the graph encoder's among them), what they belong to
-    and the arithmetic that they were trained in into `folder`. `backbone` is the language model's folder."""
+    and the arithmetic that they were trained in into `folder`. `files` has the models below it."""
     save_tensors(folder / "llmgr.safetensors", own_tensors(model, prior))
     if encoder:
         save_tensors(folder / "encoder.safetensors", model.encoder.state_dict())
     dtype = model.language_model.get_input_embeddings().weight.dtype
-    write_json(folder / "config.json", {"items": len(model.vectors) - 1, "backbone": backbone_digest(backbone),
+    write_json(folder / "config.json", {"items": len(model.vectors) - 1, "backbone": backbone_digest(files),
                                         "encoder": encoder, "precision": "bf16" if dtype is torch.bfloat16 else "fp32",
                                         "model": {k: v for k, v in sorted(vars(section).items())}})
 
 
-def load_llmgr(folder: Path, model: Llmgr, section: Model, backbone: Path, prior: nn.Module | None = None) -> None:
+def load_llmgr(folder: Path, model: Llmgr, section: Model, files: Layout, prior: nn.Module | None = None) -> None:
     """Load what `save_llmgr` wrote; UserError where it belongs to another backbone, catalogue or model section."""
     config = read_json(folder / "config.json")
-    if config["items"] != len(model.vectors) - 1 or config["backbone"] != backbone_digest(backbone):
+    if config["items"] != len(model.vectors) - 1 or config["backbone"] != backbone_digest(files):
         raise UserError(f"{folder} belongs to another backbone or catalogue: run `dvc repro` to train it anew")
     for key, value in vars(section).items():
         if key not in ("dropout", "lora_dropout") and config["model"].get(key) != rounded(value):
@@ -80,6 +80,8 @@ def own_tensors(model: Llmgr, prior: nn.Module | None) -> dict[str, nn.Parameter
     return dict(model.trained()) | {f"prior.{name}": p for name, p in (prior.named_parameters() if prior else ())}
 
 
-def backbone_digest(folder: Path) -> str:
-    """The digests of a language model's weights, as its folder records them."""
-    return json.dumps(read_json(folder / "backbone.json")["sha256"], sort_keys=True)
+def backbone_digest(files: Layout) -> str:
+    """The digests of the text encoder's weights and vectors and, where it is another model, the language model's."""
+    own, reader = (read_json(folder / f"{folder.name}.json")["sha256"] for folder in (files.backbone,
+                                                                                     files.text_encoder))
+    return json.dumps(reader if own.items() <= reader.items() else [own, reader], sort_keys=True)

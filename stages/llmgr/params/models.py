@@ -1,11 +1,23 @@
-"""The language model, and LLMGR over it."""
+"""The language model of the prompts, the text encoder, and LLMGR over them."""
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmgr.params.types import Count, Flag, Natural, NotNegative, Positive, Share, Text, Whole, Words, dataclass
+from llmgr.params.types import (
+    Count,
+    Flag,
+    Natural,
+    NotNegative,
+    OptionalText,
+    Positive,
+    Share,
+    Text,
+    Whole,
+    Words,
+    dataclass,
+)
 from llmgr.runtime.errors import UserError
 
 
@@ -45,17 +57,34 @@ class Scratch:
 @dataclass
 class Llm:
     name: Text
-    """Hub id (owner/model), local folder with safetensors, or `scratch`: a small LLaMA trained on the texts."""
+    """The language model of the prompts: hub id (owner/model), local folder with safetensors, or `scratch`: a small
+    LLaMA trained on the texts."""
     revision: Text
     """Hub revision; what it resolved to is recorded in models/backbone/backbone.json."""
-    max_text_tokens: Count
-    """Tokens of an item's text that the text vectors see."""
     scratch: Scratch
 
     @model_validator(mode="after")
     def check(self) -> Self:
         if not self.name.strip():
             raise UserError("llm.name is empty: give a hub id, a folder or scratch")
+        return self
+
+
+@dataclass
+class TextEncoder:
+    """The model whose vectors of item texts the controls, text-kNN, the tower and LLMGR's items output read."""
+
+    name: OptionalText
+    """As `llm.name`; null takes the language model of the prompts. With a name, one varies while the other stays."""
+    revision: Text
+    """Hub revision; what it resolved to is recorded in models/text_encoder/text_encoder.json."""
+    max_text_tokens: Count
+    """Tokens of an item's text that the text vectors see."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.name is not None and not self.name.strip():
+            raise UserError("text_encoder.name is empty: give a hub id, a folder, scratch, or null for llm.name")
         return self
 
 

@@ -16,7 +16,7 @@ from pydantic import model_validator
 from llmgr.params.data import Data, Filter, Split
 from llmgr.params.encoders import Encoder
 from llmgr.params.evaluation import Bucket, Evaluate, Gate, Track
-from llmgr.params.models import Llm, Model
+from llmgr.params.models import Llm, Model, TextEncoder
 from llmgr.params.training import Align, Launch, Slit, Tower, Tune
 from llmgr.params.types import Seed, dataclass
 from llmgr.runtime.errors import UserError
@@ -33,6 +33,7 @@ class Params:
     split: Split
     encoder: Encoder
     llm: Llm
+    text_encoder: TextEncoder
     model: Model
     align: Align
     tune: Tune

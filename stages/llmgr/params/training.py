@@ -99,7 +99,7 @@ class Tower(Training):
     """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
     too. In one process."""
     encoder: Literal["tokens", "language-model"]
-    """language-model: the mean of the backbone's last hidden states; of MiniLM's size minutes on a GPU, a day on a
+    """language-model: the mean of the text encoder's last hidden states; of MiniLM's size minutes on a GPU, a day on a
     CPU's core, with other rates (stages/presets/language-model-tower.txt). tokens: the mean of vectors of the text's
     tokens, drawn at random whatever `model.weights`, without a language model: minutes on a CPU."""
     batch_size: Whole

@@ -22,7 +22,7 @@ def made_of(params: Params, files: Layout) -> dict[str, Any]:
     return rounded({"enabled": params.tower.enabled, "encoder": params.tower.encoder, "folds": params.tune.folds,
                     "seed": params.seed, "decay": params.tower.decay, "texts": params.model.texts,
                     "weights": params.model.weights,
-                    "backbone": read_json(files.backbone / "backbone.json")["sha256"]})
+                    "backbone": read_json(files.text_encoder / "text_encoder.json")["sha256"]})
 
 
 class Tower:
@@ -34,7 +34,7 @@ class Tower:
         config = read_json(files.tower / "config.json")
         for key, value in made_of(params, files).items():
             if config.get(key) != value:
-                was = "another backbone" if key == "backbone" else f"{key}={config.get(key)}, not {value}"
+                was = "another text encoder" if key == "backbone" else f"{key}={config.get(key)}, not {value}"
                 raise UserError(f"{self.folder} was made with {was}: run `dvc repro` to make it anew")
         names = ["whole", *map(str, range(1, config["folds"] + 1))]
         self.vectors = [load_tensors(files.tower / f"{name}.safetensors")["vectors"].to(device) for name in names]

@@ -118,7 +118,7 @@ def train_tower(params: Params, files: Layout) -> None:
     """
     settings, folds = params.tower, params.tune.folds
     config = made_of(params, files)
-    resume = resume_folder("tower", flat(params), (files.backbone, files.items, files.sessions("train"),
+    resume = resume_folder("tower", flat(params), (files.text_encoder, files.items, files.sessions("train"),
                                                     files.sessions("valid")))
     if not settings.enabled:
         with replacing_folder(files.tower) as folder:
@@ -169,16 +169,18 @@ def build_tower(params: Params, files: Layout, device: torch.device) -> TextTowe
     torch.manual_seed(params.seed)
     settings, longest = params.tower, params.tower.max_text_tokens
     texts = item_texts(files.items, "text", texts_shuffled(params))
-    token_VL, count_V = token_table(token_ids(load_tokenizer(files.backbone), texts, longest, special=True), longest)
+    token_VL, count_V = token_table(token_ids(load_tokenizer(files.text_encoder), texts, longest, special=True),
+                                    longest)
     if settings.encoder == "tokens":
-        width = read_json(files.backbone / "backbone.json")["width"]
+        width = read_json(files.text_encoder / "text_encoder.json")["width"]
         means: LanguageModelMeans | TokenMeans = TokenMeans(token_VL, count_V, width)
     else:
         random = params.seed if params.model.weights == "random" else None
-        language_model = load_language_model(files.backbone, random=random).requires_grad_(True)
+        language_model = load_language_model(files.text_encoder, random=random).requires_grad_(True)
         positions = language_model.config.max_position_embeddings - position_offset(language_model)
         if longest > positions:
-            raise UserError(f"tower.max_text_tokens={longest} exceeds the backbone's {positions} positions: lower it")
+            raise UserError(f"tower.max_text_tokens={longest} exceeds the text encoder's {positions} positions: lower "
+                            "it")
         if settings.gradient_checkpointing:
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
         means = LanguageModelMeans(language_model, token_VL, count_V)

@@ -17,22 +17,30 @@ from llmgr.runtime.masking import masked
 
 ABOUT = {"pop": "the most popular items", "item-knn": "items that the same sessions clicked, untrained",
          "session-knn": "what similar sessions clicked, untrained",
-         "text-knn": "items with the most similar texts to the language model, untrained",
+         "text-knn": "items with the most similar texts to the text encoder, untrained",
          "word-knn": "items that share rare words of title and brand, untrained",
          "slit": "linear item-item model of clicks, closed form",
          "slit-text": "the same, shrunk towards the similarity of the items' words",
          SERVED: "what the package for production answers: no language model, no knowledge of the user"}
 TOWERS = {"tokens": "items with the most similar texts to a mean of token vectors, tuned on which texts follow which; "
                     "no language model",
-          "language-model": "items with the most similar texts to the language model, tuned on which texts follow "
-                            "which"}
+          "language-model": "items with the most similar texts to the text encoder, a language model, tuned on which "
+                            "texts follow which"}
 CONTROLS = {"text": "item texts: the control", "shuffled": "other items' texts",
             "linear": "item texts, over the linear model of clicks and words: no language model tuned"}
 
 
 def llm_name(params: Params) -> str:
-    """The language model's public name; of a folder on this machine only the last part."""
-    name = params.llm.name
+    """The language model of the prompts as others know it: a folder of this machine by its last part."""
+    return _known_as(params.llm.name)
+
+
+def text_encoder_name(params: Params) -> str:
+    """The text encoder likewise; without a name of its own it is the language model of the prompts."""
+    return _known_as(params.text_encoder.name or params.llm.name)
+
+
+def _known_as(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 

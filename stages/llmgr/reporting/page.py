@@ -27,6 +27,7 @@ from llmgr.reporting.naming import (
     llm_name,
     number,
     shown,
+    text_encoder_name,
     title_of,
 )
 from llmgr.reporting.significance import least_p
@@ -113,6 +114,7 @@ def render(evidence: Mapping[str, Any], params: Params, drawn: Mapping[str, str]
         answer=answer(said, params), control=control(params),
         linear_control=control(params, "linear"), conventions=CONVENTIONS, headline=HEADLINE,
         headline_columns=HEADLINE_COLUMNS, describe=lambda model: describe(model, params), llm_name=llm_name(params),
+        text_encoder_name=text_encoder_name(params),
         metrics=names(), ours=ours, ours_title=title_of(ours), buckets=bucket_names(evidence), call=call,
         level=LEVEL,
         highlights=highlights(evidence, params), label=lambda bucket: bucket_label(bucket, params.bucket),

@@ -23,7 +23,7 @@ from llmgr.params.schema import Params
 from llmgr.reporting import runs
 from llmgr.reporting.cost import training_parts
 from llmgr.reporting.evidence import MAIN, evidence, left_behind
-from llmgr.reporting.naming import describe, llm_name
+from llmgr.reporting.naming import describe, llm_name, text_encoder_name
 from llmgr.reporting.runs import legal
 from llmgr.reporting.store import address_of, finished, opened
 from llmgr.runtime.artifacts import digest, read_json
@@ -78,7 +78,7 @@ def tags(key: str) -> dict[str, str]:
 def kinds(params: Params) -> dict[str, str]:
     """Tags to filter runs by."""
     return {"kind": "experiment", "dataset": params.data.dataset, "base": params.model.base,
-            "backbone": llm_name(params), "seed": str(params.seed)}
+            "backbone": llm_name(params), "text_encoder": text_encoder_name(params), "seed": str(params.seed)}
 
 
 def publish(params: Params, reports: Path, package: Path | None = None) -> dict[str, str]:
@@ -196,7 +196,7 @@ def _publish_model(client: Any, parent: Any, model: str, logged: Mapping, result
     run_id = _begun(client, parent.info.experiment_id, f"{parent.data.tags[KEY]}/{model}", model, {
         **kinds(params), "kind": "model", "model": model, "mlflow.parentRunId": parent.info.run_id,
         "mlflow.note.content": describe(model, params)}, start).info.run_id
-    sections = ("model.", "align.", "tune.", "llm.") if model == MAIN else (
+    sections = ("model.", "align.", "tune.", "llm.", "text_encoder.") if model == MAIN else (
         "encoder.training.", f"encoder.{model.partition('-')[0]}.", f"gate.fuse.{model}", "seed")
     _log_parameters(client, run_id, {name: value for name, value in logged.items() if name.startswith(sections)})
     _log_metrics(client, run_id, runs.model_metrics(results, params, model),

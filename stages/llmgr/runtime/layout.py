@@ -27,13 +27,18 @@ class Layout:
 
     @property
     def backbone(self) -> Path:
-        """The language model, its tokenizer and backbone.json."""
+        """The language model of the prompts, its tokenizer and backbone.json."""
         return Path(self.models, "backbone")
+
+    @property
+    def text_encoder(self) -> Path:
+        """The text encoder, its tokenizer, text_encoder.json and the items' text vectors."""
+        return Path(self.models, "text_encoder")
 
     @property
     def item_vectors(self) -> Path:
         """The items' text vectors [V+1, H]."""
-        return self.backbone / "item_text.safetensors"
+        return self.text_encoder / "item_text.safetensors"
 
     def encoder(self, name: str) -> Path:
         """A pretrained encoder or control."""

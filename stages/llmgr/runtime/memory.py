@@ -11,7 +11,8 @@ _STEP = ("lower {0}.batch_size and raise {0}.accumulate by the same factor, set 
 _PAIRS = "the linear model's two matrices of all pairs of items go with {}"
 _TRAINING = "lower encoder.training.batch_size"
 HELP = {
-    "backbone": ["lower llm.scratch.batch_size where llm.name=scratch, or choose a smaller llm.name"],
+    "backbone": ["lower llm.scratch.batch_size where llm.name=scratch, or choose a smaller llm.name or "
+                 "text_encoder.name"],
     "pretrain": [_TRAINING],
     "linear": [_TRAINING, _PAIRS.format("encoder.linear_controls=[]")],
     "folds": [_TRAINING],

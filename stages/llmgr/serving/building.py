@@ -92,10 +92,10 @@ def with_reader(package: Package, params: Any, files: Layout, prior: Prior | Non
     if "tower" not in package.tensors or params.tower.encoder != "tokens":
         return package
     texts = item_texts(files.items, "text")
-    tokenizer = files.backbone / "tokenizer.json"
+    tokenizer = files.text_encoder / "tokenizer.json"
     longest = params.tower.max_text_tokens
     token_VL, count_V = token_table(
-        load_tokenizer(files.backbone)(texts, truncation=True, max_length=longest)["input_ids"], longest)
+        load_tokenizer(files.text_encoder)(texts, truncation=True, max_length=longest)["input_ids"], longest)
     token_T = torch.unique(token_VL[torch.arange(longest) < count_V[:, None]])
     tensors = text_tensors(package, load_tensors(files.tower / "tower.safetensors"), token_T, tokenizer.read_bytes())
     if params.slit.text:

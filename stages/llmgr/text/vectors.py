@@ -43,7 +43,8 @@ def encode_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: li
     """
     positions = model.config.max_position_embeddings - position_offset(model)
     if max_tokens > positions:
-        raise UserError(f"llm.max_text_tokens={max_tokens} exceeds the backbone's {positions} positions: lower it")
+        raise UserError(f"text_encoder.max_text_tokens={max_tokens} exceeds the text encoder's {positions} positions: "
+                        "lower it")
     ids = token_ids(tokenizer, texts, max_tokens, special=True)
     device = next(model.parameters()).device
     length = torch.tensor([len(i) for i in ids])
