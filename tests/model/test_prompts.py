@@ -46,6 +46,8 @@ def shown(items: list[int], titles: bool) -> str:
 
 def expected(family: str, items: list[int], titles: bool, edges: bool, graph: int) -> str:
     nodes = shown(items, titles)
+    if family == "titles":
+        return f"<s>Products clicked in a session:{''.join(' -' + TITLES[i - 1][:4] for i in items)} Next product:"
     if family == "slot":
         return f"<s>Products clicked in a session: {nodes}[g{graph}]"
     listed = f" Edges: {''.join(f'[{a}]>[{b}]' for a, b in itertools.pairwise(items))}." if edges else ""
@@ -55,7 +57,7 @@ def expected(family: str, items: list[int], titles: bool, edges: bool, graph: in
 
 @pytest.mark.parametrize(("family", "titles", "edges"), [("slot", False, False), ("slot", True, False),
                                                          ("paper", False, False), ("paper", True, True),
-                                                         ("paper", False, True)])
+                                                         ("paper", False, True), ("titles", True, False)])
 def test_a_prompt_reads_as_its_template(family, titles, edges):
     graphs = whole(prefixes(), LISTS)
     build = behaviour(family, titles, edges)
@@ -71,7 +73,7 @@ def test_a_prompt_reads_as_its_template(family, titles, edges):
 
 def shown_extra(family: str, items: list[int], edges: bool) -> int:
     """Characters by which a spelled slot is longer than the one token it takes."""
-    slots = [f"[{i}]" for i in items] + ["[g0]"]
+    slots = [f"[{i}]" for i in items] + ["[g0]"] if family != "titles" else []
     if family == "paper":
         slots += [f"[{items[-1]}]"]
         if edges:
@@ -79,8 +81,8 @@ def shown_extra(family: str, items: list[int], edges: bool) -> int:
     return sum(len(s) - 1 for s in slots)
 
 
-@pytest.mark.parametrize("titles", [False, True])
-@pytest.mark.parametrize("family", ["slot", "paper"])
+@pytest.mark.parametrize(("family", "titles"), [("slot", False), ("slot", True), ("paper", False), ("paper", True),
+                                                ("titles", True)])
 def test_what_a_branch_sees_reads_as_the_prompt_of_its_prefix(family, titles):
     graphs = whole(prefixes(), LISTS)
     prompts = behaviour(family, titles)(graphs, torch.ones(len(LISTS), dtype=torch.long))
@@ -100,7 +102,7 @@ def test_first_leaves_earlier_prefixes_out():
 
 
 @pytest.mark.parametrize(("family", "titles", "edges"), [("slot", True, False), ("paper", False, True),
-                                                         ("paper", True, False)])
+                                                         ("paper", True, False), ("titles", True, False)])
 def test_the_longest_prompt_is_as_long_as_it_says(family, titles, edges):
     lists = [[1 + i % ITEMS for i in range(9)]]
     graphs = whole(prefixes(lists), lists)

@@ -123,7 +123,7 @@ def test_sessions_of_more_users_than_the_graph_encoder_knows_are_refused():
 
 
 @pytest.mark.parametrize(("family", "titles", "edges"), [("slot", True, False), ("slot", False, False),
-                                                         ("paper", True, True)])
+                                                         ("paper", True, True), ("titles", True, False)])
 def test_sessions_longer_than_the_backbone_keep_as_many_recent_clicks_as_fit(family, titles, edges):
     build = BehaviourPrompts(tokenizer(), family, TITLES if titles else None, 4, edges)
     sessions, model = prefixes(), Ranker(llmgr(), build, torch.float32)

@@ -35,7 +35,8 @@ def build_ranker(params: Any, files: Layout, dtype: torch.dtype, device: torch.d
 def behaviour_prompts(params: Any, files: Layout) -> BehaviourPrompts:
     """Stage 2's prompts over the backbone's tokenizer and the catalogue, as the tune section words them."""
     tune = params.tune
-    titles = item_texts(files.items, "title", texts_shuffled(params)) if tune.titles else None
+    worded = tune.titles or tune.prompt == "titles"
+    titles = item_texts(files.items, "title", texts_shuffled(params)) if worded else None
     return BehaviourPrompts(load_tokenizer(files.backbone), tune.prompt, titles, tune.title_tokens, tune.edges)
 
 

@@ -29,6 +29,7 @@ BEHAVIOUR = {
               ". Edges: {edges}. The last click is node {last}. The whole session graph: {graph}. "
               "The product clicked next is:"),
     "slot": ("Products clicked in a session: {nodes}", "{graph}"),
+    "titles": ("Products clicked in a session:{titles}", " Next product:"),
 }
 EDGES = re.compile(r"[^.]*\{edges\}\.")
 
@@ -133,18 +134,23 @@ class AlignmentPrompts:
 
 
 class BehaviourPrompts:
-    """Stage 2: the clicks of a session as node slots, and a question a prefix."""
+    """Stage 2: the clicks of a session as node slots, titles or both, and a question a prefix.
+
+    The family `titles` has words alone: before each title stands a dash where the others have a node slot.
+    """
 
     def __init__(self, tokenizer: Any, family: str, titles: list[str] | None, title_tokens: int, edges: bool) -> None:
         trunk, branch = BEHAVIOUR[family]
         self.trunk = pieces(trunk, tokenizer, start=True)
         self.branch = pieces(branch if edges else EDGES.sub("", branch), tokenizer, start=False)
         self.arrow = tokenizer(">", add_special_tokens=False)["input_ids"]
+        self.mark = tokenizer(" -", add_special_tokens=False)["input_ids"] if family == "titles" else None
         self.titles = text_table(tokenizer, titles, title_tokens) if titles is not None else None
 
     def longest(self, max_session: int) -> int:
         """Tokens that the longest possible prompt spans."""
-        slots = {"nodes": max_session * self._widest(), "edges": (max_session - 1) * (2 + len(self.arrow))}
+        clicks = max_session * self._widest()
+        slots = {"nodes": clicks, "titles": clicks, "edges": (max_session - 1) * (2 + len(self.arrow))}
         return sum(slots.get(p, 1) if isinstance(p, str) else len(p) for p in self.trunk + self.branch)
 
     def fitting(self, sessions: Sessions, positions: int) -> Tensor:
@@ -154,7 +160,7 @@ class BehaviourPrompts:
         """
         items, row, length = sessions.items.cpu().long(), sessions.row.cpu(), sessions.length.cpu()
         edge = 2 + len(self.arrow) if "edges" in self.branch else 0  # for all clicks but the first
-        click_RS = (items > 0).long() * (1 + edge)
+        click_RS = (items > 0).long() * (self._own() + edge)
         if self.titles is not None:
             click_RS += self.titles[1][items]
         before_RS = F.pad(click_RS.cumsum(1), (1, 0))
@@ -163,8 +169,17 @@ class BehaviourPrompts:
         real_MS = torch.arange(spans_MS.shape[1]) < length[:, None]
         return ((spans_MS <= room) & real_MS).sum(1)
 
+    @property
+    def reads_graph(self) -> bool:
+        """Whether a slot shows the graph encoder's readout."""
+        return "graph" in self.branch
+
+    def _own(self) -> int:
+        """Tokens of a click beside its title: its node slot, or the mark in place of one."""
+        return 1 if self.mark is None else len(self.mark)
+
     def _widest(self) -> int:
-        return 1 + (self.titles[0].shape[1] if self.titles else 0)
+        return self._own() + (self.titles[0].shape[1] if self.titles else 0)
 
     def __call__(self, graphs: GraphBatch, first_B: Tensor) -> PromptBatch:
         """Prompts for sessions, with a branch for every prefix of `first_B` to all clicks.
@@ -174,7 +189,7 @@ class BehaviourPrompts:
         layout = Assembly(len(first_B))
         end_BS = torch.zeros_like(graphs.items_BS)
         for piece in self.trunk:
-            if piece == "nodes":
+            if piece in ("nodes", "titles"):
                 end_BS = self._clicks(layout, graphs)
             else:
                 layout.text(piece)
@@ -189,15 +204,19 @@ class BehaviourPrompts:
         return layout.batch(asked_BP.nonzero()[:, 0], column_BP[asked_BP])
 
     def _clicks(self, layout: Assembly, graphs: GraphBatch) -> Tensor:
-        """Node slots, each followed by its title where titles are on; returns the column after each click."""
+        """Node slots or marks, each followed by its title where titles are on; returns the column after each click."""
         if self.titles is None:
             return layout.add(NODE, graphs.items_BS, graphs.mask_BS()) + 1
         table, count = self.titles
         width = max(1, int(count[graphs.items_BS].max()))
-        value = torch.cat((graphs.items_BS[..., None], table[graphs.items_BS][..., :width]), -1)
-        shown = torch.arange(width + 1) <= count[graphs.items_BS][..., None]
+        own = graphs.items_BS[..., None] if self.mark is None else torch.tensor(self.mark).expand(
+            *graphs.items_BS.shape, -1)
+        first = own.shape[-1]
+        value = torch.cat((own, table[graphs.items_BS][..., :width]), -1)
+        shown = torch.arange(first + width) < first + count[graphs.items_BS][..., None]
         kind = torch.full_like(value, TEXT)
-        kind[..., 0] = NODE
+        if self.mark is None:
+            kind[..., 0] = NODE
         shown = shown & graphs.mask_BS()[..., None]
         column = layout.add(kind.flatten(1), value.flatten(1), shown.flatten(1)).view_as(value)
         return column[..., -1] + 1  # masked entries repeat the column before them

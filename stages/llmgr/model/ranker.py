@@ -80,7 +80,9 @@ class Ranker(nn.Module):
             prompts = self.llmgr.execution.arranged(prompts, PACKED)
             shift_VD = self._shift(sample_R)
         tokens = prompts.tokens
-        if trained and self.readouts is not None:
+        if not self.prompts.reads_graph:
+            session_RD = None
+        elif trained and self.readouts is not None:
             session_RD = self.readouts[samples_R]
         elif trained:
             session_RD = self._read_in_groups(sessions, samples_R, laid_out.length[sample_R], shift_VD)
@@ -152,7 +154,7 @@ class Ranker(nn.Module):
             count_V = torch.bincount(sessions.target, minlength=len(self.llmgr.vectors)).float()
             self.fold_N = base.fold_U[self._on_cpu(sessions).user[self._on_cpu(sessions).row]]
             self.shifts = [shift_VD.to(self.device) for shift_VD in base.shifts(count_V)]
-        if not any(p.requires_grad for p in self.llmgr.encoder.parameters()):
+        if self.prompts.reads_graph and not any(p.requires_grad for p in self.llmgr.encoder.parameters()):
             self.readouts = self._all_readouts(sessions)
 
     def _shift(self, sample_R: Tensor) -> Tensor | None:

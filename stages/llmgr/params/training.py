@@ -48,14 +48,15 @@ class Tune(Training):
     epochs: Whole
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
-    prompt: Literal["paper", "slot"]
-    """Stage-2 template of llmgr.model.prompts: the paper's wording, or `slot`: the clicks, then the graph slot."""
+    prompt: Literal["paper", "slot", "titles"]
+    """Stage-2 template of llmgr.model.prompts: the paper's wording; `slot`: the clicks, then the graph slot; `titles`:
+    the clicks' titles and no slot at all, so that the graph encoder is not read."""
     samples: Natural
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]
     """What of the graph encoder learns in stage 2: everything, its readout, nothing. Item embeddings stay frozen."""
     titles: Flag
-    """Titles stand beside the node slots."""
+    """Titles stand beside the node slots; with `prompt: titles` they do in their place."""
     title_tokens: Count
     """Tokens of each title in a prompt."""
     edges: Flag
@@ -85,7 +86,7 @@ class Tune(Training):
         if self.folds == 1:
             raise UserError("tune.folds=1 leaves all users out of the one training: set it to 0, or at least to 2")
         if self.edges and self.prompt != "paper":
-            raise UserError("tune.edges=true needs tune.prompt=paper: the slot prompt has no place for edges")
+            raise UserError("tune.edges=true needs tune.prompt=paper: the other prompts have no place for edges")
         if self.edges and self.targets == "positions":
             raise UserError("tune.edges=true needs tune.targets=prefix: an edge list differs from prefix to prefix")
         return self
