@@ -50,7 +50,7 @@ grid: $(VENV)/.installed  # search a model's parameters in the background: make 
 	@$(BIN)/python stages/heal.py --queue
 	@test -f stages/presets/grid/$(MODEL).txt || { echo "error: MODEL=$(MODEL) has no grid; there are $$(ls stages/presets/grid | sed 's/.txt//' | xargs)" >&2; exit 2; }
 	@test -n "$(DATASET)" || { echo "error: DATASET is not given, such as DATASET=office" >&2; exit 2; }
-	$(BIN)/dvc exp run --queue pretrain@$(MODEL) $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
+	$(BIN)/dvc exp run --queue $(if $(filter llmgr,$(MODEL)),tune,pretrain@$(MODEL)) $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
 	$(BIN)/dvc queue start -j 1
 
 pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the best by validation into params.yaml

@@ -4,7 +4,7 @@
     python stages/pick.py --model gcsan --dataset office
 
 Validation NDCG@20 decides. The chosen values go into params.yaml; its comments and layout stay. A control such as
-gcsan-text shares its encoder's section. With --model llmgr the search is over model, align and tune.
+gcsan-text shares its encoder's section. With --model llmgr the search is over llm, model, align and tune.
 
 Reads:  the experiments of the current commit, through `dvc exp show`; params.yaml
 Writes: params.yaml, reports/results/<dataset>/search-<model>.csv; an MLflow run a trial, tagged llmgr.search

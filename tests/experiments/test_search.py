@@ -132,6 +132,7 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
     assert roles == ["fixed", "ignored", "ignored", "searched"]
     assert search.role("encoder.narm.lr", "narm-text") == "ignored", "a control learns at encoder.text_lr"
     assert search.role("llm.name", "narm-text") == search.role("encoder.dim", "llmgr", ["narm"]) == "fixed"
+    assert [search.role(key, "llmgr") for key in ("llm.name", "text_encoder.name")] == ["searched", "fixed"]
     assert [search.role(key, "llmgr", ["narm-text"]) for key in (
         "encoder.narm.hidden", "encoder.narm.lr", "encoder.text_lr", "encoder.gcsan.lr")] == [
         "fixed", "ignored", "fixed", "ignored"], "what LLMGR's base is trained with"

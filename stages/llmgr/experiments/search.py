@@ -211,7 +211,7 @@ def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
     if model == TUNED and section == "encoder":
         return "fixed" if any(role(key, base) == "searched" for base in bases) else "ignored"
     if model == TUNED:
-        own = section in ("model", "align", "tune", "tower", "slit")
+        own = section in ("llm", "model", "align", "tune", "tower", "slit")
         return "searched" if own and key != "tune.valid_sessions" else "fixed"  # which it is judged by
     if section == "slit":
         return "searched" if text == "linear" else "ignored"
