@@ -3,15 +3,18 @@
 Reads:  models/encoders/, models/tuned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
         models/text_encoder/, models/gates/, models/recommender/, data/sessions/, data/core/items.parquet
 Writes: reports/ranks/MODEL.parquet (a row a test session: target, rank, rank_unseen), reports/ranks/valid/ likewise,
-        reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json
-Params: split.selection, seed, evaluate, gate, model, tune, tower.enabled, tower.encoder, tower.decay, slit,
-        data.max_session, encoder.names, encoder.controls, encoder.control_texts, encoder.linear_controls
+        reports/metrics/evaluate.json (from those ranks), reports/metrics/cost/evaluate.json; with filter.unseen_share
+        also reports/ranks/unseen/ and reports/metrics/unseen.json, of sessions that end in an item held out of training
+        and added by its text: among all items, and among the items held out (empty without)
+Params: split.selection, seed, evaluate, gate, text_encoder.max_text_tokens, model, tune, tower.enabled, tower.encoder,
+        tower.decay, slit, data.max_session, encoder.names, encoder.controls, encoder.control_texts,
+        encoder.linear_controls
 """
 from llmgr.pipeline.stage import run
 
-READS = ("split.selection", "seed", "evaluate", "gate", "model", "tune", "tower.enabled", "tower.encoder",
-         "tower.decay", "slit", "data.max_session", "encoder.names", "encoder.controls", "encoder.control_texts",
-         "encoder.linear_controls")
+READS = ("split.selection", "seed", "evaluate", "gate", "text_encoder.max_text_tokens", "model", "tune",
+         "tower.enabled", "tower.encoder", "tower.decay", "slit", "data.max_session", "encoder.names",
+         "encoder.controls", "encoder.control_texts", "encoder.linear_controls")
 
 
 def main(params) -> None:
@@ -20,6 +23,7 @@ def main(params) -> None:
     import polars as pl
 
     from llmgr.evaluation.models import loaded
+    from llmgr.evaluation.unseen import rank_unseen
     from llmgr.ranking.loop import rank_models
     from llmgr.ranking.metrics import metrics
     from llmgr.runtime.artifacts import replacing_folder, write_json, write_table
@@ -54,9 +58,18 @@ def main(params) -> None:
                 if split == "valid" and name in params.gate.fuse:
                     continue  # it was fitted on these sessions: reports/metrics/gate.json has the cross-fitted figures
                 found[name] |= {split: {"all": metrics(kept)}, f"{split}_unseen": {"all": metrics(unseen)}}
+        unseen = rank_unseen(params, files) if files.unseen_items.exists() else None
+        for name, by in unseen.among.items() if unseen else ():
+            write_table(folder / "unseen" / f"{name}.parquet", pl.DataFrame({
+                "target": unseen.targets.int().numpy(), "rank": by["all"].int().numpy(),
+                "rank_unseen": by["all_unseen"].int().numpy(), "rank_new": by["new"].int().numpy()}))
+    write_json("reports/metrics/unseen.json", unseen.figures() if unseen else {})
     for name, by in found.items():
         say(f"{name}: HR@20 {by['test']['all']['hr_at_20']:.4f}  NDCG@20 {by['test']['all']['ndcg_at_20']:.4f}  "
             f"({seconds[name]:.1f} s)")
+    for name, by in unseen.figures()["models"].items() if unseen else ():
+        say(f"{name}, items added by their texts: HR@20 {by['all']['hr_at_20']:.4f} among all items, "
+            f"{by['new']['hr_at_20']:.4f} among {unseen.items:,} added ones")
     write_json("reports/metrics/evaluate.json", found)
     scored = sum(len(sessions) for sessions, _ in tables.values()) * len(seconds)
     write_json("reports/metrics/cost/evaluate.json", scoring_cost(start, seconds, scored))

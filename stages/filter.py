@@ -3,7 +3,8 @@
 Reads:  data/raw/ (found through data/raw/source.json)
 Writes: data/core/interactions.parquet (user, item, timestamp as the release has it, rating, line; by user, time, line),
         data/core/items.parquet (item_id from 1 in the order of the item strings, item, title, brand, category,
-        description, text, count); reports/metrics/filter.json
+        description, text, count); with filter.unseen_share the same of the items that are held out, in
+        data/core/unseen_{interactions,items}.parquet, with ids that go on; reports/metrics/filter.json
 Params: filter, data.columns, data.session
 
 Malformed lines are counted by reason and skipped, up to filter.max_bad_share of a file. The summary that it prints, of
@@ -50,15 +51,23 @@ def main(params) -> None:
     if core.is_empty():
         raise UserError(f"no user and item of {source['dataset']} has {options.core} interactions with the others: "
                         f"lower filter.core={options.core}")
-    counts = core.group_by("item").agg(count=pl.len().cast(pl.Int32))
+    core, unseen = interactions.without_unseen(core, options.unseen_share)
+    counts = pl.concat([core, unseen]).group_by("item").agg(count=pl.len().cast(pl.Int32))
     table = (
         pl.DataFrame(items, schema=dict.fromkeys(cleaning.FIELDS, pl.String)).join(counts, on="item").sort("item")
         .with_columns(pl.col("text").replace("", cleaning.UNKNOWN),
-                      item_id=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
-        .select("item_id", *cleaning.FIELDS, "count")
+                      unseen=pl.col("item").is_in(unseen["item"].unique().to_list()))
+        .sort("unseen", maintain_order=True).with_columns(item_id=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
+        .select("item_id", *cleaning.FIELDS, "count", "unseen")
     )
-    write_table("data/core/interactions.parquet", core)
-    write_table("data/core/items.parquet", table)
+    for name, rows, of in (("", core, table.filter(~pl.col("unseen"))), ("unseen_", unseen, table.filter("unseen"))):
+        for kind, frame in (("interactions", rows), ("items", of.drop("unseen"))):
+            path = Path(f"data/core/{name}{kind}.parquet")
+            if name and unseen.is_empty():
+                path.unlink(missing_ok=True)
+            else:
+                write_table(path, frame)
+    table = table.filter(~pl.col("unseen"))
 
     after = size(core)
     repeated = raw.height - unique.height

@@ -2,7 +2,8 @@
 
 Reads:  data/core/
 Writes: data/sessions/{train,valid,test}.parquet (user, items oldest first, target; valid and test also the `earlier`
-        items beyond the window); reports/metrics/split.json
+        items beyond the window); with filter.unseen_share also unseen.parquet: as test has them, the sessions that end
+        in an item that training does not know; reports/metrics/split.json
 Params: data.max_session, split, tune.linear, encoder.linear_controls (the last two refuse too large a catalogue)
 
 A user's last item is the test target, the second-last the validation target, the rest is training, where every
@@ -10,6 +11,8 @@ position from the second on is a target (under split.selection all but the last 
 interactions stays in training whole.
 """
 from __future__ import annotations
+
+from pathlib import Path
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -36,6 +39,14 @@ def main(params) -> None:
     parts = interactions.leave_one_out(rows, params.data.max_session, params.split.selection)
     for name, part in parts.items():
         write_table(f"data/sessions/{name}.parquet", part)
+
+    unseen_items, unseen_table = Path("data/core/unseen_items.parquet"), Path("data/sessions/unseen.parquet")
+    unseen_table.unlink(missing_ok=True)
+    if unseen_items.exists():
+        every = interactions.ordered(
+            pl.concat([core, read_table("data/core/unseen_interactions.parquet")]), params.split.ties, params.split.seed
+        ).join(pl.concat([items, read_table(unseen_items, ["item", "item_id"])]), on="item", maintain_order="left")
+        write_table(unseen_table, interactions.unseen_sessions(every, len(items), params.data.max_session))
 
     lengths = rows.group_by("user").len()["len"]
     trained = pl.concat([parts["train"]["target"], parts["train"]["items"].explode()]).unique()

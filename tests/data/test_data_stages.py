@@ -79,6 +79,40 @@ def test_sessions_tell_every_interaction_once(sample):
         assert sorted(ids[item] for item in items) == sorted(session)
 
 
+def test_unseen_items_are_held_out_of_training_with_all_their_interactions(sample, tmp_path):
+    result = run(tmp_path, *STAGES, filter={"unseen_share": 0.05}, tower={"enabled": True, "encoder": "tokens"})
+    assert result.returncode == 0, result.stderr
+
+    def table(name, folder=tmp_path):
+        return pl.read_parquet(folder / f"data/{name}.parquet")
+
+    core, unseen = table("core/items"), table("core/unseen_items")
+    assert len(unseen) == round(0.05 * (len(core) + len(unseen)))
+    assert core["item_id"].to_list() == list(range(1, len(core) + 1))
+    assert unseen["item_id"].to_list() == list(range(len(core) + 1, len(core) + len(unseen) + 1))
+    whole = table("core/items", sample).drop("item_id")
+    assert pl.concat([core, unseen]).drop("item_id").sort("item").equals(whole)
+    held = table("core/interactions")["item"].is_in(unseen["item"].to_list())
+    assert not held.any() and table("core/unseen_interactions")["item"].is_in(unseen["item"].to_list()).all()
+    for split in ("train", "valid", "test"):
+        assert max(table(f"sessions/{split}")["items"].explode().max(), table(f"sessions/{split}")["target"].max()
+                   ) <= len(core)
+    names = dict(pl.concat([core, unseen]).select("item_id", "item").rows())
+    before = dict(table("core/items", sample).select("item_id", "item").rows())
+    expected = {row["user"]: ([before[n] for n in row["items"]], before[row["target"]])
+                for row in table("sessions/test", sample).iter_rows(named=True)}
+    ending = {row["user"]: ([names[n] for n in row["items"]], names[row["target"]])
+              for row in table("sessions/unseen").iter_rows(named=True)}
+    assert ending == {user: found for user, found in expected.items() if found[1] in set(unseen["item"])}
+    assert ending, "some sessions end in them"
+    assert run(tmp_path, "filter", "split").returncode == 0
+    assert not [path for path in (tmp_path / "data").rglob("*unseen*")], "nothing of another run is left"
+
+
+def test_items_are_held_out_only_where_their_texts_will_be_read(tmp_path):
+    refused(run(tmp_path, "filter", filter={"unseen_share": 0.05}), "filter.unseen_share", "tower.encoder=tokens")
+
+
 def test_metrics_say_what_was_done(sample):
     metrics = artifacts.read_json(sample / "reports/metrics/filter.json")
     interactions = pl.read_parquet(sample / "data/core/interactions.parquet")

@@ -8,44 +8,20 @@ import polars as pl
 import pytest
 import torch
 from machine import stage
-from tiny import ITEMS, LISTS, ROOT, tokenizer
-from tiny_package import IDS, graphs, package
-from torch.nn import functional as F
+from tiny import ITEMS, LISTS, ROOT
+from tiny_package import IDS, TEXTS, graphs, package, readable_package
 
-from llmgr.prior.text_tower import TextTower, TokenMeans
 from llmgr.runtime.errors import UserError
-from llmgr.serving.new_items import sparse, text_tensors, unit_words, word_tensors
+from llmgr.serving.new_items import sparse, unit_words
 from llmgr.serving.package import Package, load_package, write_package
 from llmgr.serving.recommender import Recommender
 from llmgr.serving.scoring import Scorer
-from llmgr.serving.student import Student
-from llmgr.text.items import token_table
 from llmgr.text.words import word_matrix
-
-TEXTS = [f"{colour} {thing} soap" for colour in ("red", "blue", "green", "pale") for thing in ("rose", "mint", "oat")]
-LONGEST = 24
 
 
 @pytest.fixture(scope="module")
 def readable() -> Package:
-    """A package with a token tower of its texts, a student, and the words."""
-    torch.manual_seed(5)
-    reads = tokenizer("bert")
-    token_VL, count_V = token_table(reads(TEXTS, truncation=True, max_length=LONGEST)["input_ids"], LONGEST)
-    tower = TextTower(TokenMeans(token_VL, count_V, 16)).eval()
-    tower.whiten()
-    plain = package(entries=6)
-    table = F.pad(torch.randn(ITEMS, 4), (0, 0, 1, 0))
-    student = Student(4)
-    tensors = plain.tensors | {"tower": tower.vectors(), "student.table": table, **{
-        f"student.net.{name}": value for name, value in student.state_dict().items()}}
-    made = Package(plain.config | {"entries": 6, "student": True, "tower": plain.config["tower"] | {
-        "max_text_tokens": LONGEST}}, plain.items.with_columns(title=pl.Series(TEXTS)), tensors)
-    used = torch.unique(token_VL[torch.arange(LONGEST) < count_V[:, None]])
-    weights = {name: value.detach() for name, value in tower.named_parameters()}
-    share = np.full(ITEMS + 1, 0.5) / (1 + np.arange(ITEMS + 1))
-    return Package(made.config, made.items, made.tensors | text_tensors(
-        made, weights, used, reads.backend_tokenizer.to_str().encode()) | word_tensors(TEXTS, share))
+    return readable_package()
 
 
 NEW = pl.DataFrame({"item": ["N1", "N2"], "title": ["red rose cream", "blue oat soap"]})

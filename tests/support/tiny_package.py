@@ -3,23 +3,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
-from tiny import DIM, ITEMS, prefixes
+from tiny import DIM, ITEMS, prefixes, tokenizer
 from torch.nn import functional as F
 
 from llmgr.encoders.registry import build_encoder
 from llmgr.prior.left_out import LeftOut
+from llmgr.prior.text_tower import TextTower, TokenMeans
 from llmgr.prior.weighted_sum import BANDS, Prior
 from llmgr.serving.building import rows_of
+from llmgr.serving.new_items import text_tensors, word_tensors
 from llmgr.serving.package import Package
+from llmgr.serving.student import Student
 from llmgr.sessions.graphs import GraphBatch
 from llmgr.sessions.tensors import Sessions
+from llmgr.text.items import token_table
 from llmgr.text.vectors import click_similarity
 
 IDS = [f"B{number:04d}" for number in range(1, ITEMS + 1)]
 ENCODER = {"name": "gcsan", "dim": DIM, "dropout": 0.0, "settings": {
     "gnn_layers": 1, "attention_layers": 1, "attention_heads": 1, "omega": 0.6, "users": 5, "max_session": 6}}
+TEXTS = [f"{colour} {thing} soap" for colour in ("red", "blue", "green", "pale") for thing in ("rose", "mint", "oat")]
+LONGEST = 24
 TOWER = {"decay": 0.7, "scale": 1.5}
 
 
@@ -71,3 +78,24 @@ def renamed() -> object:
     """Another package: its items are called C0001 to C0012."""
     whole = package()
     return type(whole)(whole.config, whole.items.with_columns(pl.col("item").str.replace("B", "C")), whole.tensors)
+
+
+def readable_package() -> Package:
+    """A package with a token tower of TEXTS, a student, and the words."""
+    torch.manual_seed(5)
+    reads = tokenizer("bert")
+    token_VL, count_V = token_table(reads(TEXTS, truncation=True, max_length=LONGEST)["input_ids"], LONGEST)
+    tower = TextTower(TokenMeans(token_VL, count_V, 16)).eval()
+    tower.whiten()
+    plain = package(entries=6)
+    table = F.pad(torch.randn(ITEMS, 4), (0, 0, 1, 0))
+    student = Student(4)
+    tensors = plain.tensors | {"tower": tower.vectors(), "student.table": table, **{
+        f"student.net.{name}": value for name, value in student.state_dict().items()}}
+    made = Package(plain.config | {"entries": 6, "student": True, "tower": plain.config["tower"] | {
+        "max_text_tokens": LONGEST}}, plain.items.with_columns(title=pl.Series(TEXTS)), tensors)
+    used = torch.unique(token_VL[torch.arange(LONGEST) < count_V[:, None]])
+    weights = {name: value.detach() for name, value in tower.named_parameters()}
+    share = np.full(ITEMS + 1, 0.5) / (1 + np.arange(ITEMS + 1))
+    return Package(made.config, made.items, made.tensors | text_tensors(
+        made, weights, used, reads.backend_tokenizer.to_str().encode()) | word_tensors(TEXTS, share))

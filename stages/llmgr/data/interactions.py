@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import polars as pl
 
 LEAST = 3
 """Interactions from which a user has targets for validation and test; with fewer, all of them are training."""
+UNSEEN_SEED = 2026
 
 
 def without_duplicates(frame: pl.DataFrame, keep: Literal["first", "last", "keep"]) -> pl.DataFrame:
@@ -25,6 +27,13 @@ def k_core(frame: pl.DataFrame, core: int) -> tuple[pl.DataFrame, int]:
         if kept.height == frame.height:
             return kept, rounds
         frame, rounds = kept, rounds + 1
+
+
+def without_unseen(core: pl.DataFrame, share: float) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The interactions without those of a `share` of the items, and those of that share, which is drawn."""
+    items = core["item"].unique().sort().to_list()
+    unseen = pl.col("item").is_in(random.Random(UNSEEN_SEED).sample(items, round(share * len(items))))
+    return core.filter(~unseen), core.filter(unseen)
 
 
 def tied() -> pl.Expr:
@@ -84,6 +93,15 @@ def leave_one_out(frame: pl.DataFrame, max_session: int, selection: bool = False
         sessions = _history(rows, targets, pl.lit(0), window, "items")
         parts[name] = _history(rows, sessions, window, before, "earlier").select(*columns, "earlier")
     return parts
+
+
+def unseen_sessions(frame: pl.DataFrame, known: int, max_session: int) -> pl.DataFrame:
+    """The test sessions of `leave_one_out` whose target's item_id is above `known`.
+
+    `frame` has the rows of all items, ordered. A target comes after all that training has of its user, so that no
+    model was trained on a later click.
+    """
+    return leave_one_out(frame, max_session)["test"].filter(pl.col("target") > known)
 
 
 def _history(rows: pl.DataFrame, targets: pl.DataFrame, skip: pl.Expr, count: pl.Expr, name: str) -> pl.DataFrame:

@@ -82,6 +82,9 @@ class Filter:
     """Largest share of malformed lines that is skipped instead of refused."""
     max_textless_share: Share
     """Largest share of items without text; more of them are refused, since most likely the ids do not match."""
+    unseen_share: Annotated[Share, Field(lt=0.5)]
+    """Share of the core's items that no stage learns from, nor from their interactions: `evaluate` adds them to the
+    package by their texts and ranks the sessions that end in one of them. 0: none."""
 
 
 @dataclass

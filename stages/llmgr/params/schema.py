@@ -50,6 +50,9 @@ class Params:
         if self.tower.enabled and self.tower.batch_size <= self.data.max_session:
             raise UserError(f"tower.batch_size={self.tower.batch_size} may hold one session alone, whose targets are "
                             f"not told from each other: set more than data.max_session={self.data.max_session}")
+        if self.filter.unseen_share and not (self.tower.enabled and self.tower.encoder == "tokens"):
+            raise UserError(f"filter.unseen_share={self.filter.unseen_share} needs a package that reads new texts: set "
+                            "tower.enabled=true and tower.encoder=tokens, or filter.unseen_share=0")
         return self
 
     def view(self, keys: Sequence[str]) -> Params:

@@ -21,8 +21,13 @@ class Layout:
         """The catalogue: ids from 1 to V, titles, brands, texts."""
         return Path(self.data, "core", "items.parquet")
 
+    @property
+    def unseen_items(self) -> Path:
+        """The items that are held out of training, with ids from V+1; there under `filter.unseen_share` alone."""
+        return Path(self.data, "core", "unseen_items.parquet")
+
     def sessions(self, split: str) -> Path:
-        """The sessions of `train`, `valid` or `test`."""
+        """The sessions of `train`, `valid` or `test`, or `unseen`: those that end in an item held out of training."""
         return Path(self.data, "sessions", f"{split}.parquet")
 
     @property
