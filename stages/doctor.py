@@ -144,6 +144,14 @@ def leftovers() -> Finding:
     return GOOD, "leftovers", "none of a killed run"
 
 
+def queue() -> Finding:
+    """Whether experiments can be queued: DVC says nothing, and each of them fails."""
+    from llmgr.runtime import healing
+
+    hindrance = healing.queue_hindrance(ROOT)
+    return (ODD, "queue", hindrance) if hindrance else (GOOD, "queue", "experiments can be queued here")
+
+
 def branch() -> Finding:
     said = subprocess.run(["git", "-C", str(ROOT), "symbolic-ref", "-q", "--short", "HEAD"], capture_output=True,
                           text=True, check=False) if shutil.which("git") else None
@@ -166,7 +174,7 @@ def watched() -> Finding:
 def findings() -> Iterator[Finding]:
     yield python()
     yield from map(program, ("git", "make"))
-    for look in (dvc, disk, memory, index, gpu, threads, writable, leftovers, branch, watched):
+    for look in (dvc, disk, memory, index, gpu, threads, writable, leftovers, queue, branch, watched):
         yield look()
 
 

@@ -31,17 +31,28 @@ def main() -> int:
     parser.add_argument("--package", type=Path, default=Path("models/recommender"), help="the package's folder")
     arguments = parser.parse_args()
 
-    from llmgr.runtime.errors import UserError
+    from llmgr.runtime.errors import UserError, disk_is_full, out_of_memory
 
     try:
         _work(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return _fail("interrupted; run the same command again to go on", 130)
+    except Exception as error:
+        if disk_is_full(error):
+            return _fail("the disk is full or a file limit was reached; free some space and run the same command again")
+        if out_of_memory(error):
+            return _fail("out of memory: close other programs, or take a machine with more memory")
+        if isinstance(error, OSError) and error.filename:
+            return _fail(f"{error.filename}: {error.strerror}: give another file, or mend this one's place")
+        raise
     return 0
+
+
+def _fail(said: str, status: int = 2) -> int:
+    print(f"error: {said}", file=sys.stderr)
+    return status
 
 
 def _work(arguments: argparse.Namespace) -> None:

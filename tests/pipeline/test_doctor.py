@@ -30,7 +30,7 @@ def git(*arguments: str, folder: Path) -> None:
 
 
 def test_it_runs_on_the_standard_library_alone_and_is_quiet_where_all_is_well():
-    for options, least in (([], 13), (["--quiet"], 0)):
+    for options, least in (([], 14), (["--quiet"], 0)):
         done = subprocess.run([sys.executable, "-S", ROOT / "stages/doctor.py", *options], capture_output=True,
                               text=True, env={"PATH": os.environ["PATH"]})
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr
@@ -82,6 +82,12 @@ def test_what_a_killed_run_left(doctor, monkeypatch, tmp_path):
     git("update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD", folder=tmp_path)
     git("switch", "-q", "--detach", folder=tmp_path)
     assert "EXEC_BASELINE" in doctor.leftovers()[2] and doctor.branch()[0] == doctor.ODD
+
+
+def test_a_path_where_the_queue_fails(doctor, monkeypatch, tmp_path):
+    assert doctor.queue()[0] == doctor.GOOD
+    monkeypatch.setattr(doctor, "ROOT", tmp_path / "mühle")
+    assert doctor.queue()[0] == doctor.ODD and "ASCII" in doctor.queue()[2]
 
 
 def test_a_file_of_ones_own_that_moved(doctor, tmp_path):

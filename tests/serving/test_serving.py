@@ -1,12 +1,14 @@
 """Packages and what is recommended from them: the prior's scores, explained; damaged folders; what clients send."""
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -400,6 +402,51 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder: Path, tmp_path:
     assert (tmp_path / out).read_bytes() == (tmp_path / f"whole-{out}").read_bytes()
 
 
+def flip(path: Path) -> None:
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+
+
+@pytest.mark.parametrize("out", ["out.parquet", "out.jsonl"])
+@pytest.mark.parametrize(("harm", "again"), [
+    (lambda parts, form: flip(parts / f"00000001{form}"), 5), (lambda parts, form: flip(parts / "about"), 6),
+    (lambda parts, form: (parts / "about").write_bytes(b""), 6),
+    (lambda parts, form: (parts / f"00000000{form}").unlink(), 6),
+    (lambda parts, form: (parts / f"00000002{form}").write_bytes(b""), 4),
+], ids=["byte", "about", "empty-about", "gap", "empty"])
+def test_damaged_parts_are_ranked_again(folder: Path, tmp_path: Path, out: str, harm: Callable, again: int,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "ROWS", 4)
+    sessions, scored = write_sessions(tmp_path / "sessions.parquet", SESSIONS), []
+    bulk.recommend_file(folder, sessions, tmp_path / f"whole-{out}", 3)
+    plain = Recommender.recommend
+
+    def killed(self: Recommender, batch: list, *rest: object) -> pl.DataFrame:
+        scored.append(batch)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return plain(self, batch, *rest)
+
+    monkeypatch.setattr(Recommender, "recommend", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bulk.recommend_file(folder, sessions, tmp_path / out, 3)
+    harm(tmp_path / f".{out}.parts", Path(out).suffix)
+    bulk.recommend_file(folder, sessions, tmp_path / out, 3)
+    assert len(scored) == 4 + again
+    assert (tmp_path / out).read_bytes() == (tmp_path / f"whole-{out}").read_bytes()
+
+
+def test_two_runs_never_write_one_file(folder: Path, tmp_path: Path) -> None:
+    sessions, out = write_sessions(tmp_path / "sessions.jsonl", SESSIONS), tmp_path / "out.jsonl"
+    with (tmp_path / ".out.jsonl.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run writes"):
+            bulk.recommend_file(folder, sessions, out, 2)
+    bulk.recommend_file(folder, sessions, out, 2)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_parts_of_other_settings_are_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
     sessions, out = write_sessions(tmp_path / "sessions.jsonl", SESSIONS), tmp_path / "out.jsonl"
     parts = tmp_path / ".out.jsonl.parts"
@@ -411,11 +458,22 @@ def test_parts_of_other_settings_are_not_gone_on_with(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", ['{"items": ["B0001"]}\nnot json\n', '{"items": ["B0001"]}\n{"clicks": []}\n',
-                                     '{"items": ["B0001"]}\n{"items": "B0001"}\n', '{"items": []}\n[]\n'])
+                                     '{"items": ["B0001"]}\n{"items": "B0001"}\n', '{"items": []}\n[]\n',
+                                     '{"items": []}\n' + "[" * 100_000])
 def test_a_row_that_is_no_session_is_named(folder: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "sessions.jsonl").write_text(content)
     with pytest.raises(UserError, match="row 2"):
         bulk.recommend_file(folder, tmp_path / "sessions.jsonl", tmp_path / "out.jsonl", 3)
+    assert not (tmp_path / ".out.jsonl.lock").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("s.jsonl", b'\xff\xfe{"items": ["a"]}\n'), ("s.csv", b"items\n\xff\n"), ("s.parquet", b"x"),
+    ("s.csv", b"items\n" + b"a" * 200_000), ("s.csv", b"clicks\na b\n")])
+def test_a_file_of_another_form_is_named(folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        bulk.recommend_file(folder, tmp_path / name, tmp_path / "out.parquet", 3)
 
 
 def recommend(capsys: pytest.CaptureFixture, *arguments: str | Path) -> tuple[int, str, str]:
@@ -433,8 +491,14 @@ def test_the_command_line_prints_a_table(folder: Path, recommender: Recommender,
 
 @pytest.mark.parametrize("wrong", [["B0003", "--k", "0"], [], ["B0003", "--package", "nowhere"],
                                    ["--sessions", "nowhere.csv", "--out", "o.jsonl"], ["--sessions", "a.csv"],
-                                   ["--sessions", "nowhere.txt", "--out", "o.jsonl"]])
-def test_the_command_line_refuses_in_one_line(folder: Path, wrong: list[str], capsys: pytest.CaptureFixture) -> None:
+                                   ["--sessions", "nowhere.txt", "--out", "o.jsonl"],
+                                   ["--sessions", "@", "--out", "/proc/none/o.jsonl"],
+                                   ["--sessions", "@", "--out", "tests/.."], ["--sessions", "@", "--out", "@d.jsonl"]])
+def test_the_command_line_refuses_in_one_line(folder: Path, tmp_path: Path, wrong: list[str],
+                                              capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "d.jsonl").mkdir()
+    sessions = write_sessions(tmp_path / "s.jsonl", SESSIONS)
+    wrong = [str(sessions) if word == "@" else word.replace("@", f"{tmp_path}/") for word in wrong]
     package = [] if "--package" in wrong else ["--package", folder]
     status, out, err = recommend(capsys, *wrong, *package)
     assert status == 2 and not out and err.startswith("error: ") and len(err.splitlines()) == 1

@@ -111,10 +111,12 @@ def hold(path: Path) -> bool:
     return True
 
 
-def let_go() -> None:
-    """Give up every place that this process holds: its stage is over, though the process may live on."""
-    while _held:
-        _held.popitem()[1].release()
+def let_go(path: Path | None = None) -> None:
+    """Give up the place `path`, or every one that this process holds: its stage is over, though the process may live
+    on."""
+    for held in list(_held) if path is None else [path.absolute()]:
+        if held in _held:
+            _held.pop(held).release()
 
 
 def _writer(path: Path) -> str:

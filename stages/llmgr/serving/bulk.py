@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import shutil
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmgr.runtime.artifacts import digest, replacing, write_bytes, write_json
-from llmgr.runtime.console import Bar
+from llmgr.runtime.artifacts import digest, replacing
+from llmgr.runtime.console import Bar, say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.ownership import hold, let_go
+from llmgr.runtime.state import discard, read_state, write_state
 from llmgr.serving.package import CONFIG
 from llmgr.serving.recommender import Recommender, check_k
 
@@ -38,19 +41,32 @@ def recommend_file(folder: Path, sessions: Path, out: Path, k: int, exclude_seen
         raise UserError(f"{sessions} must end in .parquet, .csv or .jsonl, and {out} in .parquet or .jsonl")
     if not sessions.is_file():
         raise UserError(f"{sessions} is not here: name a file of sessions")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give --out the name of a file")
     recommender = Recommender.load(folder)
-    parts = out.with_name(f".{out.name}.parts")
+    parts, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("parts", "lock"))
+    if not hold(lock):
+        raise UserError(f"another run writes {out}: wait for it, or give --out another name")
+    try:
+        return _recommended(recommender, folder, sessions, out, parts, k, exclude_seen)
+    finally:
+        lock.unlink(missing_ok=True)
+        let_go(lock)
+
+
+def _recommended(recommender: Recommender, folder: Path, sessions: Path, out: Path, parts: Path, k: int,
+                 exclude_seen: bool) -> int:
     _begin(parts, {"package": digest(folder / CONFIG), "sessions": digest(sessions), "k": int(k),
                    "exclude_seen": exclude_seen, "rows": ROWS})
     rows = _rows(sessions)
-    done = len(list(parts.glob(f"*{out.suffix}")))
+    done = _done(parts, out.suffix)
     total = _count(sessions)
     bar, number = Bar(total, min(done * ROWS, total), f"recommend: {sessions.name}"), done
     for _ in itertools.islice(rows, done * ROWS):
         pass
     while batch := list(itertools.islice(rows, ROWS)):
         answer = recommender.recommend([items for _, items in batch], k, exclude_seen).drop("titles")
-        _write(parts / f"{number:08d}{out.suffix}", [session for session, _ in batch], answer)
+        write_state(parts / f"{number:08d}{out.suffix}", _part(out.suffix, [session for session, _ in batch], answer))
         number += 1
         bar.show(min(number * ROWS, total))
     bar.close()
@@ -61,10 +77,22 @@ def recommend_file(folder: Path, sessions: Path, out: Path, k: int, exclude_seen
 
 def _begin(parts: Path, about: dict[str, Any]) -> None:
     """Leave in `parts` what belongs to this package, file and settings, and nothing else."""
-    mark = parts / "about.json"
-    if not mark.exists() or json.loads(mark.read_bytes()) != about:
+    mark, content = parts / "about", json.dumps(about).encode()
+    if read_state(mark) != content:
         shutil.rmtree(parts, ignore_errors=True)
-        write_json(mark, about)
+        write_state(mark, content)
+
+
+def _done(parts: Path, form: str) -> int:
+    """How many parts from the first on are whole; what stands behind them is removed."""
+    done = 0
+    while read_state(parts / f"{done:08d}{form}") is not None:
+        done += 1
+    for path in parts.glob(f"*{form}"):
+        if not path.stem.isdecimal() or int(path.stem) >= done:
+            say(f"{path} is damaged, or stands behind one that is: its sessions are ranked again")
+            discard(path)
+    return done
 
 
 def _rows(path: Path) -> Rows:
@@ -73,25 +101,32 @@ def _rows(path: Path) -> Rows:
         yield from _parquet_rows(path)
         return
     with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as lines:
-        read = csv.DictReader(lines) if path.suffix == ".csv" else lines
-        for number, line in enumerate(read, 1):
+        read = iter(csv.DictReader(lines) if path.suffix == ".csv" else lines)
+        for number in itertools.count(1):
             try:
+                line = next(read)
                 row = line if path.suffix == ".csv" else json.loads(line)
                 items = row["items"].split() if path.suffix == ".csv" else row["items"]
                 if not isinstance(items, list):
                     raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{path}: row {number} holds no session: each must have `items`") from None
+            except StopIteration:
+                return
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
+                raise UserError(f"{path}: row {number} holds no session: each must be UTF-8 and have `items`") from None
             yield row.get("session", number), items
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet(path: Path) -> Any:
     from pyarrow import ArrowException, parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except (ArrowException, OSError):
         raise UserError(f"{path} is no Parquet file: write it again") from None
+
+
+def _parquet_rows(path: Path) -> Rows:
+    file = _parquet(path)
     names = file.schema_arrow.names
     if "items" not in names:
         raise UserError(f"{path} has no column `items`: name the column of item lists so")
@@ -103,37 +138,35 @@ def _parquet_rows(path: Path) -> Rows:
 
 def _count(path: Path) -> int:
     if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.ParquetFile(path).metadata.num_rows
+        return _parquet(path).metadata.num_rows
     with path.open("rb") as lines:
         return sum(1 for _ in lines) - (path.suffix == ".csv")
 
 
-def _write(path: Path, sessions: list[Any], answer: pl.DataFrame) -> None:
+def _part(form: str, sessions: list[Any], answer: pl.DataFrame) -> bytes:
     import polars as pl
 
-    if path.suffix == ".parquet":
-        with replacing(path) as temporary:
-            answer.insert_column(0, pl.Series("session", sessions)).write_parquet(temporary)
-        return
-    lines = (json.dumps({"session": session, **row}, ensure_ascii=False) + "\n"
-             for session, row in zip(sessions, answer.iter_rows(named=True)))
-    write_bytes(path, "".join(lines).encode())
+    if form == ".parquet":
+        buffer = io.BytesIO()
+        answer.insert_column(0, pl.Series("session", sessions)).write_parquet(buffer)
+        return buffer.getvalue()
+    return "".join(json.dumps({"session": session, **row}, ensure_ascii=False) + "\n"
+                   for session, row in zip(sessions, answer.iter_rows(named=True))).encode()
 
 
 def _join(parts: list[Path], out: Path) -> None:
+    contents = (read_state(part) or b"" for part in parts)
     with replacing(out) as temporary:
         if out.suffix == ".jsonl":
             with temporary.open("wb") as whole:
-                for part in parts:
-                    with part.open("rb") as lines:
-                        shutil.copyfileobj(lines, whole)
+                whole.writelines(contents)
             return
         from pyarrow import parquet
 
-        if not parts:
+        tables = (parquet.read_table(io.BytesIO(content)) for content in contents)
+        first = next(tables, None)
+        if first is None:
             raise UserError(f"{out} would be empty: the file holds no session")
-        with parquet.ParquetWriter(temporary, parquet.read_schema(parts[0]), compression="zstd") as whole:
-            for part in parts:
-                whole.write_table(parquet.read_table(part))
+        with parquet.ParquetWriter(temporary, first.schema, compression="zstd") as whole:
+            for table in itertools.chain([first], tables):
+                whole.write_table(table)
