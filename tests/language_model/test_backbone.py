@@ -368,6 +368,13 @@ def broken(folder: Path, damage: str) -> None:
         more = tokenizer()
         more.add_tokens(["one more", "and another"])
         more.save_pretrained(folder)
+    elif damage == "layers":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": -1}))
+    elif damage == "words":
+        read = json.loads((folder / "tokenizer.json").read_text())
+        read["model"] |= {"vocab": {}, "merges": []}
+        (folder / "tokenizer.json").write_text(json.dumps(read))
     elif damage == "list":
         (folder / "tokenizer.json").write_text("[1, 2]")
     elif damage == "adapter":
@@ -392,6 +399,7 @@ def broken(folder: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(("damage", "told"), [
     ("nan", "weights that are no finite numbers, such as in layers.1.mlp.up_proj.weight"), ("inf", "no finite numbers"),
+    ("layers", "a config.json with num_hidden_layers=-1"), ("words", "a tokenizer that knows no word"),
     ("tokenizer", "a tokenizer with ids up to 260 and vectors for 260 tokens"), ("list", "has no usable tokenizer ("),
     ("tokenizer.json", "tokenizer.json is a folder"), ("config.json", "config.json is a folder"),
     ("model.safetensors", "model.safetensors is a folder"), ("link", "model.safetensors is a link to nothing"),

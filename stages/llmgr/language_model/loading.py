@@ -57,7 +57,11 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
         raise UserError(f"{folder} is no config.json that a language model can be made of ({said})") from None
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{called} is an encoder with a decoder: choose a language model that is one of the two")
-    missing = [name for name in SIZES if not isinstance(getattr(model.config, name, None), int)]
+    sizes = {name: getattr(model.config, name, None) for name in SIZES}
+    missing = [name for name, size in sizes.items() if not isinstance(size, int)]
+    none = [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size < 1]
+    if none:
+        raise UserError(f"{called} has a config.json with {', '.join(none)}: fetch it again or choose another model")
     if missing:
         raise UserError(f"{called} is no plain text model: its config.json itself has no {', '.join(missing)}; choose "
                         "another model")
@@ -109,6 +113,12 @@ def check_weights(model: nn.Module, tokenizer: Any, called: str) -> None:
     if last >= rows:
         raise UserError(f"{called} has a tokenizer with ids up to {last} and vectors for {rows} tokens: give the "
                         "tokenizer that belongs to the model, or resize its embeddings")
+    try:
+        ids = tokenizer("Blue wool socks, size 42", add_special_tokens=False)["input_ids"]
+    except Exception:  # the tokenizers library raises whatever comes
+        ids = []
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise UserError(f"{called} has a tokenizer that knows no word: give the one that belongs to the model")
 
 
 def check_prompts(model: nn.Module, called: str) -> None:

@@ -30,6 +30,8 @@ def read(path: str | Path) -> Derived:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is not here: run the stage from the repository's root folder") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it with `git checkout {path}`") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 from byte {error.start} on: write it anew, or restore it with "
                         f"`git checkout {path}`") from None
