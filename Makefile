@@ -50,7 +50,7 @@ grid: $(VENV)/.installed  # search a model's parameters in the background: make 
 	@$(BIN)/python stages/heal.py --queue
 	@test -f stages/presets/grid/$(MODEL).txt || { echo "error: MODEL=$(MODEL) has no grid; there are $$(ls stages/presets/grid | sed 's/.txt//' | xargs)" >&2; exit 2; }
 	@test -n "$(DATASET)" || { echo "error: DATASET is not given, such as DATASET=office" >&2; exit 2; }
-	$(BIN)/dvc exp run --queue $(if $(filter llmgr,$(MODEL)),tune,pretrain@$(MODEL)) $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
+	$(BIN)/dvc exp run --queue $(if $(filter llmgr,$(MODEL)),track,trial@$(MODEL) -S 'track.trials=[$(MODEL)]') $$(cat stages/presets/grid/$(MODEL).txt) -S data.dataset=$(DATASET) $(SET)
 	$(BIN)/dvc queue start -j 1
 
 pick: $(VENV)/.installed  # when `dvc queue status` says that all is done: the best by validation into params.yaml
@@ -61,13 +61,13 @@ ablations: $(VENV)/.installed  # LLMGR with one thing taken away, in the backgro
 	@$(BIN)/python stages/heal.py --queue
 	for ablation in stages/presets/ablations/*.txt; do \
 		changed=$$($(BIN)/python stages/ablations.py --options $$ablation) && \
-		$(BIN)/dvc exp run --queue bucket $$changed $(SET) || exit 1; done
+		$(BIN)/dvc exp run --queue track $$changed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 
 seeds: $(VENV)/.installed  # the same at other seeds, in the background: make seeds SEEDS="1 2"; then python stages/seeds.py
 	@$(BIN)/python stages/heal.py --queue
 	@test -n "$(SEEDS)" || { echo "error: SEEDS is not given, such as SEEDS=\"1 2\"" >&2; exit 2; }
-	for seed in $(SEEDS); do $(BIN)/dvc exp run --queue bucket -S seed=$$seed $(SET) || exit 1; done
+	for seed in $(SEEDS); do $(BIN)/dvc exp run --queue track -S seed=$$seed $(SET) || exit 1; done
 	$(BIN)/dvc queue start -j 1
 
 bench: $(VENV)/.installed  # the tuning step's speed against the machine's

@@ -3,13 +3,13 @@
     make ablations                 # queue what stages/presets/ablations/ lists and run it, one by one
     python stages/ablations.py     # when `dvc queue status` says that all is done; then `dvc repro report`
 
-Reads:  the experiments of the current commit, through `dvc exp show`; params.yaml, stages/presets/ablations/
+Reads:  the experiments that `track` published to MLflow; params.yaml, stages/presets/ablations/
 Writes: reports/ablations.json (what each ablation changed, LLMGR's figures in it)
-Params: all that decide LLMGR's figures, to tell whose ablation an experiment is
+Params: track; all that decide LLMGR's figures, to tell whose ablation an experiment is
 """
 from llmgr.pipeline.stage import run
 
-READS = ()
+READS = ("track",)
 
 
 def main(params, options=None) -> None:
@@ -19,6 +19,7 @@ def main(params, options=None) -> None:
     import yaml
 
     from llmgr.experiments import ablations, search
+    from llmgr.experiments.published import Published
     from llmgr.runtime.artifacts import write_json
     from llmgr.runtime.console import say
 
@@ -28,14 +29,14 @@ def main(params, options=None) -> None:
             print("-S", f"{key}={json.dumps(value, separators=(',', ':')) if type(value) is not str else value}")
         return
     asked = ablations.possible(content)
-    found = ablations.collected(search.shown(), content, asked, search.lock_of)
+    found = ablations.collected(Published(params.track.experiment, params.track.uri), content, asked)
     write_json("reports/ablations.json", found)
     for name, ablation in found.items():
         figures = ablation["figures"]["test"]["all"]
         say(f"{name}: HR@20 {figures['hr_at_20']:.4f}  NDCG@20 {figures['ndcg_at_20']:.4f}")
     missing = [name for name in asked if name not in found and name != search.TUNED]
     if search.TUNED not in found:
-        say(f"warning: {ablations.UNCOMMITTED}")
+        say(f"warning: {ablations.UNPUBLISHED}")
     say(f"reports/ablations.json has {len(found)} of {len(found) + len(missing)}"
         + (f"; not run with these parameters: {', '.join(missing)} (make ablations)" if missing else ""))
 

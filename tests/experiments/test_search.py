@@ -1,93 +1,51 @@
-"""Picking the best of DVC experiments: which count, what was searched, what is written, and what is refused."""
+"""Picking the best of published runs: which count, what was searched, what is written, and what is refused."""
 from __future__ import annotations
 
-import copy
 import csv
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from machine import DEFAULTS, ROOT
+from mlflow_store import HEAD, Store
 
 import pick
 from llmgr.experiments import search
-from llmgr.params.loading import changed, flat, load
+from llmgr.experiments.published import Published
+from llmgr.params.loading import changed, flat, load, whole
 from llmgr.reporting import tracking
 from llmgr.runtime.errors import UserError
 
 CONTENT = yaml.safe_load(DEFAULTS.read_text())
-METRICS = "reports/metrics/encoders/{}.json"
-
-
-class Repository:
-    """What `dvc exp show --json` and the locks of its revisions say, for experiments that ran `trained` stages."""
-
-    def __init__(self) -> None:
-        self.locks: dict[str, dict] = {}
-        self.base = self.state("main", {}, {"gcsan": 0.2, "narm": 0.3}, trained=("gcsan", "narm"))
-        self.experiments: list[dict] = []
-
-    def file(self, revision: str, path: str) -> dict:
-        states = [self.base, *self.experiments]
-        found = next((state["files"] for state in states if state["rev"] == revision), {})
-        return found.get(path, {})
-
-    def state(self, name: str, settings: dict[str, Any], ndcg: dict[str, float], trained: tuple[str, ...]) -> dict:
-        content, revision = changed(CONTENT, settings), f"{name}-revision"
-        data = f"sessions of {content['data']['dataset']} by {content['split']}"
-        stages = copy.deepcopy(self.locks["main-revision"]["stages"]) if self.locks else {}
-        stages["split"] = {"params": {"params.yaml": {"split": content["split"]}},
-                           "outs": [{"path": "data/sessions", "md5": data}]}
-        for model in trained:
-            stages[f"pretrain@{model}"] = {
-                "deps": [{"path": "stages/pretrain.py", "md5": "code"}, {"path": "data/sessions", "md5": data}],
-                "params": {"params.yaml": {"encoder.training": content["encoder"]["training"],
-                                           "encoder.gcsan": content["encoder"]["gcsan"]}},
-                "outs": [{"path": f"models/encoders/{model}", "md5": "weights"}]}
-        self.locks[revision] = {"schema": "2.0", "stages": stages}
-        metrics = {METRICS.format(model): {"best_epoch": 5, "epochs": 9, "valid": {
-            "hr_at_20": 2 * value, "ndcg_at_20": value, "mrr_at_20": value / 2}} for model, value in ndcg.items()}
-        metrics["reports/metrics/cost/gcsan.json"] = {"seconds": 12.345}
-        return {"rev": revision, "name": name, "error": None, "experiments": None, "files": metrics,
-                "data": {"params": {"params.yaml": {"data": content}}}}
-
-    def run(self, name: str, settings: dict[str, Any], ndcg: float, trained: tuple[str, ...] = ("gcsan",)) -> None:
-        """An experiment; what it did not train keeps the figures of the commit."""
-        figures = {"gcsan": 0.2, "narm": 0.3} | dict.fromkeys(trained, ndcg)
-        self.experiments.append(self.state(name, settings, figures, trained))
-
-    def shown(self) -> list[dict]:
-        groups = [{"revs": [state], "executor": {"state": "success"}, "name": state["name"]}
-                  for state in self.experiments]
-        for kind in ("queued", "running", "failed"):  # as DVC shows them: their parameters, the commit's figures
-            data = copy.deepcopy(self.base["data"])
-            data["params"]["params.yaml"]["data"] = changed(CONTENT, {"data.dataset": "office", LR: "fast"})
-            late = {"rev": kind * 5, "name": kind, "data": data, "error": None, "experiments": None}
-            groups.append({"revs": [late], "executor": {"state": kind}, "name": kind})
-        wrong = {**self.base, "rev": "wrong", "data": None, "error": {"msg": "unreadable", "type": ""}}
-        groups.append({"revs": [wrong], "executor": None, "name": "wrong"})
-        return [{**self.base, "rev": "workspace"}, {**self.base, "experiments": groups}]
-
-    def trials(self, model: str = "gcsan", dataset: str = "office") -> list[search.Trial]:
-        return search.trials(self.shown(), model, dataset, lambda revision: self.locks.get(revision, {}))
 
 
 LR, LAYERS = "encoder.gcsan.lr", "encoder.gcsan.gnn_layers"
+TRIAL = {"kind": "trial", "model": "gcsan"}
+OFFICE = {"data.dataset": "office"}
+
+
+def valid(ndcg: float, seconds: float = 12.345) -> dict[str, float]:
+    return {"valid.all/hr_at_20": 2 * ndcg, "valid.all/ndcg_at_20": ndcg, "valid.all/mrr_at_20": ndcg / 2,
+            "best_epoch": 5.0, "seconds": seconds}
 
 
 @pytest.fixture
-def grid(monkeypatch: pytest.MonkeyPatch) -> Repository:
-    """A grid over two keys on office; DVC wrote one value as YAML 1.1 reads a string."""
-    made = Repository()
-    monkeypatch.setattr(search, "file_of", made.file)
+def grid(mlflow_store: Store) -> Store:
+    """A grid over two keys on office; one value is written as YAML 1.1 reads a string."""
     for number, (lr, layers, ndcg) in enumerate([(0.001, 1, 0.051), ("1e-05", 2, 0.055), (0.001, 2, 0.053)]):
-        made.run(f"exp-{number}", {LR: lr, LAYERS: layers, "data.dataset": "office"}, ndcg)
-    return made
+        mlflow_store.add(f"exp-{number}", changed(CONTENT, {LR: lr, LAYERS: layers, **OFFICE}), valid(ndcg), **TRIAL)
+    return mlflow_store
 
 
-def test_the_best_by_validation_comes_first_with_the_keys_that_differ(grid: Repository) -> None:
-    result = search.search(grid.trials(), "gcsan")
+def trials(grid: Store, model: str = "gcsan", dataset: str = "office") -> list[search.Trial]:
+    return search.trials(grid.published(), model, dataset, HEAD)
+
+
+def test_the_best_by_validation_comes_first_with_the_keys_that_differ(grid: Store) -> None:
+    result = search.search(trials(grid), "gcsan")
     assert result.keys == [LR, LAYERS]
     assert [(t.name, t.parameters[LR], t.parameters[LAYERS]) for t in result.trials] == [
         ("exp-1", 1e-5, 2), ("exp-2", 0.001, 2), ("exp-0", 0.001, 1)]
@@ -97,26 +55,44 @@ def test_the_best_by_validation_comes_first_with_the_keys_that_differ(grid: Repo
     assert rows[0] == ["1.0e-05", "2", "0.110000", "0.055000", "0.027500", "5", "12.3", "exp-1"]
 
 
-def test_figures_of_another_dataset_model_or_run_do_not_count(grid: Repository) -> None:
-    grid.run("narm only", {"data.dataset": "office"}, 0.9, trained=("narm",))  # its gcsan.json is the commit's
-    grid.run("elsewhere", {"data.dataset": "beauty", LR: 0.01}, 0.9)
-    grid.run("unrun", {"data.dataset": "office", LR: 0.02}, 0.9, trained=())
-    assert [t.name for t in grid.trials()] == ["exp-0", "exp-1", "exp-2"]
-    assert [t.name for t in grid.trials(dataset="beauty")] == ["elsewhere"]
-    assert [t.name for t in grid.trials(dataset="sample")] == ["main"]
+def test_runs_of_another_dataset_model_commit_or_kind_do_not_count(grid: Store) -> None:
+    office = changed(CONTENT, {**OFFICE, LR: 0.02})
+    grid.add("narm", office, valid(0.9), kind="trial", model="narm")
+    grid.add("elsewhere", changed(CONTENT, {"data.dataset": "beauty"}), valid(0.9), **TRIAL)
+    grid.add("before", office, valid(0.9), commit="b" * 40, **TRIAL)
+    grid.add("whole", office, valid(0.9) | {"test.all/ndcg_at_20": 0.9})
+    grid.add("killed", office, valid(0.9), status="RUNNING", **TRIAL)
+    assert {t.name for t in trials(grid)} == {"exp-0", "exp-1", "exp-2"}
+    assert [t.name for t in trials(grid, dataset="beauty")] == ["elsewhere"]
+    (own,) = trials(grid, "llmgr")
+    assert own.name == "whole" and set(own.metrics) == {"hr_at_20", "ndcg_at_20", "mrr_at_20", "best_epoch", "seconds"}
 
 
-def test_stale_inputs_do_not_count(grid: Repository) -> None:
-    assert len(grid.trials()) == 3
-    grid.locks["exp-1-revision"]["stages"]["split"]["outs"][0]["md5"] = "made anew later"
-    grid.locks["exp-2-revision"]["stages"]["split"]["params"]["params.yaml"]["split"] = {"ties": "file"}
-    assert [t.name for t in grid.trials()] == ["exp-0"]
+def test_a_trial_is_published_once_and_read_back(grid: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("DVC_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_EXP_NAME", "high")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", HEAD)
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"split": {"outs": [
+        {"path": "data/sessions", "md5": "0" * 32 + ".dir"}, {"path": "data/core", "md5": "1" * 32 + ".dir"}]}}}))
+    params = whole(changed(CONTENT, {**OFFICE, LR: 0.03, "track.experiment": grid.experiment, "track.uri": grid.uri,
+                                     "data.mirror": "https://me:secret@host/mirror"})).params
+    metrics = {"best_epoch": 7, "epochs": 9, "valid": {"hr_at_20": 0.2, "ndcg_at_20": 0.1, "mrr_at_20": 0.05}}
+    first = tracking.publish_trial(params, "gcsan", metrics, 12.5)
+    assert tracking.publish_trial(params, "gcsan", metrics, 99.0) == first and first["name"] == "gcsan-high"
+    (found,) = [t for t in trials(grid) if t.name == "high"]
+    assert len(trials(grid)) == 4
+    assert found.metrics == {**metrics["valid"], "best_epoch": 7, "seconds": 12.5} and found.parameters[LR] == 0.03
+    assert found.data == {"data/sessions": "0" * 32 + ".dir", "data/core": "1" * 32 + ".dir"}
+    assert "secret" not in str(found.parameters)
 
 
-def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> None:
-    grid.run("exp-3", {"data.dataset": "office", LR: 0.001, LAYERS: 1, "tune.lr": 0.01, "bucket.resamples": 100,
-                       "text_encoder.max_text_tokens": 9, "encoder.control_texts": ["text"]}, 0.051)
-    result = search.search(grid.trials(), "gcsan")
+def test_other_models_parameters_are_no_part_of_the_search(grid: Store) -> None:
+    grid.add("exp-3", changed(CONTENT, {**OFFICE, LR: 0.001, LAYERS: 1, "tune.lr": 0.01, "bucket.resamples": 100,
+                                        "text_encoder.max_text_tokens": 9, "encoder.control_texts": ["text"]}),
+             valid(0.051), **TRIAL)
+    result = search.search(trials(grid), "gcsan")
     assert result.keys == [LR, LAYERS] and len(result.trials) == 3
     assert search.role("encoder.narm.lr", "gcsan") == search.role("llm.name", "gcsan") == "ignored"
     assert search.role("encoder.text_lr", "narm") == "ignored"
@@ -125,8 +101,6 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
         assert search.role(key, model) == "searched"
     roles = [search.role("slit.ridge", model) for model in ("narm", "narm-text", "narm-linear", "llmgr")]
     assert roles == ["ignored", "ignored", "searched", "searched"]
-    assert [search.stage_of(model) for model in ("narm", "narm-text", "narm-linear", "llmgr")] == [
-        "pretrain@narm", "control@narm-text", "linear@narm", "tune"]
     roles = [search.role(key, "llmgr") for key in ("tune.valid_sessions", "align.checkpoint_seconds",
                                                    "tune.gradient_checkpointing", "tune.lr")]
     assert roles == ["fixed", "ignored", "ignored", "searched"]
@@ -140,35 +114,36 @@ def test_other_models_parameters_are_no_part_of_the_search(grid: Repository) -> 
         assert search.role(key, "narm") == search.role(key, "llmgr") == "ignored"
 
 
-def test_what_is_no_search_is_refused(grid: Repository) -> None:
+def test_what_is_no_search_is_refused(grid: Store) -> None:
     with pytest.raises(UserError, match=r"0 experiments of this commit trained narm .*presets/grid/narm\.txt"):
-        search.search(grid.trials("narm"), "narm")
+        search.search(trials(grid, "narm"), "narm")
     with pytest.raises(UserError, match="1 experiments"):
-        search.search(grid.trials()[:1], "gcsan")
-    with pytest.raises(UserError, match=r"trained gcsan-text .*dvc exp run --queue -S key=a,b"):
+        search.search(trials(grid)[:1], "gcsan")
+    with pytest.raises(UserError, match=r"trained gcsan-text .*-S track.trials=\[gcsan-text\] -S key=a,b"):
         search.search([], "gcsan-text")
-    grid.run("window", {"data.dataset": "office", "data.max_session": 20}, 0.06)
+    grid.add("window", changed(CONTENT, {**OFFICE, "data.max_session": 20}), valid(0.06), **TRIAL)
     with pytest.raises(UserError, match=r"differ in data\.max_session \(20, 50\)"):
-        search.search(grid.trials(), "gcsan")
+        search.search(trials(grid), "gcsan")
 
 
-def test_a_name_that_is_no_model_and_a_path_without_dvc_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_no_model_and_a_folder_without_git_are_one_sentence(tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"grurec is no encoder: the nearest .* is gru4rec"):
         pick.main(load(DEFAULTS), "grurec", "office")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="dvc is not on the path"):
+    with pytest.raises(UserError, match="run this in the repository root"):
         pick.main(load(DEFAULTS), "gru4rec", "office")
 
 
-def test_trials_on_other_data_do_not_compare(grid: Repository) -> None:
-    for deps in ("outs", "deps"):
-        for name in ("split", "pretrain@gcsan"):
-            for entry in grid.locks["exp-2-revision"]["stages"][name].get(deps, ()):
-                if entry["path"] == "data/sessions":
-                    entry["md5"] = "another mirror's"
-    assert len(grid.trials()) == 3
+def test_without_a_store_no_run_is_there(tmp_path: Path) -> None:
+    assert Published("llmgr", f"sqlite:///{tmp_path}/mlflow.db").runs("trial") == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_trials_on_other_data_do_not_compare(grid: Store) -> None:
+    grid.add("exp-3", changed(CONTENT, {**OFFICE, LR: 0.5}), valid(0.9), data="another mirror's", **TRIAL)
     with pytest.raises(UserError, match="trained gcsan did so on other data"):
-        search.search(grid.trials(), "gcsan")
+        search.search(trials(grid), "gcsan")
 
 
 def test_rewriting_changes_the_values_and_nothing_else() -> None:
@@ -199,19 +174,16 @@ def _flat(content: dict[str, Any], prefix: str = "") -> Any:
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def test_the_choice_is_printed_recorded_and_written_back(grid: Repository, tmp_path: Path, capsys: Any,
+def test_the_choice_is_printed_recorded_and_written_back(grid: Store, tmp_path: Path, capsys: Any,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = DEFAULTS.read_text()
     Path("params.yaml").write_text(text)
-    monkeypatch.setattr(search, "shown", grid.shown)
-    monkeypatch.setattr(search, "lock_of", lambda revision: grid.locks.get(revision, {}))
-    told = []
-    monkeypatch.setattr(tracking, "publish_trials", lambda *arguments: told.append(arguments))
-    pick.main(load(DEFAULTS), model="gcsan", dataset="office")
-    ((model, trials, experiment, uri),) = told
-    assert (model, experiment, uri) == ("gcsan", load(DEFAULTS).track.experiment, None)
-    assert [trial.name for trial in trials] == ["exp-1", "exp-2", "exp-0"]
+    monkeypatch.setattr("llmgr.experiments.published.head", lambda: HEAD)
+    params = load(DEFAULTS)
+    params = dataclasses.replace(params, track=dataclasses.replace(params.track, experiment=grid.experiment,
+                                                                   uri=grid.uri))
+    pick.main(params, model="gcsan", dataset="office")
     found = load("params.yaml")
     assert (found.encoder.gcsan.lr, found.encoder.gcsan.gnn_layers) == (1e-5, 2)
     assert Path("params.yaml").read_text() == search.rewritten(text, {LR: 1e-5, LAYERS: 2})
@@ -223,9 +195,23 @@ def test_the_choice_is_printed_recorded_and_written_back(grid: Repository, tmp_p
     said = capsys.readouterr()
     assert said.out.count("\n") == 4 and "the best of 3" in said.err and "warning" not in said.err
     Path("params.yaml").write_text(yaml.safe_dump(changed(CONTENT, {"encoder.dim": 32, "tune.lr": 0.5})))
-    pick.main(load(DEFAULTS), model="gcsan", dataset="office")
+    pick.main(params, model="gcsan", dataset="office")
     assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
         "warning: the trials had encoder.dim=64, which was not searched; params.yaml keeps 32"]
+
+
+def test_a_folder_that_a_run_hides_is_not_written_back(mlflow_store: Store, tmp_path: Path, capsys: Any,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = changed(CONTENT, {"track.experiment": mlflow_store.experiment, "track.uri": mlflow_store.uri})
+    Path("params.yaml").write_text(yaml.safe_dump(own))
+    monkeypatch.setattr("llmgr.experiments.published.head", lambda: HEAD)
+    for name, rate, ndcg in (("/home/me/models/small", 0.01, 0.2), ("org/other", 0.02, 0.1)):
+        mlflow_store.add(name[-5:], changed(CONTENT, {"llm.name": name, "tune.lr": rate}), valid(ndcg))
+    pick.main(load("params.yaml"), model="llmgr", dataset="sample")
+    chosen = load("params.yaml")
+    assert (chosen.tune.lr, chosen.llm.name) == (0.01, CONTENT["llm"]["name"])
+    assert "MLflow holds llm.name=…/small without its folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "stages/presets/grid").glob("*.txt")), ids=lambda p: p.stem)

@@ -21,7 +21,7 @@ from machine import DEFAULTS, ROOT, small_disk
 from tiny_package import package
 from tiny_reports import write_reports
 
-from llmgr.experiments.search import Trial
+from llmgr.experiments.published import Published, logged
 from llmgr.params.loading import flat, load
 from llmgr.reporting import runs as contents
 from llmgr.reporting import store, tracking
@@ -36,7 +36,7 @@ def experiment(folder: Path, **changes: Any) -> Path:
     """A project folder with results, ready to be tracked; `changes` are dotted parameters."""
     write_reports(folder, sessions=400)
     content = yaml.safe_load(DEFAULTS.read_text())
-    content["track"] = {"experiment": "llmgr", "uri": None}
+    content["track"] |= {"experiment": "llmgr", "uri": None}
     for name, value in changes.items():
         section, key = name.split("__")
         content[section][key] = value
@@ -193,23 +193,14 @@ def test_other_results_are_another_run_and_leftovers_vanish(inside: mlflow.Mlflo
     assert killed not in kept and kept[made["run_id"]] == "FINISHED"
 
 
-def test_the_trials_of_a_search_are_runs_of_their_own_once(inside: mlflow.MlflowClient) -> None:
-    parameters = flat(load("params.yaml"))
-    metrics = {"hr_at_20": 0.2, "ndcg_at_20": 0.1, "mrr_at_20": 0.05, "best_epoch": 7, "seconds": 12.5}
-    trials = [Trial(name, {**parameters, "encoder.gcsan.lr": lr}, {**metrics, "ndcg_at_20": value, "seconds": seconds})
-              for name, lr, value, seconds in (("low", 0.001, 0.1, 12.5), ("high", 0.01, 0.3, None))]
-    for _ in range(2):
-        tracking.publish_trials("gcsan", trials, "searches", None)
-    published = inside.search_runs([inside.get_experiment_by_name("searches").experiment_id])
-    found = {run.data.tags["dvc.experiment"]: run for run in published}
-    assert sorted(found) == ["high", "low"] and len(published) == 2
-    low, high = found["low"], found["high"]
-    assert (low.info.run_name, low.data.tags["llmgr.search"], low.info.status) == ("gcsan-low", "gcsan", "FINISHED")
-    assert low.data.metrics == {"valid.all/hr_at_20": 0.2, "valid.all/ndcg_at_20": 0.1, "valid.all/mrr_at_20": 0.05,
-                                "best_epoch": 7.0, "seconds": 12.5}
-    assert high.data.metrics["valid.all/ndcg_at_20"] == 0.3 and "seconds" not in high.data.metrics
-    assert {run.data.params["encoder.gcsan.lr"] for run in (low, high)} == {"0.001", "0.01"}
-    assert not any(name.startswith("track.") for name in low.data.params)
+def test_what_is_published_is_read_back(home: Path, inside: mlflow.MlflowClient) -> None:
+    published = Published("llmgr", None)
+    (run,) = [run for run in published.runs("experiment") if run.name == "exp-one"]
+    assert run.parameters == logged(yaml.safe_load(Path("params.yaml").read_text()))
+    assert run.data == {"data/sessions": "0123456789abcdef0123456789abcdef.dir"[:36]} and run.commit == "b" * 40
+    assert published.figures(run) == json.loads(Path("reports/metrics/buckets.json").read_text())
+    with pytest.raises(UserError, match=r"exp-one .* has no ranks/gone.parquet"):
+        published.ranks(run, ["gone"])
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:

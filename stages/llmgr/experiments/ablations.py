@@ -1,13 +1,14 @@
 """Ablations of LLMGR, the same experiment with one thing taken away, and the same experiment at other seeds."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from llmgr.experiments.search import LATER, LISTS, TUNED, digests, file_of, finished, is_means, trained
+from llmgr.experiments.published import Published, Run, logged
+from llmgr.experiments.search import LATER, LISTS, TUNED, is_means
 from llmgr.params.loading import build, changed, flat, whole
 from llmgr.params.schema import Params
 from llmgr.reporting.buckets import COMPARED
@@ -16,8 +17,7 @@ from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
 
 PRESETS = Path(__file__).resolve().parent.parent.parent / "presets" / "ablations"
-UNCOMMITTED = ("what params.yaml asks for is itself no commit and no experiment, so the report will not show these: "
-               "`dvc exp run`, or commit what `dvc repro` left")
+UNPUBLISHED = ("MLflow has no run of what params.yaml asks for, so the report will not show these: `dvc repro track`")
 COUNTED = ("bucket.cold", "bucket.warm")  # which sessions the buckets hold
 
 
@@ -45,8 +45,11 @@ def options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decisive(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that decide LLMGR's figures, by dotted key; of a tower that is not enabled no others."""
-    every = flat(whole(dict(content)).params)
+    """The parameters that decide LLMGR's figures, as a run gives them back; of a disabled tower no others."""
+    return _deciding(logged(content))
+
+
+def _deciding(every: Mapping[str, Any]) -> dict[str, Any]:
     idle = {key for key in every if key.startswith("tower.") and key != "tower.enabled" and not every["tower.enabled"]}
     return {key: value for key, value in every.items()
             if key in COUNTED or (key.split(".")[0] not in LATER and not is_means(key) and key not in idle)}
@@ -81,76 +84,54 @@ def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, A
     return found
 
 
-def collected(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any], asked: Mapping[str, Ablation],
-              lock: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of the `possible` ablations of the experiment `content` that have been run, with LLMGR's figures.
+def collected(published: Published, content: Mapping[str, Any], asked: Mapping[str, Ablation]
+              ) -> dict[str, dict[str, Any]]:
+    """Those of the `possible` ablations of the experiment `content` that were published, with LLMGR's figures.
 
-    `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; `states` are those of
-    `dvc exp show`, `lock` gives a revision's dvc.lock: figures of other parameters or inputs do not count.
+    `{name: {"changed": {key: value}, "figures": {convention: {bucket: {metric: value}}}}}`; of several runs of one
+    ablation the newest counts.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for state in _comparable(states, content, lock):
-        own = state["data"]["params"].get("params.yaml", {}).get("data")
-        figures = file_of(state["rev"], "reports/metrics/buckets.json").get(TUNED)
-        if not own or not figures:
-            continue
-        parameters = decisive(own)
+    results: dict[str, dict[str, Any]] = {}
+    for run in _comparable(published, content):
+        parameters = _deciding(run.parameters)
         for name, ablation in asked.items():
-            if parameters == ablation.decisive and name not in found and trained(lock(state["rev"]), "bucket", own):
-                found[name] = {"changed": ablation.changed, "figures": {
+            if name not in results and parameters == ablation.decisive:
+                results[name] = {"changed": ablation.changed, "figures": {
                     convention: {bucket: by[bucket] for bucket in COMPARED if bucket in by}
-                    for convention, by in figures.items()}}
-    return {name: found[name] for name in asked if name in found}
+                    for convention, by in published.figures(run)[TUNED].items()}}
+    return {name: results[name] for name in asked if name in results}
 
 
-def at_seeds(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
-             lock: Callable[[str], Mapping[str, Any]]) -> dict[str, tuple[str, Figures]]:
-    """Revision and figures of every model by seed, of the experiments that differ from `content` in the seed alone.
+def at_seeds(published: Published, content: Mapping[str, Any]) -> dict[str, tuple[Run, Figures]]:
+    """Run and figures of every model by seed, of the experiments that differ from `content` in the seed alone.
 
-    Which encoders an experiment trained does not matter; `states` and `lock` as in `collected`. A gate
-    counts only where it fuses what it fuses here.
+    Which encoders an experiment trained does not matter. A gate counts only where it fuses what it fuses here.
     """
-    states = list(states)
-    first = next(finished(states), None)
-    start = lock(first["rev"]) if first else {}
-    expected, found = _fixed(content), {}
-    for state in _comparable(states, content, lock):
-        own = state["data"]["params"].get("params.yaml", {}).get("data")
-        figures = file_of(state["rev"], "reports/metrics/buckets.json")
-        if not own or not figures or _fixed(own) != expected or not trained(lock(state["rev"]), "bucket", own):
+    here, results = logged(content), {}
+    gates = {key for key in here if key.startswith("gate.") and key != "gate.fuse"}
+    for run in _comparable(published, content):
+        seed = str(run.parameters["seed"])
+        if seed in results or _fixed(run.parameters) != _fixed(here):
             continue
-        if _encoders_since(lock(state["rev"]), start):
-            continue
-        here, there = content["gate"], own["gate"]
-        other = {name for name in there["fuse"] if there["fuse"][name] != here["fuse"].get(name) or any(
-            there[key] != here[key] for key in ("edges", "sessions"))}
-        found.setdefault(str(own["seed"]), (state["rev"], {
+        fused, own = run.parameters["gate.fuse"], here["gate.fuse"]
+        other = {name for name in fused if fused[name] != own.get(name) or any(
+            run.parameters[key] != here[key] for key in gates)}
+        results[seed] = (run, {
             model: {convention: {bucket: by[bucket] for bucket in COMPARED if bucket in by}
                     for convention, by in conventions.items() if convention in ("test", "test_unseen")}
-            for model, conventions in figures.items() if model not in other}))
-    return {seed: found[seed] for seed in sorted(found, key=int)}
+            for model, conventions in published.figures(run).items() if model not in other})
+    return {seed: results[seed] for seed in sorted(results, key=int)}
 
 
-def _comparable(states: Iterable[Mapping[str, Any]], content: Mapping[str, Any],
-                lock: Callable[[str], Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The states whose data are those of the first with the parameters of `content`, where there is one."""
-    done = list(finished(states))
-    own = [state for state in done if (found := state["data"]["params"].get("params.yaml", {}).get("data"))
-           and decisive(found) == decisive(content)]
-    return [state for state in done if digests(lock(state["rev"])) == digests(lock(own[0]["rev"]))] if own else done
+def _comparable(published: Published, content: Mapping[str, Any]) -> list[Run]:
+    """The experiments on the data of the newest one with the parameters of `content`; all where there is none."""
+    runs, decided = published.runs("experiment"), decisive(content)
+    own = next((run for run in runs if _deciding(run.parameters) == decided), None)
+    return [run for run in runs if own is None or run.data == own.data]
 
 
-def _encoders_since(lock: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
-    """Whether an encoder was trained anew after the start, but evaluate, which reads them all, did not run."""
-    def outs(of: Mapping[str, Any]) -> dict[str, Any]:
-        return {out["path"]: out.get("md5") for entry in of.get("stages", {}).values() for out in entry.get("outs", ())
-                if out["path"].startswith("models/encoders/")}
-
-    same = lock.get("stages", {}).get("evaluate") == start.get("stages", {}).get("evaluate")
-    return same and outs(lock) != outs(start)
-
-
-def _fixed(content: Mapping[str, Any]) -> dict[str, Any]:
-    scored = {key: value for key, value in flat(whole(dict(content)).params).items()
+def _fixed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What experiments have in common that differ in the seed alone."""
+    scored = {key: value for key, value in parameters.items()
               if key.startswith("evaluate.") and key != "evaluate.batch_size"}
-    return scored | {key: value for key, value in decisive(content).items() if key not in ("seed", *LISTS)}
+    return scored | {key: value for key, value in _deciding(parameters).items() if key not in ("seed", *LISTS)}

@@ -27,11 +27,14 @@ def mermaid(pipeline: Path) -> str:
     return "```mermaid\nflowchart LR\n" + "".join(lines) + "```\n"
 
 
-def _paths(items: list[Any]) -> list[PurePosixPath]:
-    """The paths of a list of dvc.yaml, up to the first part that a matrix fills in."""
-    names = [next(iter(item)) if isinstance(item, dict) else item for item in items]
-    return [PurePosixPath(name.split("${")[0].rstrip("/")) for name in names]
+def _paths(items: list[Any]) -> list[str]:
+    """The paths of a list of dvc.yaml."""
+    return [next(iter(item)) if isinstance(item, dict) else item for item in items]
 
 
-def _overlap(one: PurePosixPath, other: PurePosixPath) -> bool:
-    return one == other or one in other.parents or other in one.parents
+def _overlap(made: str, needed: str) -> bool:
+    """Whether one holds the other; a file that a matrix names comes from a stage that names it by the same matrix."""
+    if "${" in made and "${" in needed:
+        return made == needed
+    one, other = (PurePosixPath(path.split("${")[0].rstrip("/")) for path in (made, needed))
+    return one == other or one in other.parents or ("${" not in needed and other in one.parents)

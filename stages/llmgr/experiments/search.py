@@ -1,19 +1,17 @@
-"""A hyperparameter search made of DVC experiments: which trained a model, on what, how well, and the best of them."""
+"""A hyperparameter search made of published runs: which trained a model, on what, how well, and the best of them."""
 from __future__ import annotations
 
-import functools
-import io
 import json
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from llmgr.params.loading import flat, whole
+from llmgr.experiments.published import Published
 from llmgr.runtime.errors import UserError
 
+VALIDATION = "valid.all/"
 SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs
 LISTS = ("encoder.names", "encoder.controls", "encoder.control_texts",
          "encoder.linear_controls")  # which models there are
@@ -23,13 +21,13 @@ MEANS = ("launch.", "data.mirror", "data.retries", "data.timeout")  # how someth
 
 
 class Trial(NamedTuple):
-    """An experiment that trained the model: its name in DVC, all parameters by dotted key, the model's metrics, and
+    """A run that trained the model: its name in DVC, all parameters by dotted key, the model's validation metrics, and
     digests of what it was trained on."""
 
     name: str
     parameters: dict[str, Any]
     metrics: dict[str, Any]
-    data: tuple[str | None, ...] = ()
+    data: dict[str, str]
 
 
 class Search(NamedTuple):
@@ -39,132 +37,16 @@ class Search(NamedTuple):
     trials: list[Trial]
 
 
-def shown() -> list[dict[str, Any]]:
-    """What `dvc exp show --json` says: the workspace and the current commit, each with its experiments."""
-    done = _said("dvc", "exp", "show", "--json")
-    if done.returncode:
-        said = " ".join(done.stderr.split())[-200:]
-        raise UserError(f"`dvc exp show` failed ({said}): run this in the repository root")
-    return json.loads(done.stdout)
+def trials(published: Published, model: str, dataset: str, commit: str) -> list[Trial]:
+    """The runs of experiments of `commit` that trained `model` on `dataset`, with its validation metrics.
 
-
-@functools.cache
-def lock_of(revision: str) -> dict[str, Any]:
-    """dvc.lock as an experiment left it."""
-    done = _said("git", "show", f"{revision}:dvc.lock")
-    return yaml.safe_load(done.stdout) if done.returncode == 0 else {}
-
-
-@functools.cache
-def file_of(revision: str, path: str) -> dict[str, Any]:
-    """A JSON file of an experiment, from git or DVC's cache; empty where it has none."""
-    from dvc.api import DVCFileSystem
-
-    try:
-        return json.loads(DVCFileSystem(rev=revision).read_bytes(path))
-    except FileNotFoundError:
-        return {}
-
-
-def ranks_of(revision: str, models: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Test targets and their ranks by model and convention, as an experiment left them in DVC's cache."""
-    import polars as pl
-    from dvc.api import DVCFileSystem
-
-    from llmgr.reporting.buckets import COLUMNS
-
-    files, found = DVCFileSystem(rev=revision), {}
-    for model in models:
-        path = f"reports/ranks/{model}.parquet"
-        try:
-            frame = pl.read_parquet(io.BytesIO(files.read_bytes(path)))
-        except FileNotFoundError:
-            raise UserError(f"{path} of {revision[:7]} is not in DVC's cache: run the experiment anew, or `dvc exp "
-                            "pull` it") from None
-        found[model] = {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}
-        found[model]["target"] = frame["target"].to_numpy()
-    return found
-
-
-def _said(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        raise UserError(f"{command[0]} is not on the path: `source .venv/bin/activate` puts it there") from None
-
-
-def trials(states: Iterable[Mapping[str, Any]], model: str, dataset: str, lock: Callable[[str], Mapping]
-           ) -> list[Trial]:
-    """The experiments of `shown` that trained `model` on `dataset`, the commit that they started from among them.
-
-    One whose figures of the model come from other parameters or inputs than its own, because it ran other stages, is
-    left out: `lock` gives the dvc.lock of a revision.
+    An encoder's are those of the stage `trial`, LLMGR's are those of `track`.
     """
-    part = "tune" if model == TUNED else f"encoders/{model}"
-    found = []
-    for state in finished(states):
-        data = state["data"]
-        content = data["params"].get("params.yaml", {}).get("data")
-        if not content or content["data"]["dataset"] != dataset:
-            continue
-        metrics = file_of(state["rev"], f"reports/metrics/{part}.json")
-        if "valid" not in metrics:
-            continue
-        if trained(lock(state["rev"]), stage_of(model), content):
-            data_of = digests(lock(state["rev"]))
-            cost = file_of(state["rev"], f"reports/metrics/cost/{Path(part).name}.json")
-            found.append(Trial(state.get("name") or state["rev"][:7], flat(whole(content).params),
-                               {**metrics["valid"], "best_epoch": metrics.get("best_epoch", metrics["epochs"]),
-                                "seconds": cost.get("seconds")}, data_of))
-    return found
-
-
-def digests(lock: Mapping[str, Any]) -> tuple[str | None, ...]:
-    """Digests of the catalogue and the sessions that a lock's stages worked on."""
-    outs = {out["path"]: out.get("md5") for stage in lock.get("stages", {}).values() for out in stage.get("outs", ())}
-    return outs.get("data/core"), outs.get("data/sessions")
-
-
-def finished(states: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The commits and experiments of `shown` that have figures, one by one.
-
-    DVC shows what waits, runs or failed with its own parameters and the figures of the commit it started from.
-    """
-    for state in states:
-        inner = [revision for group in state.get("experiments") or () for revision in group["revs"]
-                 if (group.get("executor") or {}).get("state") not in ("queued", "running", "failed")]
-        yield from (s for s in (state, *inner) if s["rev"] != "workspace" and s.get("data") and not s.get("error"))
-
-
-def stage_of(model: str) -> str:
-    """The stage of dvc.yaml that trains a model."""
-    base, _, text = model.partition("-")
-    if model == TUNED:
-        return "tune"
-    return f"linear@{base}" if text == "linear" else f"{'control' if text else 'pretrain'}@{model}"
-
-
-def trained(lock: Mapping[str, Any], stage: str, content: Mapping[str, Any]) -> bool:
-    """Whether the lock holds `stage` and all before it as run with the parameters of `content`, one on the other."""
-    stages = lock.get("stages", {})
-    makers = {out["path"]: (name, out.get("md5")) for name, entry in stages.items() for out in entry.get("outs", ())}
-    todo = [stage]
-    consistent = stage in stages
-    while todo and consistent:
-        entry = stages[todo.pop()]
-        consistent = all(_at(content, key) == value
-                         for key, value in entry.get("params", {}).get("params.yaml", {}).items())
-        for dep in entry.get("deps", ()):
-            maker, md5 = makers.get(dep["path"], (None, dep.get("md5")))
-            consistent &= md5 == dep.get("md5")
-            todo += [maker] if maker else []
-    return consistent
-
-
-def _at(content: Any, key: str) -> Any:
-    for part in key.split("."):
-        content = content.get(part) if isinstance(content, dict) else None
-    return content
+    tags = {"kind": "experiment"} if model == TUNED else {"kind": "trial", "model": model}
+    return [Trial(run.name, run.parameters, {
+        name.removeprefix(VALIDATION): value for name, value in run.metrics.items()
+        if name.startswith(VALIDATION) or name in ("best_epoch", "seconds")}, run.data)
+        for run in published.runs(**tags, dataset=dataset) if run.commit == commit]
 
 
 def search(found: Sequence[Trial], model: str) -> Search:
@@ -178,14 +60,15 @@ def search(found: Sequence[Trial], model: str) -> Search:
     for key in differing:
         if roles[key] == "fixed":
             raise UserError(f"the experiments that trained {model} differ in {key} ({', '.join(values[key])}), so "
-                            "their figures do not compare: take those of one value away with `dvc exp remove`")
-    if len({trial.data for trial in found}) > 1:
+                            "their figures do not compare: delete those of other values in MLflow")
+    if any(trial.data != found[0].data for trial in found):
         raise UserError(f"the experiments that trained {model} did so on other data, so their figures do not compare: "
-                        "take those of one data/sessions away with `dvc exp remove`")
+                        "delete those on other data in MLflow")
     if not searched:
         grid = Path(__file__).resolve().parent.parent.parent / "presets" / "grid" / f"{model}.txt"
         how = f"queue stages/presets/grid/{model}.txt" if grid.exists() else (
-            "queue some with `dvc exp run --queue -S key=a,b`")
+            f"queue some with `dvc exp run --queue trial -S track.trials=[{model}] -S key=a,b`" if model != TUNED else
+            "queue some with `dvc exp run --queue track -S key=a,b`")
         raise UserError(f"{len(found)} experiments of this commit trained {model} on this dataset, and no two differ "
                         f"in its parameters: {how} and run `dvc queue start -j 1`")
     best: dict[str, Trial] = {}
@@ -225,10 +108,11 @@ def role(key: str, model: str, bases: Iterable[str] = ()) -> str:
 
 def table(result: Search) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the search, best first: searched values, validation metrics, best epoch, seconds, experiment."""
-    metrics = [name for name in result.trials[0].metrics if name not in ("best_epoch", "seconds")]
+    metrics = [f"{name}_at_20" for name in ("hr", "ndcg", "mrr")]
     rows = [[*(_text(trial.parameters[key]) for key in result.keys),
-             *(f"{trial.metrics[name]:.6f}" for name in metrics), str(trial.metrics["best_epoch"]),
-             "" if trial.metrics["seconds"] is None else f"{trial.metrics['seconds']:.1f}", trial.name]
+             *(f"{trial.metrics[name]:.6f}" for name in metrics),
+             *(f"{trial.metrics[name]:{form}}" if name in trial.metrics else ""
+               for name, form in (("best_epoch", ".0f"), ("seconds", ".1f"))), trial.name]
             for trial in result.trials]
     return [*result.keys, *(f"valid.{name}" for name in metrics), "best_epoch", "seconds", "experiment"], rows
 

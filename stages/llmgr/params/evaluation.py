@@ -95,6 +95,8 @@ class Bucket:
 class Track:
     experiment: Text
     """MLflow experiment that runs are filed under."""
+    trials: Words
+    """Encoders and controls whose trainings are published as runs of their own, for a search among them."""
     uri: OptionalText
     """Tracking store; null takes MLFLOW_TRACKING_URI, else sqlite under the repository root."""
 

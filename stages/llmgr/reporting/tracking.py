@@ -12,13 +12,13 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from llmgr.params.loading import flat
-from llmgr.params.names import SERVED
+from llmgr.params.names import HEADLINE, SERVED
 from llmgr.params.schema import Params
 from llmgr.reporting import runs
 from llmgr.reporting.cost import training_parts
@@ -108,30 +108,36 @@ def publish(params: Params, reports: Path, package: Path | None = None) -> dict[
             "key": identity, "store": address_of(params.track.uri).split(":", 1)[0]}
 
 
-def publish_trials(model: str, trials: Iterable[Any], experiment: str, uri: str | None) -> None:
-    """Publish the trials of a model's search, each a run of its own (tag `llmgr.search`), those that are not there yet.
+def publish_trial(params: Any, model: str, found: Mapping[str, Any], seconds: float) -> dict[str, str]:
+    """Publish an encoder's training as a run of its own, or find the run that already holds it.
 
-    Metrics are `valid.all/ndcg_at_20` and its like, best epoch and seconds: no test session was scored. UserError as
-    `publish`.
+    `found` is the encoder's file of metrics. The run has `valid.all/ndcg_at_20` and its like, `best_epoch` and
+    `seconds`: no test session was scored. UserError as `publish`.
     """
-    from mlflow.entities import Metric
-
-    with opened(experiment, uri, f"python stages/pick.py --model {model} --dataset ...") as (client, experiment_id):
-        for trial in trials:
-            logged = {name: value for name, value in trial.parameters.items() if not name.startswith("track.")}
-            values = {f"valid.all/{name}" if name.startswith(("hr_", "ndcg_", "mrr_")) else name: value
-                      for name, value in trial.metrics.items() if value is not None}
-            content = json.dumps([model, logged, {name: v for name, v in values.items() if name != "seconds"}])
-            identity = hashlib.sha256(content.encode()).hexdigest()[:32]
-            if finished(client, experiment_id, identity, KEY):
-                continue
+    logged = {name: value for name, value in flat(params).items() if not name.startswith("track.")}
+    values = {f"valid.all/{metric}": found["valid"][metric] for metric in HEADLINE if metric in found["valid"]}
+    values["best_epoch"] = found.get("best_epoch", found.get("epochs"))
+    content = json.dumps([model, logged, values, datasets(Path("dvc.lock"), Path("data"))], sort_keys=True)
+    identity = hashlib.sha256(content.encode()).hexdigest()[:32]
+    with opened(params.track.experiment, params.track.uri, f"dvc repro trial@{model}") as (client, experiment_id):
+        run = finished(client, experiment_id, identity, KEY)
+        if run is None:
             end = int(time.time() * 1000)
-            run_id = _begun(client, experiment_id, identity, f"{model}-{trial.name}", {
-                "kind": "trial", "model": model, "dataset": str(logged.get("data.dataset")), "llmgr.search": model,
-                "dvc.experiment": trial.name}, end - int(1000 * values.get("seconds", 0))).info.run_id
-            _log_parameters(client, run_id, logged)
-            client.log_batch(run_id, metrics=[Metric(legal(name), value, end, 0) for name, value in values.items()])
-            client.set_terminated(run_id, "FINISHED", end_time=end)
+            name = f"{model}-{os.environ.get('DVC_EXP_NAME') or identity[:8]}"
+            run = _begun(client, experiment_id, identity, name, {
+                **kinds(params), "kind": "trial", "model": model}, end - int(1000 * seconds))
+            _log_parameters(client, run.info.run_id, logged)
+            _log_metrics(client, run.info.run_id, {
+                legal(name): value for name, value in {**values, "seconds": seconds}.items()}, iter(()), end)
+            _log_inputs(client, run.info.run_id)
+            client.set_terminated(run.info.run_id, "FINISHED", end_time=end)
+    return {"run_id": run.info.run_id, "experiment": params.track.experiment, "name": run.info.run_name}
+
+
+def texts(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters as a run holds them: JSON, strings as they are, without secrets."""
+    return {name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in masked_all(parameters).items()}
 
 
 def _begun(client: Any, experiment_id: str, identity: str, name: str, further: Mapping[str, str], start: int) -> Any:
@@ -142,9 +148,9 @@ def _begun(client: Any, experiment_id: str, identity: str, name: str, further: M
 def _log_parameters(client: Any, run_id: str, parameters: Mapping) -> None:
     from mlflow.entities import Param
 
-    texts = [Param(k, v if isinstance(v, str) else json.dumps(v)) for k, v in masked_all(parameters).items()]
-    for start in range(0, len(texts), 100):
-        client.log_batch(run_id, params=texts[start:start + 100])
+    written = [Param(name, text) for name, text in texts(parameters).items()]
+    for start in range(0, len(written), 100):
+        client.log_batch(run_id, params=written[start:start + 100])
 
 
 def _log_metrics(client: Any, run_id: str, values: Mapping[str, float], points: Iterator, end: int) -> None:
