@@ -3,7 +3,8 @@
 Reads:  models/aligned/, models/embeddings/, models/folds/, models/tower/, models/backbone/,
         models/text_encoder/, data/sessions/{train,valid}.parquet, data/core/items.parquet
 Writes: models/tuned/ (bridge, output layer, adapters, graph encoder, no frozen weight; prior.safetensors: the prior
-        as it was fitted before, where tune.linear asks for one), reports/metrics/tune.json,
+        as it was fitted before, where tune.linear asks for one; adapter/: LoRA's weights over models/backbone, as
+        `peft.PeftModel.from_pretrained` reads them), reports/metrics/tune.json,
         reports/curves/tune_{steps,epochs}.csv, reports/metrics/cost/tune.json
 Params: seed, model, tune, tower.enabled, tower.encoder, tower.decay, slit, data.max_session, launch
 """
@@ -21,6 +22,7 @@ def main(params) -> None:
 
     import torch
 
+    from llmgr.language_model.lora import save_adapter
     from llmgr.model.behaviour import BehaviourJob
     from llmgr.model.building import build_ranker, text_smoothing
     from llmgr.model.checkpoint import save_llmgr
@@ -56,6 +58,7 @@ def main(params) -> None:
         return
     with replacing_folder(files.tuned) as folder:
         save_llmgr(folder, model.llmgr, params.model, files, prior, encoder=True)
+        save_adapter(folder / "adapter", model.llmgr.language_model)
         if fitted:
             save_tensors(folder / "prior.safetensors", fitted)
     last = progress.epoch_rows[-1]

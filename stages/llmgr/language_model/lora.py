@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmgr.runtime.artifacts import save_tensors, write_json
 from llmgr.runtime.errors import UserError
 
 ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin",
@@ -42,6 +44,19 @@ def add_adapters(model: nn.Module, params: Any) -> nn.Module:
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # autocast sees to it; peft would go by way of float32
     return adapted
+
+
+def save_adapter(folder: Path, model: nn.Module) -> None:
+    """Write LoRA's weights as `peft.PeftModel.from_pretrained` reads them over the backbone; nothing where there are
+    none."""
+    if not hasattr(model, "peft_config"):
+        return
+    from peft import get_peft_model_state_dict
+
+    about = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
+    write_json(folder / "adapter_config.json", {key: sorted(value) if isinstance(value, set) else value
+                                                for key, value in sorted(about.items())})
+    save_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(model))
 
 
 def join_products(model: nn.Module) -> None:
