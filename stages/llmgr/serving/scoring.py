@@ -84,7 +84,10 @@ class Scorer:
                              "weight")
 
     def _clicks(self, graphs: GraphBatch) -> csr_array:
-        return last_clicks(graphs, self.package.config["decay"], self.size - 1).astype(np.float32)
+        clicks = last_clicks(graphs, self.package.config["decay"], self.size - 1).astype(np.float32)
+        # the package's type: with another one SciPy would copy all indices of its matrix for a product
+        clicks.indices, clicks.indptr = clicks.indices.astype(np.int32), clicks.indptr.astype(np.int32)
+        return clicks
 
     def _by_band(self, scores_BV: Tensor, weight: str) -> Tensor:
         return scores_BV.mul_(self.weight_V[weight])
