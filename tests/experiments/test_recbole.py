@@ -132,6 +132,7 @@ def test_standard_errors_are_those_of_a_mean() -> None:
     assert found["ndcg_at_20"] == pytest.approx(np.std([1.0, 0.0, 0.0, 0.5]) / 2)
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_times_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_data(tmp_path)
     set_up(tmp_path, encoder__narm__lr=0.02, encoder__training__epochs=3)

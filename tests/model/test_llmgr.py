@@ -351,6 +351,7 @@ def test_a_node_slot_may_read_the_items_text():
     assert text.abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_all_layers_compile_to_a_few_programs_with_their_products_joined():
     from torch._dynamo.testing import CompileCounter
 
@@ -367,6 +368,7 @@ def test_all_layers_compile_to_a_few_programs_with_their_products_joined():
     assert 1 <= counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_for_any_batch():
     model = llmgr()
     prompts, session_RD = prompted()
