@@ -23,7 +23,7 @@ def main(params) -> None:
     from llmgr.model.prompts import AlignmentPrompts
     from llmgr.params.loading import flat
     from llmgr.runtime.artifacts import replacing_folder, write_json
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.runtime.resume import resume_folder
     from llmgr.text.items import item_texts
     from llmgr.training.distributed import rank
@@ -32,7 +32,7 @@ def main(params) -> None:
     from llmgr.training.launcher import device as device_of
     from llmgr.training.precision import arithmetic
 
-    settings, files = params.align, Layout("data", "models", "reports")
+    settings, files = params.align, PIPELINE
     resume = resume_folder("align", flat(params), INPUTS)
     dtype, device = arithmetic(settings.precision), device_of(params.launch)
     torch.manual_seed(params.seed)

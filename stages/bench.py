@@ -29,13 +29,13 @@ def main(params, shape: str | None) -> None:
     from llmgr.prior.weighted_sum import build_prior
     from llmgr.runtime.console import say
     from llmgr.runtime.errors import UserError
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.sessions.reading import read_split
     from llmgr.training.cost import hardware, peak_memory_mb
     from llmgr.training.launcher import device as device_of
     from llmgr.training.precision import arithmetic
 
-    device, files = device_of(params.launch), Layout("data", "models", "reports")
+    device, files = device_of(params.launch), PIPELINE
     dtype = arithmetic(params.tune.precision)
     sessions = [read_split(files, split, params.data.max_session)[0].to(device) for split in ("train", "valid")]
     prior = build_prior(params, files, sessions[0], device) if params.tune.linear else None

@@ -84,7 +84,7 @@ def own_files(data) -> None:
         records[name] = {"name": target.name, "origin": path.name, "size": target.stat().st_size,
                          "sha256": artifacts.digest(target)}
         console.say(f"{path.name}: {target.stat().st_size / 1e6:.1f} MB copied to {target}")
-    files.watch(links)
+    files.watch(links, Path("data/.watched"))
     artifacts.write_json(raw / "source.json", {
         "dataset": "files", "release": None, "category": None, "published": None,
         "files": {"reviews": records["interactions"], "meta": records.get("items", records["interactions"])},

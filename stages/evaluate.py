@@ -29,7 +29,7 @@ def main(params) -> None:
     from llmgr.runtime.artifacts import replacing_folder, write_json, write_table
     from llmgr.runtime.console import Bar, say
     from llmgr.runtime.errors import UserError
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.sessions.reading import read_split, seen_items
     from llmgr.training.cost import scoring_cost
     from llmgr.training.precision import device_of
@@ -37,7 +37,7 @@ def main(params) -> None:
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: name gate as the "
                         "last stage (`dvc exp run -S split.selection=true gate`), or set it to false")
-    device, files = device_of(), Layout("data", "models", "reports")
+    device, files = device_of(), PIPELINE
     start = time.monotonic()
     tables = {split: read_split(files, split, params.data.max_session) for split in ("valid", "test")}
     models = loaded(params, files, device)

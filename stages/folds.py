@@ -13,9 +13,9 @@ READS = ("seed", "data.max_session", "tune.folds", "tune.linear", "encoder.dim",
 
 def main(params) -> None:
     from llmgr.prior.cross_fitting import train_folds
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
 
-    train_folds(params, Layout("data", "models", "reports"))
+    train_folds(params, PIPELINE)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ def main(params) -> None:
     from llmgr.evaluation.models import parts
     from llmgr.runtime.artifacts import replacing_folder, write_json
     from llmgr.runtime.console import say
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.sessions.reading import read_split, seen_items
     from llmgr.training.cost import scoring_cost
     from llmgr.training.precision import device_of
 
-    device, settings, files = device_of(), params.gate, Layout("data", "models", "reports")
+    device, settings, files = device_of(), params.gate, PIPELINE
     start = time.monotonic()
     valid, frame = read_split(files, "valid", params.data.max_session)
     chosen = draw(len(valid), settings.sessions, params.seed)

@@ -17,9 +17,9 @@ def main(params, encoder: str) -> None:
     from llmgr.encoders.pretraining import pretrain
     from llmgr.prior.left_out import left_out
     from llmgr.prior.weighted_sum import Prior
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
 
-    files = Layout("data", "models", "reports")
+    files = PIPELINE
 
     def fitted(train) -> Prior:
         prior = Prior(left_out(params.slit, files, train)).to(train.row.device)

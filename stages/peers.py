@@ -87,11 +87,11 @@ def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
     from llmgr.encoders.registry import family
     from llmgr.experiments import recbole
     from llmgr.runtime.artifacts import write_json
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.sessions.reading import catalogue_size, read_split
 
     base, _ = family(encoder)
-    files = Layout("data", "models", "reports")
+    files = PIPELINE
     train, _ = read_split(files, "train", params.data.max_session)
     found = recbole.speed(params, base, train, catalogue_size(files.items))
     write_json(folder / dataset / "speed" / f"{base}.json", found)
@@ -107,12 +107,12 @@ def table(params: Any, folder: Path, dataset: str) -> None:
     from llmgr.ranking.loop import rank_sessions
     from llmgr.ranking.metrics import metrics
     from llmgr.runtime.artifacts import read_json, write_text
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.sessions.reading import catalogue_size, read_split
 
     if params.split.selection:
         raise UserError("split.selection=true is for choosing on validation, and test is not scored: set it to false")
-    files = Layout("data", "models", "reports")
+    files = PIPELINE
     items = catalogue_size(files.items)
     train, test = (read_split(files, split, params.data.max_session)[0] for split in ("train", "test"))
     fits = [read_json(path) for path in sorted((folder / dataset / "fits").glob("*.json"))]

@@ -15,9 +15,9 @@ READS = ("seed", "data.max_session", "encoder.dim", "encoder.text_dim", "encoder
 
 def main(params, encoder: str) -> None:
     from llmgr.encoders.pretraining import pretrain
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
 
-    pretrain(params, Layout("data", "models", "reports"), encoder)
+    pretrain(params, PIPELINE, encoder)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ READS = ("seed", "data.max_session", "model.weights", "model.texts", "tower", "t
 
 def main(params) -> None:
     from llmgr.prior.tower_training import train_tower
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
 
-    train_tower(params, Layout("data", "models", "reports"))
+    train_tower(params, PIPELINE)
 
 
 if __name__ == "__main__":

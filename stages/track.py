@@ -22,10 +22,10 @@ READS = ("seed", "data", "filter", "split", "encoder", "llm", "text_encoder", "m
 def main(params: Any) -> None:
     from llmgr.reporting import tracking
     from llmgr.runtime.artifacts import require, write_json
-    from llmgr.serving.package import FOLDER
+    from llmgr.runtime.layout import PIPELINE
 
     require("reports/index.html")
-    run = tracking.publish(params, Path("reports"), Path(FOLDER))
+    run = tracking.publish(params, Path(PIPELINE.reports), PIPELINE.recommender)
     write_json("reports/mlflow_run.json", run)
     console.say(f"MLflow run {run['name']} ({run['run_id']}) in experiment {run['experiment']}, {run['store']} store")
 

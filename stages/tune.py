@@ -29,7 +29,7 @@ def main(params) -> None:
     from llmgr.params.loading import flat
     from llmgr.prior.weighted_sum import build_prior
     from llmgr.runtime.artifacts import replacing_folder, save_tensors, write_json
-    from llmgr.runtime.layout import Layout
+    from llmgr.runtime.layout import PIPELINE
     from llmgr.runtime.resume import resume_folder
     from llmgr.sessions.reading import read_split
     from llmgr.training.distributed import rank
@@ -37,7 +37,7 @@ def main(params) -> None:
     from llmgr.training.launcher import device as device_of
     from llmgr.training.precision import arithmetic
 
-    settings, files = params.tune, Layout("data", "models", "reports")
+    settings, files = params.tune, PIPELINE
     resume = resume_folder("tune", flat(params), INPUTS)
     train, valid = (read_split(files, split, params.data.max_session)[0] for split in ("train", "valid"))
     dtype, device = arithmetic(settings.precision), device_of(params.launch)

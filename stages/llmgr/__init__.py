@@ -1,20 +1,26 @@
 """LLMGR (arXiv 2402.16539): a language model plugged into graph-based session recommendation.
 
-Shape legend used as suffix of tensor names throughout the package:
-B batch, L prompt tokens, S session length, N graph nodes, E edges, R readouts (targets) of a batch, M nodes and C
-clicks of all graphs of a batch end to end, D encoder width, H language-model width, T text-feature width, V items, F a
-fixed number of prompt pieces.
-Item ids are 1-based; 0 pads.
+Shape legend: the capital letters at the end of a tensor's name are its dimensions.
+B sessions of a batch, S clicks of a session, N nodes of a session graph, L tokens of a prompt, R readouts (samples),
+M nodes and C clicks of all graphs of a batch end to end, E edges, V items (V+1 rows with padding), D width of the
+session encoder, H width of the language model, T width of the text features, K columns of an output's table.
+A module that uses another letter, or one of these otherwise, says so in its docstring after "Shapes:".
+Item ids start at 1; 0 is padding.
 """
 from __future__ import annotations
 
-from typing import Any
+import importlib
+
+NAMES = {"Ranker": "model.ranker:Ranker", "Recommender": "serving.recommender:Recommender",
+         "Sessions": "sessions.tensors:Sessions", "build": "model.building:from_tensors",
+         "load_params": "params.loading:load"}
+"""What to import from here, and where it stands. A module is imported when a name of it is first used."""
+__all__ = sorted(NAMES)
 
 
-def __getattr__(name: str) -> Any:
-    """`Recommender`, read when it is first named: the stages import this package for its rooms."""
-    if name != "Recommender":
+def __getattr__(name: str) -> object:
+    """One of NAMES. Stages import this package only for its rooms, and need not wait for torch."""
+    if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from llmgr.serving.recommender import Recommender
-
-    return Recommender
+    module, _, attribute = NAMES[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)

@@ -8,8 +8,6 @@ from llmgr.runtime import resume
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.masking import masked
 
-WATCHED = Path("data/.watched")
-"""Links to the files that `download` copied; it depends on the folder, so that DVC notices when one changes."""
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 ENDINGS = (".parquet", ".csv", ".tsv", *JSON_LINES, ".inter", ".item")
 NAMED = ".parquet, .csv, .tsv, .jsonl, .inter or .item, or one of them but .parquet with .gz"
@@ -25,14 +23,17 @@ def located(given: str, key: str) -> Path:
     return path
 
 
-def watch(files: dict[str, Path]) -> None:
-    """Link the files, by name, into WATCHED, in place of those before."""
-    WATCHED.mkdir(parents=True, exist_ok=True)
-    for link in WATCHED.iterdir():
+def watch(files: dict[str, Path], folder: Path) -> None:
+    """Link the files, by name, into `folder`, in place of earlier links.
+
+    The download stage depends on that folder, so that DVC notices when a file changes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for link in folder.iterdir():
         if link.is_symlink():
             link.unlink()
     for name, path in files.items():
-        (WATCHED / name).symlink_to(path.resolve())
+        (folder / name).symlink_to(path.resolve())
 
 
 def is_json(path: Path) -> bool:

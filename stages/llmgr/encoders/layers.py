@@ -91,15 +91,23 @@ class SessionEncoder(nn.Module):
         raise NotImplementedError
 
 
+def cross_entropy(logits_RV: Tensor, target_R: Tensor, reduction: str = "sum") -> Tensor:
+    """Softmax cross-entropy of the targets [R] over all items; column 0 of the logits, padding, is left out.
+
+    `reduction` as in torch: "sum", or "none" for the loss of every row [R].
+    """
+    return F.cross_entropy(logits_RV[:, 1:], target_R - 1, reduction=reduction)
+
+
 def item_cross_entropy(query_RD: Tensor, vectors_VD: Tensor, target_R: Tensor, bias_V: Tensor | None = None
                        ) -> Tensor:
-    """Summed softmax cross-entropy of the targets [R] over all items; row 0 of the vectors, padding, is left out.
+    """`cross_entropy` of inner products of queries [R, D] and item vectors [V+1, D], plus biases [V+1], summed.
 
     On a CPU it works in chunks of 128 targets, so that the logits stay in cache: on two threads with 12,101 items that
     is 2.8 times as fast as one product of 1,024 rows. On a GPU one product is faster.
     """
     if query_RD.is_cuda:
-        return F.cross_entropy(F.linear(query_RD, vectors_VD, bias_V)[:, 1:], target_R - 1, reduction="sum")
+        return cross_entropy(F.linear(query_RD, vectors_VD, bias_V), target_R)
     return F.linear_cross_entropy(query_RD, vectors_VD[1:], target_R - 1, reduction="sum",
                                   linear_bias=None if bias_V is None else bias_V[1:],
                                   options=nn.LinearCrossEntropyOptions(batch_chunk_size=128))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from llmgr.encoders.layers import cross_entropy
 from llmgr.encoders.registry import EncoderWithItems, build_with_items, family, save_with_items
 from llmgr.params.encoders import EncoderTraining
 from llmgr.params.loading import flat
@@ -146,7 +146,7 @@ class EncoderJob:
         for session_CD, samples_C in zip(session_BD.split(CHUNK), samples_B.split(CHUNK)):
             logits_CV = self.model.encoder.logits(session_CD, vectors_VD)
             logits_CV = logits_CV + self.model.offset(self.train, samples_C, True)
-            total = total + F.cross_entropy(logits_CV[:, 1:], self.train.target[samples_C] - 1, reduction="sum")
+            total = total + cross_entropy(logits_CV, self.train.target[samples_C])
         return total
 
     @torch.no_grad()

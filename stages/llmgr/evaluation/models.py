@@ -28,12 +28,12 @@ from llmgr.params.names import PRIOR, REPEAT, SERVED, TOWER
 from llmgr.params.schema import Params
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
-from llmgr.prior.weighted_sum import Prior, build_prior
+from llmgr.prior.weighted_sum import Prior, build_prior, load_fitted
 from llmgr.ranking.loop import Score
 from llmgr.runtime.artifacts import load_tensors, read_json
 from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
-from llmgr.serving.package import FOLDER, load_package
+from llmgr.serving.package import load_package
 from llmgr.serving.scoring import Scorer
 from llmgr.sessions.reading import catalogue_size, read_split
 from llmgr.sessions.tensors import Sessions
@@ -70,7 +70,7 @@ def scorers(params: Params, files: Layout, device: torch.device) -> dict[str, Ca
     if params.tune.linear:
         models[PRIOR] = lambda: fitted_prior(params, files, device, formed)
     models["llmgr"] = lambda: llmgr(params, files, device, formed)
-    models[SERVED] = lambda: served(items)
+    models[SERVED] = lambda: served(files, items)
     return models
 
 
@@ -121,21 +121,16 @@ def own_prior(params: Params, files: Layout, device: torch.device, formed: Forme
 
 def fitted_prior(params: Params, files: Layout, device: torch.device, formed: Formed) -> Over:
     """Scores of LLMGR's prior as it was fitted before stage 2. UserError where it has other parts than `params`."""
-    prior = own_prior(params, files, device, formed)
-    weights = load_tensors(files.tuned / "prior.safetensors")
-    if weights.keys() != prior.state_dict().keys():
-        raise UserError(f"{files.tuned} has another prior than tune.folds and tower.enabled ask for: run `dvc repro` "
-                        "to train it anew")
-    prior.load_state_dict(weights)
+    prior = load_fitted(own_prior(params, files, device, formed), files.tuned)
     return lambda sessions: lambda samples: prior(sessions, samples)
 
 
-def served(items: int) -> Over:
+def served(files: Layout, items: int) -> Over:
     """Scores of the package, which knows no user, on the CPU as it is served. UserError for another catalogue."""
-    package = load_package(FOLDER)
+    package = load_package(files.recommender)
     if len(package.items) != items:
-        raise UserError(f"{FOLDER} has {len(package.items)} items, the catalogue {items}: run `dvc repro` to write it "
-                        "anew")
+        raise UserError(f"{files.recommender} has {len(package.items)} items, the catalogue {items}: run `dvc repro` "
+                        "to write it anew")
     scorer = Scorer(package)
 
     def over(sessions: Sessions) -> Score:

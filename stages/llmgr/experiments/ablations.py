@@ -15,6 +15,7 @@ from llmgr.reporting.buckets import COMPARED
 from llmgr.reporting.seeds import Figures
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import PIPELINE
 
 PRESETS = Path(__file__).resolve().parent.parent.parent / "presets" / "ablations"
 UNPUBLISHED = ("MLflow has no run of what params.yaml asks for, so the report will not show these: `dvc repro track`")

@@ -46,7 +46,7 @@ class Record:
         """With `seed` only that seed's figures are read."""
         self.folder, self.seed = folder, seed
         if not (folder / "metrics.csv").exists():
-            raise UserError(f"{folder} holds no metrics.csv: name a folder of reports/results that is a record")
+            raise UserError(f"{folder} holds no metrics.csv: name the folder of a record")
 
     @cached_property
     def figures(self) -> dict[tuple[str, ...], dict[str, tuple[float, ...]]]:

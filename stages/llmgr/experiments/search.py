@@ -10,6 +10,7 @@ import yaml
 
 from llmgr.experiments.published import Published
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import PIPELINE
 
 VALIDATION = "valid.all/"
 SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs

@@ -19,9 +19,9 @@ ACCURACY_ITEMS = 1024
 
 
 class AlignJob:
-    """Stage 1: among all nodes, the one that a text describes; every item is described once an epoch.
+    """Stage 1: which of all nodes does a text describe? Every item is described once an epoch.
 
-    The prompt lists candidates, the softmax runs over all items. Validation draws other candidates for a fixed sample
+    The prompt lists candidates; the softmax runs over all items. Validation draws other candidates for a fixed sample
     of items and reports how often the described node scores highest, among the candidates and among all items.
     """
 
@@ -61,7 +61,7 @@ class AlignJob:
         return {"accuracy_candidates": among / len(self.checked), "accuracy_items": overall / len(self.checked)}
 
     def _right(self, micro: Tensor) -> Tensor:
-        """Whether each item scores highest among its candidates, and among all items [B, 2]."""
+        """Whether each item scores highest among its candidates, and whether among all items [B, 2]."""
         factors, _ = self._forward(micro, self.checked_candidates)
         shown, target = self.checked_candidates[micro].to(self.device), micro.to(self.device)
         best = self._among(factors, shown).argmax(1)
@@ -84,7 +84,8 @@ class AlignJob:
 
 
 def draw_candidates(items: int, count: int, generator: torch.Generator) -> Tensor:
-    """For every item (row 0 unused) `count` distinct-from-it nodes with itself at a random position: [V+1, count]."""
+    """Candidates for every item [V+1, count]: other items, and the item itself at a random position; row 0 is
+    unused."""
     item = torch.arange(items + 1)[:, None]
     others = torch.randint(1, items, (items + 1, count), generator=generator)
     others += others >= item  # skips the item itself, keeps the draw uniform

@@ -17,8 +17,8 @@ from llmgr.training.job import Loss
 class BehaviourJob:
     """Stage 2: the next item of every training prefix, from prompts over session graphs.
 
-    `targets: prefix` makes a prompt of every prefix, `positions` a prompt of every session with a branch a prefix.
-    Under `tune.folds` a step's sessions are of one fold, since they share its item vectors.
+    With `tune.targets=prefix` every prefix has a prompt; with `positions` every session has one, with a branch for each
+    prefix. With `tune.folds` the sessions of a step are of one fold, whose item vectors they share.
     """
 
     selects = None
@@ -41,7 +41,7 @@ class BehaviourJob:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The arithmetic of the language model, which a checkpoint names."""
+        """The precision of the language model, which a checkpoint records."""
         return self.model.dtype
 
     def steps(self, epoch: int, generator: torch.Generator) -> list[list[Tensor]]:
@@ -69,9 +69,9 @@ class BehaviourJob:
 
 
 def spans(train: Sessions, positions: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts of a training set: shortest prefix, longest prefix and first sample of each.
+    """The prompts of a training set: the shortest prefix, the longest prefix and the first sample of each.
 
-    With `positions` a prompt covers all prefixes that share a row; else each sample is a prompt of its own.
+    With `positions` a prompt covers all prefixes that share a row; otherwise each sample has its own.
     """
     length, row = train.length.cpu(), train.row.cpu()
     sample = torch.arange(len(train))

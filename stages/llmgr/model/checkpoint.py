@@ -21,9 +21,9 @@ def build_llmgr(section: Model, files: Layout, dtype: torch.dtype, seed: int, sh
                 device: torch.device | None = None) -> Llmgr:
     """LLMGR over a backbone and a pretrained encoder, untrained.
 
-    `seed` draws what the ablations change: the language model's weights, and which item has whose text. With `shape`,
-    the file of a config.json, the language model is one of that shape with weights drawn on `device`: to measure its
-    cost.
+    `seed` draws what the ablations change: the language model's weights, and the shuffling of the texts. With `shape`,
+    a config.json file, the language model has that shape and weights drawn on `device`, to measure its cost. UserError
+    where the shape does not fit the tokenizer.
     """
     vectors = load_tensors(files.item_vectors)["vectors"]
     if section.texts == "shuffled":
@@ -44,8 +44,10 @@ def build_llmgr(section: Model, files: Layout, dtype: torch.dtype, seed: int, sh
 
 def save_llmgr(folder: Path, model: Llmgr, section: Model, files: Layout, prior: nn.Module | None = None, *,
                encoder: bool) -> None:
-    """Write the trained tensors (the prior's and, with `encoder`, the graph encoder's among them), what they belong to
-    and the arithmetic that they were trained in into `folder`. `files` has the models below it."""
+    """Write the trained tensors, the prior's included, and a config.json that says what they belong to into `folder`.
+
+    With `encoder` the graph encoder's weights are written, too. `files` has the models below it.
+    """
     save_tensors(folder / "llmgr.safetensors", own_tensors(model, prior))
     if encoder:
         save_tensors(folder / "encoder.safetensors", model.encoder.state_dict())
@@ -76,7 +78,7 @@ def load_llmgr(folder: Path, model: Llmgr, section: Model, files: Layout, prior:
 
 
 def own_tensors(model: Llmgr, prior: nn.Module | None) -> dict[str, nn.Parameter]:
-    """What an LLMGR learns beside the graph encoder, and its prior, by name."""
+    """The trained parameters of LLMGR and of its prior by name, without the graph encoder's."""
     return dict(model.trained()) | {f"prior.{name}": p for name, p in (prior.named_parameters() if prior else ())}
 
 

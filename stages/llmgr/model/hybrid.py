@@ -25,14 +25,17 @@ class HybridEncoding(nn.Module):
         dim = vectors_VD.shape[1]
         self.dropout = Dropout(dropout)
         self.project = nn.Linear(dim, tokens.embedding_dim, bias=False)
-        every = torch.arange(tokens.num_embeddings, device=tokens.weight.device)  # Gemma's scales its weights
+        every = torch.arange(tokens.num_embeddings, device=tokens.weight.device)  # Gemma's layer scales its weights
         token_scale = tokens(every).detach().float().square().mean().sqrt()
         node_scale = vectors_VD[1:].square().mean().sqrt().clamp(min=1e-6)
         nn.init.normal_(self.project.weight, std=float(token_scale / node_scale) * dim ** -0.5)
 
     def forward(self, tokens: nn.Embedding, prompts: PromptBatch, session_RD: Tensor | None,
                 shift_VD: Tensor | None = None) -> Tensor:
-        """`inputs_embeds` [B, L, H]; node slots read the item vectors (plus `shift_VD`), graph slots `session_RD`."""
+        """The language model's `inputs_embeds` [B, L, H].
+
+        Node slots read the item vectors (plus `shift_VD`), graph slots the readouts `session_RD`.
+        """
         embeds_BLH = tokens(prompts.token_BL).to(self.project.weight.dtype)
         for kind, source, added in ((NODE, self.nodes, shift_VD), (GRAPH, session_RD, None)):
             if source is not None:
@@ -46,5 +49,5 @@ class HybridEncoding(nn.Module):
         return embeds_BLH
 
     def _wide(self, read_ND: Tensor) -> Tensor:
-        """A node's columns; those of text are 0 where only a vector was read."""
+        """The vectors padded to a node's width: columns of text are 0 where only an item vector was read."""
         return F.pad(read_ND, (0, self.nodes.shape[1] - read_ND.shape[1]))

@@ -1,4 +1,4 @@
-"""The loss of both stages: softmax cross-entropy over all items, its targets smoothed by text and weighted."""
+"""The loss of both stages: softmax cross-entropy over all items, with weighted targets and smoothing by text."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from llmgr.encoders.layers import item_cross_entropy
+from llmgr.encoders.layers import cross_entropy, item_cross_entropy
 
 if TYPE_CHECKING:
     from llmgr.model.outputs import Factors
@@ -16,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextSmoothing:
-    """Label smoothing by text: `share` of a target's weight goes to its nearest items by their weights, both [V+1, N].
+    """Label smoothing by text: `share` of a target's weight goes to its N nearest items, in proportion to `weight_VN`.
 
-    With smoothed targets the cross-entropy is that of the targets plus `share` times their lead: how far a target's
-    logit lies above the weighted mean of its neighbours'.
+    The smoothed cross-entropy is the plain one plus `share` times the target's lead: its logit less the weighted mean
+    of its neighbours' logits.
     """
 
     share: float
@@ -27,6 +26,7 @@ class TextSmoothing:
     weight_VN: Tensor
 
     def to(self, device: torch.device) -> TextSmoothing:
+        """The same smoothing on another device."""
         return TextSmoothing(self.share, self.nearest_VN.to(device), self.weight_VN.to(device))
 
     def lead(self, scores_RV: Tensor, target_R: Tensor) -> Tensor:
@@ -45,16 +45,16 @@ class TextSmoothing:
 
 def summed_cross_entropy(factors: Factors, target_R: Tensor, offset_RV: Tensor | None = None,
                          weight_R: Tensor | None = None, smoothing: TextSmoothing | None = None) -> Tensor:
-    """Summed cross-entropy of the targets [R] among all items.
+    """Summed cross-entropy of the targets [R] over all items.
 
     The logits are those of the factors plus `offset_RV`; a target counts `weight_R` times. Without offset and weights
-    the logits of all rows are never held at once, which spares memory.
+    the logits of all rows are never in memory at once.
     """
     if offset_RV is None and weight_R is None:
         total = item_cross_entropy(factors.query_RK, factors.table_VK, target_R, factors.bias_V)
         return total if smoothing is None else total + smoothing.share * smoothing.summed_lead(factors, target_R)
     scores_RV = factors.logits() if offset_RV is None else factors.logits() + offset_RV
-    loss_R = F.cross_entropy(scores_RV[:, 1:], target_R - 1, reduction="none")
+    loss_R = cross_entropy(scores_RV, target_R, reduction="none")
     if smoothing is not None:
         loss_R = loss_R + smoothing.share * smoothing.lead(scores_RV, target_R)
     return (loss_R if weight_R is None else loss_R * weight_R).sum()

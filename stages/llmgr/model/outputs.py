@@ -30,18 +30,15 @@ class LinearOutput(nn.Module):
         nn.init.zeros_(self.items.bias)
 
     def forward(self, h_RH: Tensor, shift_VD: Tensor | None = None) -> Factors:
-        """The factors of the logits at hidden states h [R, H].
-
-        The weights are its own: a shift of the item vectors does not concern it.
-        """
+        """The factors of the logits at hidden states h [R, H]; `shift_VD` has no effect on free weights."""
         return Factors(h_RH, self.items.weight, self.items.bias)
 
 
 class ItemsOutput(nn.Module):
     """Logits (W h + b) . [x_i ; t_i]: frozen item vectors and text features on the item side.
 
-    Deviation: the paper's layer is free (LinearOutput); an item met five times learns little there, and a text that
-    is only read on the session's side cannot raise a cold item's score.
+    Deviation: the paper's layer is free (LinearOutput). There an item with five interactions learns little, and a text
+    that is read only on the session's side cannot raise a cold item's score.
     """
 
     def __init__(self, width: int, vectors_VD: Tensor, text_VT: Tensor) -> None:

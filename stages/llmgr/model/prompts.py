@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from llmgr.runtime.errors import UserError
 from llmgr.sessions.graphs import GraphBatch
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import token_ids, token_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALIGNMENT = "Each node stands for a product. Nodes: {nodes}. Description: {text}. The described node is:"
 BEHAVIOUR = {
@@ -36,7 +39,7 @@ EDGES = re.compile(r"[^.]*\{edges\}\.")
 
 @dataclass
 class Assembly:
-    """Pieces laid out one after another in every prompt; a piece is a padded table with a mask of its real entries."""
+    """Prompts built piece by piece. A piece is a padded table, a row a prompt, with a mask of its real entries."""
 
     rows: int
 
@@ -46,7 +49,7 @@ class Assembly:
 
     def add(self, kind: int | Tensor, value_BW: Tensor, real_BW: Tensor | None = None, branch_BW: Tensor | None = None,
             position_BW: Tensor | None = None, limit_BW: Tensor | None = None) -> Tensor:
-        """Append a piece and return its columns [B, W]; positions and limits default to those of the trunk."""
+        """Append a piece and return its columns [B, W]; by default it is a part of the trunk."""
         value_BW = value_BW.expand(self.rows, -1)
         real_BW = torch.ones_like(value_BW, dtype=torch.bool) if real_BW is None else real_BW.expand_as(value_BW)
         column_BW = self.end_B[:, None] + real_BW.long().cumsum(1) - 1
@@ -80,8 +83,8 @@ class Assembly:
                            torch.zeros_like(real_BL, dtype=torch.long), row_R, column_R)
 
 
-def pieces(template: str, tokenizer: Any, start: bool) -> list[str | list[int]]:
-    """A template as text token ids and slot names in turn; with `start`, the tokenizer's opening token first."""
+def pieces(template: str, tokenizer: PreTrainedTokenizerBase, start: bool) -> list[str | list[int]]:
+    """A template as token ids and slot names, in order; with `start`, the tokenizer's opening token comes first."""
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     result: list[str | list[int]] = [[opening]] if start and opening is not None else []
     for part in re.split(r"(\{\w+\})", template):
@@ -92,24 +95,24 @@ def pieces(template: str, tokenizer: Any, start: bool) -> list[str | list[int]]:
     return result
 
 
-def text_table(tokenizer: Any, texts: list[str], longest: int) -> tuple[Tensor, Tensor]:
+def text_table(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> tuple[Tensor, Tensor]:
     """Token ids of item texts [V+1, longest] and their counts [V+1]; row 0 is empty."""
     return token_table(token_ids(tokenizer, texts, longest, special=False), longest)
 
 
 class AlignmentPrompts:
-    """Stage 1: candidate nodes and one item's text; the label is the node it describes."""
+    """Stage 1: candidate nodes and one item's text; the label is the node that the text describes."""
 
-    def __init__(self, tokenizer: Any, texts: list[str], max_text_tokens: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_text_tokens: int) -> None:
         self.pieces = pieces(ALIGNMENT, tokenizer, start=True)
         self.table, self.count = text_table(tokenizer, texts, max_text_tokens)
 
     def longest(self, candidates: int) -> int:
-        """Tokens of the longest possible prompt."""
+        """The number of tokens in the longest possible prompt."""
         return sum(len(p) for p in self.pieces if isinstance(p, list)) + candidates + self.table.shape[1]
 
     def shorten(self, candidates: int, positions: int) -> int:
-        """Cut the ends of texts whose prompts would pass `positions` and say how many; UserError where none fits."""
+        """Cut texts whose prompts exceed `positions` at the end, and return how many; UserError if not a token fits."""
         room = positions - self.longest(candidates) + self.table.shape[1]
         if room < 1:
             raise UserError(f"not one token of text fits beside align.candidates={candidates} nodes in the backbone's "
@@ -119,7 +122,7 @@ class AlignmentPrompts:
         return cut
 
     def __call__(self, item_B: Tensor, candidates_BC: Tensor) -> PromptBatch:
-        """Prompts for described items, given the nodes to list (the described one among them)."""
+        """Prompts for items [B] with the candidate nodes [B, C], which include the described item."""
         layout = Assembly(len(item_B))
         for piece in self.pieces:
             if piece == "nodes":
@@ -134,12 +137,13 @@ class AlignmentPrompts:
 
 
 class BehaviourPrompts:
-    """Stage 2: the clicks of a session as node slots, titles or both, and a question a prefix.
+    """Stage 2: the clicks of a session as node slots, titles or both, and a question for each prefix.
 
-    The family `titles` has words alone: before each title stands a dash where the others have a node slot.
+    The family `titles` has only words: a dash stands before each title, where the others have a node slot.
     """
 
-    def __init__(self, tokenizer: Any, family: str, titles: list[str] | None, title_tokens: int, edges: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: str, titles: list[str] | None, title_tokens: int,
+                 edges: bool) -> None:
         trunk, branch = BEHAVIOUR[family]
         self.trunk = pieces(trunk, tokenizer, start=True)
         self.branch = pieces(branch if edges else EDGES.sub("", branch), tokenizer, start=False)
@@ -148,15 +152,16 @@ class BehaviourPrompts:
         self.titles = text_table(tokenizer, titles, title_tokens) if titles is not None else None
 
     def longest(self, max_session: int) -> int:
-        """Tokens that the longest possible prompt spans."""
+        """The number of tokens in the longest possible prompt."""
         clicks = max_session * self._widest()
         slots = {"nodes": clicks, "titles": clicks, "edges": (max_session - 1) * (2 + len(self.arrow))}
         return sum(slots.get(p, 1) if isinstance(p, str) else len(p) for p in self.trunk + self.branch)
 
     def fitting(self, sessions: Sessions, positions: int) -> Tensor:
-        """How many clicks of each sample, the most recent ones, make a prompt of at most `positions`; on the CPU.
+        """How many of each sample's most recent clicks fit a prompt of at most `positions` tokens [samples], on the
+        CPU.
 
-        Whether its prompt is one of its own or a branch is the same: a branch has the positions of the former.
+        A branch has the same positions as a prompt of its own, so the answer holds for both.
         """
         items, row, length = sessions.items.cpu().long(), sessions.row.cpu(), sessions.length.cpu()
         edge = 2 + len(self.arrow) if "edges" in self.branch else 0  # for all clicks but the first
@@ -182,9 +187,10 @@ class BehaviourPrompts:
         return self._own() + (self.titles[0].shape[1] if self.titles else 0)
 
     def __call__(self, graphs: GraphBatch, first_B: Tensor) -> PromptBatch:
-        """Prompts for sessions, with a branch for every prefix of `first_B` to all clicks.
+        """Prompts for sessions, with a branch for every prefix from `first_B` clicks to all of them.
 
-        Readouts go session by session, prefix by prefix. Edge lists are those of the whole session.
+        The readouts are in the order of the sessions and, within one, of the prefixes. An edge list has the edges of
+        the whole session.
         """
         layout = Assembly(len(first_B))
         end_BS = torch.zeros_like(graphs.items_BS)
@@ -195,16 +201,16 @@ class BehaviourPrompts:
                 layout.text(piece)
         steps = graphs.items_BS.shape[1]
         prefix_B1P = torch.arange(1, steps + 1)[None]
-        asked_BP = (prefix_B1P >= first_B[:, None]) & (prefix_B1P <= graphs.length_B[:, None])
-        readout_BP = (asked_BP.flatten().long().cumsum(0) - 1).view_as(asked_BP)
+        real_BP = (prefix_B1P >= first_B[:, None]) & (prefix_B1P <= graphs.length_B[:, None])
+        readout_BP = (real_BP.flatten().long().cumsum(0) - 1).view_as(real_BP)
         if "edges" in self.branch:
             column_BP = self._branch_with_edges(layout, graphs, readout_BP, end_BS)
         else:
-            column_BP = self._branches(layout, graphs.items_BS, asked_BP, readout_BP, end_BS)
-        return layout.batch(asked_BP.nonzero()[:, 0], column_BP[asked_BP])
+            column_BP = self._branches(layout, graphs.items_BS, real_BP, readout_BP, end_BS)
+        return layout.batch(real_BP.nonzero()[:, 0], column_BP[real_BP])
 
     def _clicks(self, layout: Assembly, graphs: GraphBatch) -> Tensor:
-        """Node slots or marks, each followed by its title where titles are on; returns the column after each click."""
+        """Add node slots or marks, each followed by its title where titles are on; returns the columns after the clicks."""
         if self.titles is None:
             return layout.add(NODE, graphs.items_BS, graphs.mask_BS()) + 1
         table, count = self.titles
@@ -221,7 +227,7 @@ class BehaviourPrompts:
         column = layout.add(kind.flatten(1), value.flatten(1), shown.flatten(1)).view_as(value)
         return column[..., -1] + 1  # masked entries repeat the column before them
 
-    def _branches(self, layout: Assembly, items_BS: Tensor, asked_BP: Tensor, readout_BP: Tensor, end_BP: Tensor
+    def _branches(self, layout: Assembly, items_BS: Tensor, real_BP: Tensor, readout_BP: Tensor, end_BP: Tensor
                   ) -> Tensor:
         kinds, values = [], []
         for piece in self.branch:
@@ -237,7 +243,7 @@ class BehaviourPrompts:
         number = torch.arange(1, value.shape[1] + 1)[None, :, None].expand_as(value)
         limit = end_BP[..., None].expand_as(value)
         position = limit + torch.arange(width)
-        real = asked_BP[..., None].expand_as(value)
+        real = real_BP[..., None].expand_as(value)
         column = layout.add(*(t.flatten(1) for t in (kind, value, real, number, position, limit)))
         return column.view_as(value)[..., -1]
 

@@ -1,12 +1,12 @@
-"""LLMGR's logits of all items for sessions: what training, validation, evaluation and serving share."""
+"""LLMGR's logits of all items for sessions, which training, validation, evaluation and serving share."""
 from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from llmgr.encoders.layers import cross_entropy
 from llmgr.language_model.packing import PACKED
 from llmgr.model.llmgr import Llmgr
 from llmgr.model.loss import TextSmoothing, summed_cross_entropy
@@ -22,17 +22,17 @@ from llmgr.sessions.tensors import Sessions
 from llmgr.training.distributed import spread
 from llmgr.training.job import Loss
 
-GROUPED = 4.0  # the longest session that the graph encoder reads at once is shorter than so many times the shortest
+GROUPED = 4.0  # `ratio` of `by_length` for the sessions that the graph encoder reads together
 VALIDATED = 128  # sessions that validation scores at a time
 READ = 1024  # sessions that a frozen graph encoder reads at a time
 
 
 class Ranker(nn.Module):
-    """The logits of all items: LLMGR's, from a prompt, plus those of the prior where there is one.
+    """The logits of all items: LLMGR's, from a prompt, plus the prior's where there is one.
 
-    `dtype` is the arithmetic of the language model. Training under `tune.folds` needs `learn_from` first: then a
+    `dtype` is the precision of the language model. Training under `tune.folds` needs `learn_from` first. Then a
     training session is scored by the cross-fitted base, and its prompt and the `items` output read the item vectors of
-    the base that was trained without its user. The base's own vectors were fitted to these very targets.
+    the base that was trained without its user, since the base's own vectors were trained on the same targets.
     """
 
     def __init__(self, llmgr: Llmgr, prompts: BehaviourPrompts, dtype: torch.dtype, prior: Prior | None = None) -> None:
@@ -40,7 +40,7 @@ class Ranker(nn.Module):
         self.llmgr, self.prior = llmgr, prior
         self.prompts, self.dtype = prompts, dtype
         self.fold_N: Tensor | None = None
-        """Which fold each training sample's user belongs to, on the CPU; None without folds."""
+        """The fold of each training sample's user, on the CPU; None without folds."""
         self.shifts: list[Tensor] = []
         self.readouts: Tensor | None = None
         self._laid_out: WeakKeyDictionary[Sessions, Sessions] = WeakKeyDictionary()
@@ -51,23 +51,23 @@ class Ranker(nn.Module):
 
     def logits(self, sessions: Sessions, samples_R: Tensor, count_B: Tensor | None = None, *, trained: bool = False
                ) -> Tensor:
-        """Logits [R, V+1] of samples [R] of sessions that fit the prompt (`shortened`); column 0 is padding.
+        """Logits [R, V+1] of samples [R] whose sessions fit the prompt (`shortened`); column 0 is padding.
 
-        `trained`: the sessions are those that the model learns from. Then `count_B` may say how many samples share a
-        prompt: the prefixes of a row that follow each other, shortest first. With folds all samples of a call are of
-        one fold, since they share its item vectors; ValueError otherwise.
+        `trained` marks training sessions. For these `count_B` can give the number of samples of each prompt:
+        consecutive prefixes of a row, shortest first. With folds all samples of a call must be of one fold, whose item
+        vectors they share; ValueError otherwise.
         """
         scores_RV = self.factors(sessions, samples_R, count_B, trained=trained)[0].logits()
         offset_RV = self.offset(sessions, samples_R, trained)
         return scores_RV if offset_RV is None else scores_RV + offset_RV
 
     def offset(self, sessions: Sessions, samples_R: Tensor, trained: bool) -> Tensor | None:
-        """The prior's logits [R, V+1], None without one."""
+        """The prior's logits [R, V+1], None without a prior."""
         return None if self.prior is None else self.prior(sessions, samples_R, trained)
 
     def factors(self, sessions: Sessions, samples_R: Tensor, count_B: Tensor | None = None, *, trained: bool = False
                 ) -> tuple[Factors, int]:
-        """The factors of LLMGR's own logits, arguments as in `logits`, and the useful tokens that were read.
+        """The factors of LLMGR's own logits, and the number of useful tokens in the prompts; arguments as in `logits`.
 
         ValueError where `trained` samples are of several folds.
         """
@@ -94,9 +94,9 @@ class Ranker(nn.Module):
 
     def loss(self, sessions: Sessions, samples_R: Tensor, count_B: Tensor | None = None,
              weight_R: Tensor | None = None, smoothing: TextSmoothing | None = None) -> Loss:
-        """Summed loss of samples that the model learns from (see `logits`); `weight_R` as in `summed_cross_entropy`.
+        """The summed loss of training samples; arguments as in `logits` and `summed_cross_entropy`.
 
-        With folds all samples of a call are of one fold; ValueError otherwise.
+        With folds all samples of a call must be of one fold; ValueError otherwise.
         """
         factors, tokens = self.factors(sessions, samples_R, count_B, trained=True)
         samples_R = samples_R.to(self.device)
@@ -105,20 +105,19 @@ class Ranker(nn.Module):
         return Loss(total, len(samples_R), tokens)
 
     def over(self, sessions: Sessions) -> Score:
-        """Scores of samples of these sessions, which are not learned from, cut to what fits the prompt."""
+        """The score of validation or test sessions, which are cut to what fits the prompt."""
         sessions, _ = self.shortened(sessions, "validation or test")
         return torch.no_grad()(lambda samples: self.logits(sessions, samples))
 
     @torch.no_grad()
     def validate(self, sessions: Sessions) -> dict[str, float]:
-        """Mean loss and full-ranking metrics at 20 of sessions that are not learned from and fit the prompt
-        (`shortened`)."""
+        """The mean loss and the metrics at 20 of validation sessions that fit the prompt (`shortened`)."""
         total = 0.0
 
         def scored(samples: Tensor) -> Tensor:
             nonlocal total
             scores = spread(lambda part: self.logits(sessions, part), samples)
-            total += F.cross_entropy(scores[:, 1:], sessions.target[samples] - 1, reduction="sum").item()
+            total += cross_entropy(scores, sessions.target[samples]).item()
             return scores
 
         result = metrics(rank_sessions(scored, sessions, VALIDATED))
@@ -126,9 +125,9 @@ class Ranker(nn.Module):
                 **{f"valid_{name}": result[name] for name in ("hr_at_20", "ndcg_at_20", "mrr_at_20")}}
 
     def shortened(self, sessions: Sessions, kind: str) -> tuple[Sessions, int]:
-        """Sessions whose prompts fit the backbone's positions, by their most recent clicks, and how many lost some.
+        """The sessions cut to the most recent clicks whose prompt fits the backbone's positions, and how many were cut.
 
-        The graph encoder does not see what the prompt lost either. UserError where not even one click fits.
+        The graph encoder does not see the lost clicks either. UserError where not even one click fits.
         """
         positions = self.llmgr.positions
         if self.prompts.longest(sessions.items.shape[1]) <= positions:
@@ -146,8 +145,8 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def learn_from(self, sessions: Sessions) -> None:
-        """Read once what training on these sessions uses again and again: every fold's item vectors, and a frozen graph
-        encoder's readouts."""
+        """Compute once what every step of training on these sessions needs: the folds' item vectors, and the readouts
+        of a frozen graph encoder."""
         self.fold_N, self.shifts, self.readouts = None, [], None
         if self.prior is not None and self.prior.base is not None:
             base = self.prior.base
@@ -158,7 +157,7 @@ class Ranker(nn.Module):
             self.readouts = self._all_readouts(sessions)
 
     def _shift(self, sample_R: Tensor) -> Tensor | None:
-        """The item vectors [V+1, D] of the samples' fold less the base's, None without folds."""
+        """The item vectors of the samples' fold less the base's [V+1, D]; None without folds."""
         if self.fold_N is None:
             return None
         fold_R = self.fold_N[sample_R]
@@ -167,7 +166,7 @@ class Ranker(nn.Module):
         return self.shifts[int(fold_R[0])]
 
     def _all_readouts(self, sessions: Sessions) -> Tensor:
-        """The graph encoder's readouts of all samples [samples, D], each over its fold's item vectors."""
+        """The graph encoder's readouts of all samples [samples, D], each with its fold's item vectors."""
         self.llmgr.encoder.eval()
         readouts = torch.zeros(len(sessions), self.llmgr.vectors.shape[1], device=self.device)
         order = torch.argsort(sessions.length.cpu(), stable=True)
@@ -179,7 +178,7 @@ class Ranker(nn.Module):
 
     def _read_in_groups(self, sessions: Sessions, samples_R: Tensor, length_R: Tensor, shift_VD: Tensor | None
                         ) -> Tensor:
-        """The graph encoder's readouts [R, D], in groups of like length where it computes at padding."""
+        """The graph encoder's readouts [R, D], computed in groups of similar length where it computes at padding."""
         if not self.llmgr.encoder.pads:
             return self.llmgr.sessions(sessions.graphs(samples_R), shift_VD)
         groups = by_length(torch.arange(len(samples_R)), length_R, GROUPED, self.device)
@@ -188,7 +187,7 @@ class Ranker(nn.Module):
         return session_RD[torch.argsort(torch.cat(groups)).to(self.device)]
 
     def _on_cpu(self, sessions: Sessions) -> Sessions:
-        """The same sessions where prompts are laid out."""
+        """The same sessions on the CPU, where prompts are laid out."""
         if sessions.row.device.type == "cpu":
             return sessions
         if sessions not in self._laid_out:

@@ -1,19 +1,22 @@
 """The prior: a weighted sum of the scores of models without a prompt, to which LLMGR's logits are added."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from llmgr.encoders.layers import cross_entropy
 from llmgr.params.derived import cross_fits
 from llmgr.params.schema import Params
 from llmgr.prior.cross_fitting import CrossFitted
 from llmgr.prior.left_out import LeftOut, left_out
 from llmgr.prior.tower import Tower
 from llmgr.ranking.banded_sum import banded_sum, fit
-from llmgr.runtime.artifacts import read_json
+from llmgr.runtime.artifacts import load_tensors, read_json
 from llmgr.runtime.console import during
+from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
 from llmgr.sessions.tensors import Sessions
 from llmgr.text.items import texts_shuffled
@@ -82,14 +85,27 @@ class Prior(nn.Module):
         else:
             drawn = torch.multinomial(train.recency(recency).cpu(), number, replacement=True, generator=generator)
         drawn = drawn.to(train.row.device)
-        read = [(self._read(train, samples, True), train.target[samples] - 1) for samples in drawn.split(256)]
+        read = [(self._read(train, samples, True), train.target[samples]) for samples in drawn.split(256)]
 
         def losses(part: tuple[tuple[Tensor | None, ...], Tensor]) -> Tensor:
             parts, target = part
-            return F.cross_entropy(self._weighted(*parts)[:, 1:], target, reduction="none")
+            return cross_entropy(self._weighted(*parts), target, reduction="none")
 
         with during("linear model: fitting its weights"):
             fit(list(self.parameters()), losses, read)
+
+
+def load_fitted(prior: Prior, folder: Path) -> Prior:
+    """The prior with the weights that it had before stage 2, which lie in stage 2's folder.
+
+    UserError where those are of a prior with other parts.
+    """
+    weights = load_tensors(folder / "prior.safetensors")
+    if weights.keys() != prior.state_dict().keys():
+        raise UserError(f"{folder} has another prior than tune.folds and tower.enabled ask for: run `dvc repro` to "
+                        "train it anew")
+    prior.load_state_dict(weights)
+    return prior
 
 
 def build_prior(params: Params, files: Layout, train: Sessions | None, device: torch.device,

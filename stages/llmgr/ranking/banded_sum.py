@@ -23,9 +23,14 @@ def banded_sum(scores_M: Sequence[Tensor], weight_MN: Sequence[Tensor], bias_N: 
     `weight_MN` has a weight for each scorer and band, `bias_N` a bias for each band. `band` holds the band of every
     candidate and broadcasts to the scores: [V+1] for scores [B, V+1].
     """
-    total = bias_N[band]
-    for scores, weight_N in zip(scores_M, weight_MN):
-        total = torch.addcmul(total, scores.float(), weight_N[band])
+    return weighted_sum(scores_M, [weight_N[band] for weight_N in weight_MN], bias_N[band])
+
+
+def weighted_sum(scores_M: Sequence[Tensor], weight_MV: Sequence[Tensor], bias_V: Tensor) -> Tensor:
+    """`banded_sum` where weights and biases are given for each candidate; they broadcast to the scores."""
+    total = bias_V
+    for scores, weight_V in zip(scores_M, weight_MV):
+        total = torch.addcmul(total, scores.float(), weight_V)
     return total
 
 

@@ -58,7 +58,7 @@ def checked(path: str | Path, test: pl.DataFrame) -> dict[str, np.ndarray]:
     """One model's ranks by convention; UserError if the file does not belong to these test sessions."""
     frame = read_table(path)
     if not frame["target"].equals(test["target"]):
-        raise UserError(f"{path} ranks other sessions than data/sessions/test.parquet: run `dvc repro evaluate`")
+        raise UserError(f"{path} ranks other sessions than those of the test split: run `dvc repro evaluate`")
     return {convention: frame[column].to_numpy() for convention, column in COLUMNS.items()}
 
 

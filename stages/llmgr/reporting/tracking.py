@@ -54,7 +54,7 @@ def datasets(lock: Path, data: Path) -> dict[str, str]:
 
     stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
     made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", ())
-            if out["path"].startswith("data/") and out.get("md5", "").endswith(".dir")}
+            if data in Path(out["path"]).parents and out.get("md5", "").endswith(".dir")}
     if made:
         return made
     return {path.as_posix(): digest(path, "md5") for path in sorted(data.glob("[!.]*")) if path.is_dir()}

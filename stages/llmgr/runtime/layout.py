@@ -7,10 +7,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders of data, models and reports, and what lies where in them.
-
-    The scripts in stages/ say which folders. Nothing else in the library knows a path.
-    """
+    """The folders of data, models and reports, and the paths of the files in them. Nothing else in the library has
+    any."""
 
     data: str | Path
     models: str | Path
@@ -76,8 +74,22 @@ class Layout:
 
     @property
     def gates(self) -> Path:
+        """The gates' weights."""
         return Path(self.models, "gates")
+
+    @property
+    def recommender(self) -> Path:
+        """The package for production."""
+        return Path(self.models, "recommender")
+
+    def ranks(self, model: str) -> Path:
+        """A model's ranks of the test targets."""
+        return Path(self.reports, "ranks", f"{model}.parquet")
 
     def metrics(self, name: str) -> Path:
         """The figures of a stage; those of an encoder are `encoders/NAME`, what something cost is `cost/NAME`."""
         return Path(self.reports, "metrics", f"{name}.json")
+
+
+PIPELINE = Layout("data", "models", "reports")
+"""The folders that dvc.yaml names, relative to the repository's root."""

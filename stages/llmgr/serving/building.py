@@ -1,4 +1,4 @@
-"""A package made of what the pipeline trained."""
+"""A package built from what the pipeline trained."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -9,11 +9,10 @@ from torch import Tensor
 
 from llmgr.encoders.registry import load_encoder
 from llmgr.language_model.loading import load_tokenizer
-from llmgr.prior.weighted_sum import BANDS, build_prior
+from llmgr.prior.weighted_sum import BANDS, build_prior, load_fitted
 from llmgr.ranking.loop import rank_sessions
 from llmgr.ranking.metrics import metrics, ranks
 from llmgr.runtime.artifacts import digest, load_tensors, read_json, read_table
-from llmgr.runtime.errors import UserError
 from llmgr.runtime.layout import Layout
 from llmgr.serving.new_items import text_tensors, word_tensors
 from llmgr.serving.package import Package
@@ -22,6 +21,7 @@ from llmgr.text.items import item_texts, token_table
 
 if TYPE_CHECKING:
     from llmgr.model.outputs import Factors
+    from llmgr.params.schema import Params
     from llmgr.prior.weighted_sum import Prior
     from llmgr.serving.student import Student
     from llmgr.sessions.tensors import Sessions
@@ -31,10 +31,11 @@ COST = 0.01  # share of NDCG@20 on validation that pruning may cost
 DRAWN = 4096  # validation sessions at most that say what pruning costs
 
 
-def built(params: Any, files: Layout, prior: Prior | None, valid: Sessions) -> tuple[Package, dict[str, Any]]:
-    """The package of the prior whose weights are loaded, or of the base encoder alone where there is none.
+def build_package(params: Params, files: Layout, prior: Prior | None, valid: Sessions
+                  ) -> tuple[Package, dict[str, Any]]:
+    """The package of a prior with loaded weights, or of the base encoder alone without a prior; and its metrics.
 
-    And what pruning the item-item matrix costs on validation sessions of strangers, for the metrics.
+    The metrics say what pruning the item-item matrix costs on validation sessions of unknown users.
     """
     table = read_table(files.items).sort("item_id")
     base, _ = load_encoder(files.embeddings, len(table))
@@ -70,8 +71,8 @@ def built(params: Any, files: Layout, prior: Prior | None, valid: Sessions) -> t
         "entries": entries, "valid": {str(name): by for name, by in valid_metrics.items()}}
 
 
-def with_student(package: Package, weights: dict[str, Tensor], student: Student, said: Factors) -> Package:
-    """The package with a student of what LLMGR `said`, and the weights that its prior has after stage 2, `weights`.
+def with_student(package: Package, weights: dict[str, Tensor], student: Student, factors: Factors) -> Package:
+    """The package with a student, the table of its `factors`, and `weights`, those of LLMGR's prior after stage 2.
 
     Without weights LLMGR had no prior, and the student answers alone.
     """
@@ -81,14 +82,14 @@ def with_student(package: Package, weights: dict[str, Tensor], student: Student,
         weights = {"bias": torch.zeros(len(BANDS) + 1), "clicked": torch.zeros(1)}
     tensors |= {f"weights.{name}": value.detach().cpu().clone() for name, value in weights.items()}
     tensors |= {f"student.net.{name}": value for name, value in student.state_dict().items()}
-    tensors["student.table"] = said.table_VK.clone()
-    if said.bias_V is not None:
-        tensors["student.bias"] = said.bias_V.clone()
+    tensors["student.table"] = factors.table_VK.clone()
+    if factors.bias_V is not None:
+        tensors["student.bias"] = factors.bias_V.clone()
     return Package(package.config | {"student": True}, package.items, tensors)
 
 
-def with_reader(package: Package, params: Any, files: Layout, prior: Prior | None) -> Package:
-    """The package with what it needs to read new texts; itself where the tower is off or a language model."""
+def with_reader(package: Package, params: Params, files: Layout, prior: Prior | None) -> Package:
+    """The package with the tensors that read new texts; unchanged where the tower is off or a language model."""
     if "tower" not in package.tensors or params.tower.encoder != "tokens":
         return package
     texts = item_texts(files.items, "text")
@@ -107,24 +108,18 @@ def with_reader(package: Package, params: Any, files: Layout, prior: Prior | Non
 
 
 def ranked(package: Package, sessions: Sessions) -> dict[str, float]:
-    """The metrics of a package on sessions, as those of strangers."""
+    """The metrics of a package on sessions, scored as those of unknown users."""
     scorer = Scorer(package)
     return metrics(rank_sessions(lambda samples: scorer(sessions.graphs(samples)), sessions, 256))
 
 
-def tuned_from(params: Any, files: Layout, train: Sessions) -> Prior:
-    """LLMGR's prior as it was fitted before stage 2; UserError where it has other parts than asked."""
-    prior = build_prior(params, files, train, torch.device("cpu"))
-    weights = load_tensors(files.tuned / "prior.safetensors")
-    if weights.keys() != prior.state_dict().keys():
-        raise UserError("models/tuned has another prior than tune.folds and tower.enabled ask for: run `dvc "
-                        "repro` to train it anew")
-    prior.load_state_dict(weights)
-    return prior
+def tuned_from(params: Params, files: Layout, train: Sessions) -> Prior:
+    """LLMGR's prior as it was fitted before stage 2; UserError where it has other parts than the parameters say."""
+    return load_fitted(build_prior(params, files, train, torch.device("cpu")), files.tuned)
 
 
 def rows_of(matrix: np.ndarray, entries: int) -> dict[str, Tensor]:
-    """The `entries` entries of largest absolute value of every row of [V+1, V+1], in rows, by column."""
+    """The `entries` entries of largest absolute value in every row of a matrix [V+1, V+1], as a package stores them."""
     values, items, counts = [], [], []
     for rows in torch.from_numpy(matrix).split(1024):
         strongest = rows.abs().topk(min(entries, rows.shape[1]), 1).indices.sort(1).values
@@ -141,10 +136,8 @@ def rows_of(matrix: np.ndarray, entries: int) -> dict[str, Tensor]:
 @torch.inference_mode()
 def chosen_entries(package: Package, matrix: np.ndarray, valid: Sessions, seed: int
                    ) -> tuple[int, dict[Any, dict[str, float]]]:
-    """The fewest of ENTRIES whose NDCG@20 on validation is at most COST below that of the whole matrix, else the most.
-
-    And the metrics of the whole matrix and of each count tried.
-    """
+    """The fewest of ENTRIES that cost at most COST of the whole matrix's NDCG@20 on validation, else the most; and the
+    metrics of the whole matrix and of each number tried."""
     drawn = torch.randperm(len(valid), generator=torch.Generator().manual_seed(seed))[:DRAWN]
     batches = drawn[torch.argsort(valid.length[drawn], stable=True)].split(256)
     scorer = Scorer(package)

@@ -1,5 +1,4 @@
-"""Training of the student: the queries that LLMGR makes of training prefixes, learned (Hinton et al. 2015, arXiv
-1503.02531)."""
+"""Training of the student: it learns LLMGR's queries of training prefixes (Hinton et al. 2015, arXiv 1503.02531)."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -23,8 +22,8 @@ PROMPTS, EPOCHS, BATCH, LR = 16, 30, 512, 2e-3
 
 @torch.no_grad()
 def taught(ranker: Ranker, train: Sessions, seed: int) -> tuple[Sessions, Tensor, Factors]:
-    """What LLMGR says of training prefixes beside its prior: the sessions, samples [R] of them and the factors, queries
-    [R, K], on the CPU."""
+    """LLMGR's own logits of training prefixes, without its prior: the sessions, their samples [R], and the factors with
+    queries [R, K], on the CPU."""
     train, _ = ranker.shortened(train, "training")
     first, last, sample = spans(train, ranker.llmgr.causal)
     chosen = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:TAUGHT]
@@ -43,12 +42,12 @@ def taught(ranker: Ranker, train: Sessions, seed: int) -> tuple[Sessions, Tensor
     return train, torch.cat(rows), Factors(torch.cat(queries), table, None if bias is None else bias.float().cpu())
 
 
-def trained_student(train: Sessions, samples_R: Tensor, said: Factors, seed: int) -> Student:
-    """A student whose logits are nearest to those of the factors: least squares over all items, a constant apart.
+def trained_student(train: Sessions, samples_R: Tensor, factors: Factors, seed: int) -> Student:
+    """The student whose logits are closest to those of the factors: least squares over all items, up to a constant.
 
-    The squared error of the logits is that of the queries under the covariance of the table's rows.
+    The squared error of the logits is the squared error of the queries under the covariance of the table's rows.
     """
-    query_RK, table_VK = said.query_RK, said.table_VK
+    query_RK, table_VK = factors.query_RK, factors.table_VK
     torch.manual_seed(seed)
     student = Student(table_VK.shape[1])
     centred = (table_VK[1:] - table_VK[1:].mean(0)).double()

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
-from llmgr.serving.package import CONFIG, FOLDER
+from llmgr.serving.package import CONFIG
 from llmgr.serving.recommender import Recommender
 
 
 class Live:
-    """The recommender of a folder as it is now.
+    """The recommender of a folder's current package.
 
-    A folder that changed is read by a thread of its own while the old package answers. One that is damaged, or is being
-    replaced, is refused in one line on standard error, and the old package stays until the folder changes again.
+    When the folder changes, a thread reads it while the old package answers. A damaged package is refused in one line
+    on standard error, and the old one stays until the folder changes again.
     """
 
-    def __init__(self, folder: str | Path = FOLDER) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Load `folder`; UserError as `Recommender.load`."""
         self.folder, self.lock = Path(folder), threading.Lock()
         self.met = self._mark()

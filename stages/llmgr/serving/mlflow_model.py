@@ -33,7 +33,7 @@ class Served(mlflow.pyfunc.PythonModel):
         """Each session is `{"items": [ID, ...]}`; `params` are those of `recommend`."""
         settings = PARAMS | (params or {})
         try:
-            sessions = [_items(session, place) for place, session in enumerate(model_input, 1)]
+            sessions = [_items(session, number) for number, session in enumerate(model_input, 1)]
             recommender = self.live.current()
             _check_size(recommender, len(sessions), settings["k"])
             return recommender.recommend(sessions, **{name: settings[name] for name in PARAMS}).to_dicts()
@@ -41,9 +41,9 @@ class Served(mlflow.pyfunc.PythonModel):
             raise Refused(str(error)) from None
 
 
-def _items(session: Any, place: int) -> Any:
+def _items(session: Any, number: int) -> Any:
     if not isinstance(session, dict) or set(session) != {"items"}:
-        raise UserError(f"input {place} must be a session such as {SESSION}")
+        raise UserError(f"input {number} must be a session such as {SESSION}")
     return session["items"]
 
 

@@ -1,8 +1,8 @@
-"""Items that come, change and go without training: a package that has them, made of another one.
+"""Items added, changed and removed without training: each function returns a new package.
 
-A new item has a text and no clicks. The text tower's stored tokens give its vector; a linear map of that vector, fitted
-to the items that training knows, stands in for the vectors that clicks would have taught; the likeness of words stands
-in for its row and column of the item-item matrix. Its band is that of items that were never a target.
+A new item has a text and no clicks. The text tower's stored tokens give its vector. A linear map of that vector, fitted
+to the trained items, replaces the vectors that training on clicks would have given. The similarity of words replaces
+its row and column of the item-item matrix. Its band is that of items that were never a target.
 """
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ MAPPED = ("base", "student.table")  # vectors that a new item gets by a map of i
 
 
 def text_tensors(package: Package, tower: dict[str, Tensor], token_T: Tensor, tokenizer: bytes) -> dict[str, Tensor]:
-    """What a package needs to read new texts: the token tower, and the maps from its vectors to the other ones.
+    """The tensors that read new texts: the token tower, and the maps from its vectors to the package's other vectors.
 
-    `token_T` are the tokens that `tower` has vectors of; `tokenizer` is a tokenizer.json.
+    `token_T` are the tokens that `tower` has vectors for; `tokenizer` is the content of a tokenizer.json.
     """
     tensors = {"reader.token": token_T, "reader.vector": tower["means.weight"], "reader.head.weight":
                tower["head.weight"], "reader.head.bias": tower["head.bias"], "reader.tokenizer": as_bytes(tokenizer)}
@@ -43,9 +43,9 @@ def text_tensors(package: Package, tower: dict[str, Tensor], token_T: Tensor, to
 
 
 def word_tensors(texts: Sequence[str], share_V: np.ndarray) -> dict[str, Tensor]:
-    """The words of the items' titles and brands, as `llmgr.text.words.word_matrix` weighs them.
+    """The words of the items' titles and brands, with the weights of `llmgr.text.words.word_matrix`.
 
-    `share_V` [V+1] is what a click of an item adds to an item as like it as it is itself (see `LeftOut`).
+    `share_V` [V+1] is what a click on an item adds to the score of an item with the same words (see `LeftOut`).
     """
     count = Counter(word for text in texts for word in set(WORD.findall(text.lower())))
     words = sorted(word for word, number in count.items() if number > 1)
@@ -57,10 +57,10 @@ def word_tensors(texts: Sequence[str], share_V: np.ndarray) -> dict[str, Tensor]
 
 
 def unit_words(texts: Sequence[str], words: Sequence[str], idf: np.ndarray) -> csr_array:
-    """Unit vectors [N, words] of the words of texts."""
-    place = {word: number for number, word in enumerate(words)}
-    pairs = [(row, place[word]) for row, text in enumerate(texts) for word in sorted(
-        set(WORD.findall(text.lower())) & place.keys())]
+    """Unit TF-IDF vectors of texts [N, words]."""
+    column_of = {word: number for number, word in enumerate(words)}
+    pairs = [(row, column_of[word]) for row, text in enumerate(texts) for word in sorted(
+        set(WORD.findall(text.lower())) & column_of.keys())]
     row, column = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     weight = idf[column]
     length = np.sqrt(np.bincount(row, weight**2, len(texts)))
@@ -68,16 +68,17 @@ def unit_words(texts: Sequence[str], words: Sequence[str], idf: np.ndarray) -> c
 
 
 def as_bytes(content: bytes) -> Tensor:
+    """Bytes as a tensor of a package."""
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def with_items(package: Package, items: pl.DataFrame) -> Package:
-    """The package with `items`: item and title, and text where that is more than the title.
+    """The package with `items`, a table with the columns item and title, and text if that is more than the title.
 
-    Of title and text one may be null: the other stands for it. An item that the package has gets the new text, and the
-    title where there is one: its vector is made anew, what clicks taught of it stays. Others come after the last.
-    Scores of all other items stay as they are. UserError where columns or texts are missing, an id is empty, or the
-    package stores no text encoder.
+    Title or text may be null; then the other is used. An item of the package gets the new text, and the title if there
+    is one: its text vector is made anew, and what was learned from clicks stays. New items follow the last one. The
+    scores of all other items stay as they are. UserError where columns or texts are missing, an id is empty, or the
+    package has no text encoder.
     """
     import polars as pl
 
@@ -133,14 +134,14 @@ def _appended(package: Package, new: pl.DataFrame) -> Package:
     if "student.bias" in tensors:
         tensors["student.bias"] = F.pad(tensors["student.bias"], (0, len(new)))
     if "transitions.value" in tensors:
-        tensors |= _likened(package, new["title"].to_list())
+        tensors |= _with_similar(package, new["title"].to_list())
     rows = new.select("item", "title", pl.lit(0, package.items.schema["count"]).alias("count"),
                       pl.lit(False).alias("blocked"))
     return Package(package.config, pl.concat([package.items, rows]), tensors)
 
 
-def _likened(package: Package, titles: list[str]) -> dict[str, Tensor]:
-    """The item-item matrix with rows and columns of new items, by their words' likeness to the items that it has."""
+def _with_similar(package: Package, titles: list[str]) -> dict[str, Tensor]:
+    """The item-item matrix with rows and columns for new items, from the similarity of their words to known items."""
     matrix, size = sparse(package, "transitions"), len(package.items) + 1
     if "words.value" not in package.tensors:
         whole = csr_array(matrix, copy=True)
@@ -149,12 +150,12 @@ def _likened(package: Package, titles: list[str]) -> dict[str, Tensor]:
     words = sparse(package, "words")
     known = bytes(package.tensors["words.known"].numpy()).decode().split("\n")
     weight = unit_words(titles, known, package.tensors["words.idf"].numpy())
-    likeness = csr_array(words @ weight.T).astype(np.float32)  # [V+1, N]
+    similarity = csr_array(words @ weight.T).astype(np.float32)  # [V+1, N]
     share = package.tensors["words.share"].numpy()
     strongest = share.max()  # that of an item without clicks
-    rows = _few(csr_array(likeness.T), max(1, package.config["entries"])) * strongest
+    rows = _few(csr_array(similarity.T), max(1, package.config["entries"])) * strongest
     own = csr_array(weight @ weight.T).astype(np.float32) * strongest
-    whole = vstack([hstack([matrix, csr_array(likeness.multiply(share[:, None]))]), hstack([rows, own])])
+    whole = vstack([hstack([matrix, csr_array(similarity.multiply(share[:, None]))]), hstack([rows, own])])
     return rows_as_tensors(whole, "transitions") | rows_as_tensors(vstack([words, weight]), "words") | {
         "words.share": torch.cat((package.tensors["words.share"], torch.full((len(titles),), float(strongest))))}
 
@@ -170,7 +171,7 @@ def _few(matrix: csr_array, most: int) -> csr_array:
 
 
 def without_items(package: Package, items: Sequence[str]) -> Package:
-    """The package without `items`: never recommended, and unknown where they are clicked."""
+    """The package without `items`: they are never recommended, and their clicks are unknown."""
     import polars as pl
 
     gone = _rows_of(package, items)
@@ -180,7 +181,7 @@ def without_items(package: Package, items: Sequence[str]) -> Package:
 
 
 def blocking(package: Package, items: Sequence[str], blocked: bool = True) -> Package:
-    """The package in which `items` are not recommended, though their clicks count; or are again."""
+    """The package that does not recommend `items`, though their clicks count; with `blocked=False` it does again."""
     import polars as pl
 
     chosen = _rows_of(package, items)
@@ -207,8 +208,8 @@ def read(package: Package, texts: list[str]) -> Tensor:
 
     tokenizer = Tokenizer.from_str(bytes(tensors["tokenizer"].numpy()).decode())
     tokenizer.enable_truncation(package.config["tower"]["max_text_tokens"])
-    place = {token: number for number, token in enumerate(tensors["token"].tolist())}
-    ids = [[place[token] for token in encoded.ids if token in place] for encoded in tokenizer.encode_batch(texts)]
+    row_of = {token: number for number, token in enumerate(tensors["token"].tolist())}
+    ids = [[row_of[token] for token in encoded.ids if token in row_of] for encoded in tokenizer.encode_batch(texts)]
     count = torch.tensor([len(row) for row in ids])
     flat = torch.tensor([token for row in ids for token in row], dtype=torch.long)
     normed_TH = F.layer_norm(tensors["vector"], tensors["vector"].shape[1:])
@@ -217,7 +218,7 @@ def read(package: Package, texts: list[str]) -> Tensor:
 
 
 def sparse(package: Package, name: str) -> csr_array:
-    """A matrix that `rows_as_tensors` made."""
+    """The matrix that `rows_as_tensors` stored under a name."""
     tensors = package.under(f"{name}.")
     width = len(package.items) + 1 if name == "transitions" else len(package.tensors["words.idf"])
     return csr_array(tuple(tensors[part].numpy() for part in ("value", "item", "start")),

@@ -1,4 +1,4 @@
-"""The folder that recommendations come from: written whole, checked by its digests, memory-mapped.
+"""The package that recommendations come from: a folder written whole, checked by its digests, memory-mapped.
 
 `config.json` has the format, the settings of scoring, the digests of what the package was made of and of its own files;
 `items.parquet` a row an item; `tensors.safetensors` everything else.
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-FOLDER = "models/recommender"
 CONFIG, ITEMS, TENSORS = "config.json", "items.parquet", "tensors.safetensors"
 AGAIN = "write the package again with `dvc repro package`"
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a request needs. `items` has the columns item, title, count (training targets) and blocked, rows 1 to V.
+    """Everything that a request needs. `items` has the columns item, title, count (as a training target) and blocked.
 
     `tensors` by name: `transitions.{value,item,start}` (the item-item matrix in rows of its strongest entries),
     `weights.*` by band of counts, `base` and `tower` [V+1, width], `encoder.*`, and what `llmgr.serving.student` and
@@ -37,12 +36,12 @@ class Package:
     tensors: dict[str, Tensor]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin so, without the beginning."""
+        """The tensors whose names begin with `prefix`, by the rest of the name."""
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
 
 def write_package(folder: str | Path, package: Package) -> None:
-    """Write `folder` whole; equal packages give equal bytes."""
+    """Write the package into `folder`, whole or not at all; equal packages give equal bytes."""
     with replacing_folder(folder) as temporary:
         write_table(temporary / ITEMS, package.items)
         save_tensors(temporary / TENSORS, package.tensors)
@@ -52,7 +51,7 @@ def write_package(folder: str | Path, package: Package) -> None:
 
 
 def load_package(folder: str | Path) -> Package:
-    """Read and check a package; UserError, in one sentence, where it is missing, damaged or of another format."""
+    """Read and check a package; UserError where it is missing, damaged or of another format."""
     import polars as pl
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -11,7 +11,7 @@ import torch
 
 from llmgr.runtime.errors import UserError
 from llmgr.serving.new_items import blocking, with_items, without_items
-from llmgr.serving.package import FOLDER, Package, load_package, write_package
+from llmgr.serving.package import Package, load_package, write_package
 from llmgr.serving.scoring import PARTS, Scorer
 from llmgr.sessions.tensors import Sessions
 
@@ -50,7 +50,7 @@ class Recommender:
         self.longest = package.config["max_session"]
 
     @classmethod
-    def load(cls, folder: str | Path = FOLDER) -> Recommender:
+    def load(cls, folder: str | Path) -> Recommender:
         """The recommender of a folder that the stage `package` wrote; UserError as `load_package`."""
         return cls(load_package(folder))
 
@@ -59,28 +59,30 @@ class Recommender:
         write_package(folder, self.package)
 
     def add_items(self, items: pl.DataFrame) -> Recommender:
-        """One with new items, or new texts of its own: see `llmgr.serving.new_items.with_items`."""
+        """A recommender with new items, or with new texts of known ones; see `llmgr.serving.new_items.with_items`."""
         return Recommender(with_items(self.package, items))
 
     def remove_items(self, items: Sequence[str]) -> Recommender:
-        """One that neither recommends `items` nor knows their clicks; UserError where it has one of them not."""
+        """A recommender that neither recommends `items` nor knows their clicks; UserError where it lacks one of
+        them."""
         return Recommender(without_items(self.package, items))
 
     def block_items(self, items: Sequence[str], blocked: bool = True) -> Recommender:
-        """One that does not recommend `items`, though their clicks count; or does so again."""
+        """A recommender that does not recommend `items`, though their clicks count; with `blocked=False` it does
+        again."""
         return Recommender(blocking(self.package, items, blocked))
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20, exclude_seen: bool = True,
                   explain: bool = False) -> pl.DataFrame:
-        """The `k` best items for each session of item ids, oldest click first; a row a session.
+        """The `k` best items for each session, a list of item ids with the oldest click first. A row a session.
 
-        Columns items, titles and scores (lists, best first, among equals in the catalogue's order; fewer than `k` where
-        the catalogue ends), unknown (ids that the catalogue lacks, the first 100; the other clicks count) and popular
-        (true where no click is known: then the most popular items, scored by how often training had them as targets).
-        With `exclude_seen` no clicked item is among them.
-        With `explain` also a list a part of the score, in `llmgr.serving.scoring.PARTS`, which add up to it, and
-        because: the click that adds most to transitions and text, "" where none does. UserError where a session is no
-        list of ids, or k is no whole number above 0.
+        Columns: items, titles and scores are lists, best first, equal scores in the catalogue's order; they are shorter
+        than `k` where the catalogue ends. unknown lists the first 100 ids that the catalogue lacks; the other clicks
+        count. popular is true where no click is known: then the items are the most popular ones, and a score is how
+        often the item was a training target. With `exclude_seen` no clicked item is recommended. `explain` adds a
+        column for each of `llmgr.serving.scoring.PARTS`, which add up to the score, and because: the click that adds
+        most to transitions and text, "" where none does. UserError where a session is not a list of ids, or `k` is not
+        a whole number above 0.
         """
         import polars as pl
 
@@ -103,16 +105,14 @@ class Recommender:
 
     @torch.inference_mode()
     def _rows(self, read: list[Read], k: int, exclude_seen: bool, explain: bool) -> list[dict[str, Any]]:
-        warm = [place for place, session in enumerate(read) if session.numbers]
+        warm = [index for index, session in enumerate(read) if session.numbers]
         graphs: GraphBatch | None = None
         parts: dict[str, Tensor] = {}
         if warm:
-            graphs = self._graphs([read[place].numbers for place in warm])
+            graphs = self._graphs([read[index].numbers for index in warm])
+            made = self.scorer(graphs)
             if explain:
                 parts = self.scorer.parts(graphs)
-                made = sum(parts.values())
-            else:
-                made = self.scorer(graphs)
         if len(warm) < len(read):
             scores = self.popular.repeat(len(read), 1)
             scores[torch.tensor(warm, dtype=torch.long)] = made if warm else scores[:0]
@@ -155,47 +155,47 @@ class Recommender:
         item = item[torch.tensor(warm)]
         because = self.scorer.because(graphs, item).tolist()
         by_part = {name: part.gather(1, item).tolist() for name, part in parts.items()}
-        for place, row in enumerate(warm):
+        for index, row in enumerate(warm):
             size = len(rows[row]["items"])
-            rows[row] |= {name: values[place][:size] for name, values in by_part.items()}
-            rows[row]["because"] = [self.ids[number - 1] if number else "" for number in because[place][:size]]
+            rows[row] |= {name: values[index][:size] for name, values in by_part.items()}
+            rows[row]["because"] = [self.ids[number - 1] if number else "" for number in because[index][:size]]
 
 
 def strongest(scores_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` highest scores [R, k] and their columns [R, k], best first, the lower column first among equals."""
+    """The `k` highest scores and their columns, both [R, k], best first; of equal scores the lower column first."""
     item_RK = scores_RV.topk(k, 1).indices.sort(1).values  # topk promises no order among equals
     least_R1 = scores_RV.gather(1, item_RK).amin(1, keepdim=True)
     split = ((scores_RV >= least_R1).sum(1) > k) & (least_R1[:, 0] > -torch.inf)  # equals within and without
     if split.any():
         item_RK[split] = scores_RV[split].sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
-    best_RK, place_RK = scores_RV.gather(1, item_RK).sort(dim=1, descending=True, stable=True)
-    return best_RK, item_RK.gather(1, place_RK)
+    best_RK, order_RK = scores_RV.gather(1, item_RK).sort(dim=1, descending=True, stable=True)
+    return best_RK, item_RK.gather(1, order_RK)
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, of Python or NumPy; True and False are none."""
+    """Whether a value is a whole number, of Python or NumPy; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_k(k: Any) -> None:
-    """Raise UserError where `k` is no whole number above 0."""
+    """Raise UserError where `k` is not a whole number above 0."""
     if not is_whole(k) or k < 1:
         raise UserError(f"k={k!r} must be a whole number of at least 1")
 
 
 def checked(sessions: Any) -> list[list[str]]:
-    """Sessions as lists of ids, whole numbers read as ids; UserError names the first that is none."""
+    """Sessions as lists of ids, with whole numbers as ids; UserError names the first session that is not a list."""
     if isinstance(sessions, (str, bytes)) or not isinstance(sessions, (list, tuple)):
         raise UserError('sessions must be a list of sessions, each a list of item ids, such as [["B0001", "B0002"]]')
-    return [_ids(session, place) for place, session in enumerate(sessions, 1)]
+    return [_ids(session, number) for number, session in enumerate(sessions, 1)]
 
 
-def _ids(session: Any, place: int) -> list[str]:
+def _ids(session: Any, number: int) -> list[str]:
     if isinstance(session, (str, bytes)) or not isinstance(session, (list, tuple)):
-        raise UserError(f"session {place} must be a list of item ids, not {type(session).__name__}")
+        raise UserError(f"session {number} must be a list of item ids, not {type(session).__name__}")
     ids = []
     for item in session:
         if not isinstance(item, str) and not is_whole(item):
-            raise UserError(f"session {place} holds {str(item)[:40]!r}, which is no item id: ids are texts")
+            raise UserError(f"session {number} holds {str(item)[:40]!r}, which is no item id: ids are texts")
         ids.append(str(item))
     return ids

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr.runtime.artifacts import read_table
-from llmgr.serving.package import FOLDER, ITEMS
+from llmgr.serving.package import ITEMS
 
 NAME, BEST = "llmgr", "best"
 NEEDS = ("mlflow", "torch", "numpy", "scipy", "polars", "pyarrow", "safetensors", "tqdm")
@@ -20,16 +20,16 @@ HERE = Path(__file__).resolve().parent
 SCORE, DATASET = "valid.ndcg_at_20", "dataset"  # tags of a version
 
 
-def log_package(client: Any, run_id: str, dataset: str, score: float, folder: str | Path = FOLDER) -> str:
+def log_package(client: Any, run_id: str, dataset: str, score: float, folder: str | Path) -> str:
     """Log the package with a run, register it as `llmgr`, and return its version.
 
     The alias best-DATASET moves to it where its `score`, NDCG@20 on validation, is at least that of the version that
     has the alias; `best` is the best on the dataset that was published last.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary) / "model"
-        save_model(place, folder)
-        client.log_artifacts(run_id, str(place), "model")
+        model = Path(temporary) / "model"
+        save_model(model, folder)
+        client.log_artifacts(run_id, str(model), "model")
     _registered(client)
     made = client.create_model_version(NAME, f"runs:/{run_id}/model", run_id, tags={
         DATASET: dataset, SCORE: f"{score:.6f}"})
@@ -41,7 +41,7 @@ def log_package(client: Any, run_id: str, dataset: str, score: float, folder: st
     return made.version
 
 
-def save_model(path: Path, folder: str | Path = FOLDER) -> None:
+def save_model(path: Path, folder: str | Path) -> None:
     """The package in `folder` as an MLflow model of code at `path`; it holds the library, and no pickle."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow

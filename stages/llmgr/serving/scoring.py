@@ -1,4 +1,5 @@
-"""A package's scores of all items for session graphs: the prior of a stranger, and the student where there is one."""
+"""A package's scores of all items for session graphs: the prior for an unknown user, plus the student if there is
+one."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -10,6 +11,7 @@ from scipy.sparse import csr_array
 from torch.nn import functional as F
 
 from llmgr.encoders.registry import build_encoder, family
+from llmgr.ranking.banded_sum import weighted_sum
 from llmgr.serving.student import Student
 from llmgr.sessions.clicks import last_clicks
 from llmgr.text.vectors import click_sum
@@ -21,15 +23,15 @@ if TYPE_CHECKING:
     from llmgr.sessions.graphs import GraphBatch
 
 PARTS = ("transitions", "graph", "text", "student", "popularity")
-"""What a score is the sum of: SLIT, the session encoder, the text tower, the student, and how often the item was a
-target with whether it was clicked."""
+"""The parts that add up to a score: SLIT, the session encoder, the text tower, the student, and the item's bias with
+whether the session has clicked it."""
 
 
 class Scorer:
-    """Scores [B, V+1] of the items of a package; column 0 has no meaning. Reads nothing but its package.
+    """Scores [B, V+1] of a package's items; column 0 has no meaning. It reads nothing but the package.
 
-    As `llmgr.prior.weighted_sum` for a user that training does not know: a[band] SLIT + b[band] + c [clicked]
-    + d[band] base + e[band] tower.
+    They are the logits of `llmgr.prior.weighted_sum.Prior` for a user who is not in the training data, plus the
+    student's.
     """
 
     def __init__(self, package: Package) -> None:
@@ -57,31 +59,53 @@ class Scorer:
             self.student.load_state_dict(package.under("student.net."))
 
     def parts(self, graphs: GraphBatch) -> dict[str, Tensor]:
-        """The parts [B, V+1] of the scores, those of PARTS that the package has."""
+        """The parts of the scores, each [B, V+1]: those of PARTS that the package has."""
         graphs = replace(graphs, user_B=torch.zeros_like(graphs.user_B))
-        made: dict[str, Tensor] = {}
-        if self.matrix is not None:
-            made["transitions"] = self.transitions(graphs)
-        if self.base is not None:
-            session_BE = self.encoder(graphs, self.base)
-            made["graph"] = self._by_band(self.encoder.logits(session_BE, self.base), "base_weight")
-        if self.tower is not None:
-            about = self.package.config["tower"]
-            summed_BH = click_sum(graphs, self.tower, about["decay"]) * about["scale"]
-            made["text"] = self._by_band(summed_BH @ self.tower.T, "tower_weight")
+        parts = {name: scores_BV * weight_V for name, (scores_BV, weight_V) in self._terms(graphs).items()}
         if self.student is not None:
-            query_BK = self.student(graphs, self.table)
-            made["student"] = F.linear(query_BK, self.table, self.package.tensors.get("student.bias"))
-        bias_BV = self.weight_V["bias"].repeat(len(graphs.length_B), 1)
-        clicked = self.weights["clicked"].expand(graphs.nodes_BN.shape)
-        made["popularity"] = bias_BV.scatter_add_(1, graphs.nodes_BN, clicked)
-        return made
+            parts["student"] = self._student_logits(graphs)
+        parts["popularity"] = self._with_clicked(self.weight_V["bias"].repeat(len(graphs.length_B), 1), graphs)
+        return parts
 
     def transitions(self, graphs: GraphBatch) -> Tensor:
         """The part [B, V+1] that the item-item matrix adds."""
+        return self._transition_scores(graphs) * self.weight_V["weight"]
+
+    @torch.inference_mode()
+    def __call__(self, graphs: GraphBatch) -> Tensor:
+        """The scores [B, V+1] of session graphs."""
+        graphs = replace(graphs, user_B=torch.zeros_like(graphs.user_B))
+        terms = self._terms(graphs).values()
+        total = weighted_sum([scores_BV for scores_BV, _ in terms], [weight_V for _, weight_V in terms],
+                             self.weight_V["bias"].expand(len(graphs.length_B), -1))
+        if self.student is not None:
+            total = total + self._student_logits(graphs)
+        return self._with_clicked(total, graphs)
+
+    def _terms(self, graphs: GraphBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The scores [B, V+1] of the prior's parts, and the weight of every item in each [V+1]."""
+        terms: dict[str, tuple[Tensor, Tensor]] = {}
+        if self.matrix is not None:
+            terms["transitions"] = self._transition_scores(graphs), self.weight_V["weight"]
+        if self.base is not None:
+            logits_BV = self.encoder.logits(self.encoder(graphs, self.base), self.base)
+            terms["graph"] = logits_BV, self.weight_V["base_weight"]
+        if self.tower is not None:
+            about = self.package.config["tower"]
+            summed_BH = click_sum(graphs, self.tower, about["decay"]) * about["scale"]
+            terms["text"] = summed_BH @ self.tower.T, self.weight_V["tower_weight"]
+        return terms
+
+    def _transition_scores(self, graphs: GraphBatch) -> Tensor:
         scores = self._clicks(graphs) @ self.matrix
-        return self._by_band(torch.from_numpy(scores if isinstance(scores, np.ndarray) else scores.toarray()),
-                             "weight")
+        return torch.from_numpy(scores if isinstance(scores, np.ndarray) else scores.toarray())
+
+    def _student_logits(self, graphs: GraphBatch) -> Tensor:
+        return F.linear(self.student(graphs, self.table), self.table, self.package.tensors.get("student.bias"))
+
+    def _with_clicked(self, scores_BV: Tensor, graphs: GraphBatch) -> Tensor:
+        """The scores, in place, plus the weight of clicked items."""
+        return scores_BV.scatter_add_(1, graphs.nodes_BN, self.weights["clicked"].expand(graphs.nodes_BN.shape))
 
     def _clicks(self, graphs: GraphBatch) -> csr_array:
         clicks = last_clicks(graphs, self.package.config["decay"], self.size - 1).astype(np.float32)
@@ -89,19 +113,9 @@ class Scorer:
         clicks.indices, clicks.indptr = clicks.indices.astype(np.int32), clicks.indptr.astype(np.int32)
         return clicks
 
-    def _by_band(self, scores_BV: Tensor, weight: str) -> Tensor:
-        return scores_BV.mul_(self.weight_V[weight])
-
-    @torch.inference_mode()
-    def __call__(self, graphs: GraphBatch) -> Tensor:
-        """The scores [B, V+1] of session graphs."""
-        total, *others = self.parts(graphs).values()
-        for other in others:
-            total += other
-        return total
-
     def because(self, graphs: GraphBatch, items_BK: Tensor) -> Tensor:
-        """The click [B, K] that adds most to what transitions and texts say of items [B, K]; 0 where none does."""
+        """The click that adds most to the transition and text scores of items [B, K], as item ids; 0 where none
+        adds."""
         clicks, node_BN = self._clicks(graphs), graphs.nodes_BN
         gain_BNK = torch.zeros(*node_BN.shape, items_BK.shape[1])
         for row, items in enumerate(items_BK.tolist()):
@@ -112,9 +126,9 @@ class Scorer:
                 gain_BNK[row, :len(nodes)] += entries * weight * self.weight_V["weight"][items]
             if self.tower is not None:
                 about = self.package.config["tower"]
-                place = graphs.length_B[row] - 1 - torch.arange(int(graphs.length_B[row]))
-                power = torch.full(place.shape, about["decay"]).pow(place)
-                weight = torch.zeros(len(nodes)).index_add(0, graphs.alias_BS[row, :len(place)], power)
+                back = graphs.length_B[row] - 1 - torch.arange(int(graphs.length_B[row]))
+                power = torch.full(back.shape, about["decay"]).pow(back)
+                weight = torch.zeros(len(nodes)).index_add(0, graphs.alias_BS[row, :len(back)], power)
                 cosine = self.tower[nodes] @ self.tower[items].T
                 gain_BNK[row, :len(nodes)] += (cosine * weight[:, None] * about["scale"]
                                                * self.weight_V["tower_weight"][items])

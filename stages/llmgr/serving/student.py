@@ -1,7 +1,7 @@
-"""The student: a small network of the clicks that says what LLMGR's language model adds, without one.
+"""The student: a small network that predicts from the clicks what LLMGR's language model adds to the prior.
 
-LLMGR's logits are those of its prior, with weights that were tuned with it, plus products of a query and the items'
-rows of a table. Only the query needs the language model, so the student makes the query; table and weights are LLMGR's.
+LLMGR's logits are its prior's plus the products of a query and the items' rows in a table. Only the query needs the
+language model. So the student predicts the query, and the table and the prior's weights are LLMGR's.
 """
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ DECAY, HIDDEN = 0.7, 256
 
 
 class Student(nn.Module):
-    """Session graphs and a table [V+1, K] -> queries [B, K]: a linear map and a hidden layer over the last click's row,
-    the mean of the clicks' rows and their sum with weights that decay."""
+    """Session graphs and a table [V+1, K] -> queries [B, K].
+
+    A linear map plus a hidden layer, over the last click's row, the mean of the clicks' rows and their decayed sum.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,12 +34,12 @@ class Student(nn.Module):
         return self.queries(inputs(graphs, table_VK))
 
     def queries(self, read_BI: Tensor) -> Tensor:
-        """Queries [B, K] of `inputs`."""
+        """The queries [B, K] for `inputs`."""
         return self.linear(read_BI) + self.out(F.gelu(self.hidden(read_BI)))
 
 
 def inputs(graphs: GraphBatch, table_VK: Tensor) -> Tensor:
-    """What a student reads of session graphs, [B, 3K]."""
+    """The student's input for session graphs [B, 3K]."""
     last_B = graphs.items_BS.gather(1, graphs.length_B[:, None] - 1)[:, 0]
     return torch.cat((table_VK[last_B], click_sum(graphs, table_VK, 1.0) / graphs.length_B[:, None],
                       click_sum(graphs, table_VK, DECAY)), 1)
