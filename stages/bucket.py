@@ -10,7 +10,6 @@ Params: seed, bucket
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -19,7 +18,7 @@ from llmgr.runtime.errors import UserError
 READS = ("seed", "bucket")
 
 
-def main(params: Any) -> None:
+def main(params) -> None:
     import numpy as np
 
     from llmgr.data.interactions import ends_in_a_tie, training_counts
@@ -42,13 +41,13 @@ def main(params: Any) -> None:
     ties = ends_in_a_tie(read_table("data/core/interactions.parquet", ["user", "timestamp"]))
     tied = test.join(ties, on="user", how="left", maintain_order="left")["tied"].to_numpy()
     masks = buckets.masks(counts[targets], trained[targets], tied, params.bucket)
-    found, bounds, gaps = buckets.measure(ranks, masks, params.bucket.ours, params.bucket.resamples, params.seed)
+    figures, bounds, gaps = buckets.measure(ranks, masks, params.bucket.ours, params.bucket.resamples, params.seed)
 
     folder = Path("reports/metrics")
-    write_json(folder / "buckets.json", found)
+    write_json(folder / "buckets.json", figures)
     write_json(folder / "intervals.json", bounds)
     write_json(folder / "differences.json", gaps)
-    write_table("reports/plots/buckets.csv", buckets.plot_rows(found, bounds))
+    write_table("reports/plots/buckets.csv", buckets.plot_rows(figures, bounds))
     if gaps and (least := least_p(params.bucket.resamples) * len(gaps)) >= buckets.LEVEL:
         console.say(f"warning: bucket.resamples={params.bucket.resamples} cannot show a difference: with {len(gaps)} "
                   f"comparisons no corrected p falls below {least:.2g}; raise it")

@@ -88,8 +88,8 @@ def index() -> Finding:
     """Whether pip reaches the index that it is set to use; asked only while something must be installed."""
     if installed():
         return GOOD, "package index", "not needed: all is installed"
-    asked = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "5", "--retries", "0"]
-    if subprocess.run([*asked, "index", "versions", "pip"], capture_output=True, check=False).returncode:
+    options = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "5", "--retries", "0"]
+    if subprocess.run([*options, "index", "versions", "pip"], capture_output=True, check=False).returncode:
         return ODD, "package index", ("pip reaches none: connect the machine, or set PIP_INDEX_URL to an index that it "
                                       "reaches")
     return GOOD, "package index", "answers"

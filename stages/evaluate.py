@@ -41,7 +41,7 @@ def main(params) -> None:
     start = time.monotonic()
     tables = {split: read_split(files, split, params.data.max_session) for split in ("valid", "test")}
     models = loaded(params, files, device)
-    found = {name: {} for name in models}
+    figures = {name: {} for name in models}
     seconds = dict.fromkeys(models, 0.0)
     with replacing_folder("reports/ranks") as folder:
         for split, (sessions, frame) in tables.items():
@@ -50,27 +50,27 @@ def main(params) -> None:
             ranks, took = rank_models({name: over(here) for name, over in models.items()}, here,
                                       params.evaluate.batch_size, seen_items(frame), bar)
             bar.close()
-            for name, (kept, unseen) in ranks.items():
+            for name, (rank, unseen) in ranks.items():
                 write_table(folder / ("valid" if split == "valid" else "") / f"{name}.parquet", pl.DataFrame({
-                    "target": sessions.target.int().numpy(), "rank": kept.int().numpy(),
+                    "target": sessions.target.int().numpy(), "rank": rank.int().numpy(),
                     "rank_unseen": unseen.int().numpy()}))
                 seconds[name] += took[name]
                 if split == "valid" and name in params.gate.fuse:
                     continue  # it was fitted on these sessions: reports/metrics/gate.json has the cross-fitted figures
-                found[name] |= {split: {"all": metrics(kept)}, f"{split}_unseen": {"all": metrics(unseen)}}
+                figures[name] |= {split: {"all": metrics(rank)}, f"{split}_unseen": {"all": metrics(unseen)}}
         unseen = rank_unseen(params, files) if files.unseen_items.exists() else None
         for name, by in unseen.among.items() if unseen else ():
             write_table(folder / "unseen" / f"{name}.parquet", pl.DataFrame({
                 "target": unseen.targets.int().numpy(), "rank": by["all"].int().numpy(),
                 "rank_unseen": by["all_unseen"].int().numpy(), "rank_new": by["new"].int().numpy()}))
     write_json("reports/metrics/unseen.json", unseen.figures() if unseen else {})
-    for name, by in found.items():
+    for name, by in figures.items():
         say(f"{name}: HR@20 {by['test']['all']['hr_at_20']:.4f}  NDCG@20 {by['test']['all']['ndcg_at_20']:.4f}  "
             f"({seconds[name]:.1f} s)")
     for name, by in unseen.figures()["models"].items() if unseen else ():
         say(f"{name}, items added by their texts: HR@20 {by['all']['hr_at_20']:.4f} among all items, "
             f"{by['new']['hr_at_20']:.4f} among {unseen.items:,} added ones")
-    write_json("reports/metrics/evaluate.json", found)
+    write_json("reports/metrics/evaluate.json", figures)
     scored = sum(len(sessions) for sessions, _ in tables.values()) * len(seconds)
     write_json("reports/metrics/cost/evaluate.json", scoring_cost(start, seconds, scored))
 

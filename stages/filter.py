@@ -91,7 +91,7 @@ def main(params) -> None:
         "summary": overview | {"examples": [{name: text for name, text in row.items() if name != "user"}
                                             for row in overview["examples"]]},  # who it was does not leave the machine
     })
-    for line in summary.told(reviews_file.name, overview):
+    for line in summary.as_lines(reviews_file.name, overview):
         console.say(line)
     console.say(f"{after['users']} users, {after['items']} items, {after['interactions']} interactions "
               f"after {rounds} rounds")

@@ -37,18 +37,18 @@ def main(params) -> None:
     tables, seconds = score_tables(makers, valid.to(device), params.evaluate.batch_size)
     band_V = bands(training_interactions(files), settings.edges)
     band_V, target, seen = (t.to(device) for t in (band_V, valid.target, seen))
-    found = {}
+    figures = {}
     with replacing_folder("models/gates") as folder:
         for name, fused in settings.fuse.items():
             begun = time.monotonic()
             data = ([tables[part] for part in fused], target, seen, band_V)
             gate = fit_gate(fused, *data, settings.edges)
             gate.save(folder / f"{name}.json")
-            found[name] = cross_fitted(fused, *data, settings.edges, params.seed, gate)
+            figures[name] = cross_fitted(fused, *data, settings.edges, params.seed, gate)
             seconds[name] = time.monotonic() - begun
             say(f"{name}: validation, cross-fitted, " + "  ".join(
-                f"{metric} {found[name]['valid'][metric]:.4f}" for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")))
-    write_json("reports/metrics/gate.json", found)
+                f"{metric} {figures[name]['valid'][metric]:.4f}" for metric in ("hr_at_20", "ndcg_at_20", "mrr_at_20")))
+    write_json("reports/metrics/gate.json", figures)
     numbers = sum(len(fused) + 1 for fused in settings.fuse.values()) * (len(settings.edges) + 1)
     write_json("reports/metrics/cost/gate.json", scoring_cost(start, seconds, len(valid) * len(makers), numbers))
 

@@ -25,16 +25,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--locks", action="store_true", help="DVC's lock files and dvc.lock alone; quiet where whole")
     parser.add_argument("--queue", action="store_true", help="put nothing right: say why no experiment can be queued")
-    asked, root = parser.parse_args(), Path(__file__).resolve().parent.parent
-    if asked.queue:
+    options, root = parser.parse_args(), Path(__file__).resolve().parent.parent
+    if options.queue:
         if hindrance := healing.queue_hindrance(root):
             fail(hindrance)
         return
     try:
-        done = (healing.heal_locks if asked.locks else healing.heal)(root)
+        done = (healing.heal_locks if options.locks else healing.heal)(root)
     except healing.AtWork as busy:
         fail(str(busy))
-    for line in done or ([] if asked.locks else ["nothing to put right"]):
+    for line in done or ([] if options.locks else ["nothing to put right"]):
         print(line, file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -31,7 +30,7 @@ READS = ("seed", "data", "encoder", "evaluate.batch_size", "split.selection")
 OPTIONS = {"do": "write | 'fit MODEL EPOCHS MINUTES [lean=true] [key=value ...]' | 'speed ENCODER' | table"}
 
 
-def main(params: Any, do: str) -> None:
+def main(params, do: str) -> None:
     what, *words = do.split() or [""]
     jobs = {"write": (write, 0, 0), "fit": (fit, 3, None), "speed": (speed, 1, 1), "table": (table, 0, 0)}
     job, least, most = jobs.get(what, (None, 0, 0))
@@ -40,7 +39,7 @@ def main(params: Any, do: str) -> None:
     job(params, Path("data/peers"), params.data.dataset.replace(":", "-"), *words)
 
 
-def write(params: Any, folder: Path, dataset: str) -> None:
+def write(params, folder: Path, dataset: str) -> None:
     from llmgr.experiments.recbole import interactions
     from llmgr.runtime.artifacts import read_table, write_text
 
@@ -50,7 +49,7 @@ def write(params: Any, folder: Path, dataset: str) -> None:
     console.say(f"{len(rows)} interactions in {folder / dataset / dataset}.inter")
 
 
-def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minutes: str, *settings: str) -> None:
+def fit(params, folder: Path, dataset: str, model: str, epochs: str, minutes: str, *settings: str) -> None:
     import yaml
 
     from llmgr.experiments import recbole
@@ -75,15 +74,15 @@ def fit(params: Any, folder: Path, dataset: str, model: str, epochs: str, minute
         raise UserError(f"{folder / dataset} has no sessions for RecBole: run `python stages/peers.py --do write`")
     training = params.encoder.training
     lean = changed.pop("lean", False)
-    found = recbole.fit(folder, dataset, model, int(epochs), float(minutes), changed, dim=params.encoder.dim,
+    results = recbole.fit(folder, dataset, model, int(epochs), float(minutes), changed, dim=params.encoder.dim,
                       max_session=params.data.max_session, batch_size=training.batch_size, patience=training.patience,
                       seed=params.seed, lean=lean)
     name = "-".join([model, *settings]).replace("/", "_")
-    write_json(folder / dataset / "fits" / f"{name}.json", found)
-    console.say(f"{name}: {found}")
+    write_json(folder / dataset / "fits" / f"{name}.json", results)
+    console.say(f"{name}: {results}")
 
 
-def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
+def speed(params, folder: Path, dataset: str, encoder: str) -> None:
     from llmgr.encoders.registry import family
     from llmgr.experiments import recbole
     from llmgr.runtime.artifacts import write_json
@@ -93,12 +92,12 @@ def speed(params: Any, folder: Path, dataset: str, encoder: str) -> None:
     base, _ = family(encoder)
     files = PIPELINE
     train, _ = read_split(files, "train", params.data.max_session)
-    found = recbole.speed(params, base, train, catalogue_size(files.items))
-    write_json(folder / dataset / "speed" / f"{base}.json", found)
-    console.say(f"{base}: {found}")
+    results = recbole.speed(params, base, train, catalogue_size(files.items))
+    write_json(folder / dataset / "speed" / f"{base}.json", results)
+    console.say(f"{base}: {results}")
 
 
-def table(params: Any, folder: Path, dataset: str) -> None:
+def table(params, folder: Path, dataset: str) -> None:
     import torch
 
     from llmgr.encoders.registry import REGISTRY
@@ -116,7 +115,7 @@ def table(params: Any, folder: Path, dataset: str) -> None:
     items = catalogue_size(files.items)
     train, test = (read_split(files, split, params.data.max_session)[0] for split in ("train", "test"))
     fits = [read_json(path) for path in sorted((folder / dataset / "fits").glob("*.json"))]
-    found = []
+    results = []
     for name in REGISTRY:
         trained, timed = Path(f"reports/metrics/encoders/{name}.json"), folder / dataset / "speed" / f"{name}.json"
         if not (trained.exists() and timed.exists() and Path("models/encoders", name).exists()):
@@ -125,14 +124,14 @@ def table(params: Any, folder: Path, dataset: str) -> None:
         ranks = rank_sessions(score, test, params.evaluate.batch_size)
         settings = read_json(Path("models/encoders", name, "config.json"))["settings"]
         settings = {key: settings[key] for key in ("lr", "gnn_layers", "length") if key in settings}
-        found.append(recbole.Ours(name, read_json(trained)["valid"], metrics(ranks), recbole.standard_errors(ranks),
+        results.append(recbole.Ours(name, read_json(trained)["valid"], metrics(ranks), recbole.standard_errors(ranks),
                                 settings, read_json(trained)["epochs"], read_json(timed)))
-    if not found:
+    if not results:
         raise UserError("no encoder was both trained and timed: run `python stages/pretrain.py --encoder NAME` and "
                         "`python stages/peers.py --do 'speed NAME'`")
     path = f"reports/results/{dataset}/recbole.md"
-    write_text(path, recbole.markdown(found, fits, len(train), len(test)))
-    console.say(f"{len(found)} encoders beside {len(fits)} fits of RecBole's in {path}")
+    write_text(path, recbole.markdown(results, fits, len(train), len(test)))
+    console.say(f"{len(results)} encoders beside {len(fits)} fits of RecBole's in {path}")
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def _show(answer: dict, explain: bool) -> None:
     if answer["popular"]:
         print("no click is known: these are the most popular items", file=sys.stderr)
     names = ["because", *PARTS] if explain else []
-    rows = [[str(place), *map(str, values[:2]), *(v if isinstance(v, str) else f"{v:.3f}" for v in values[2:])]
-            for place, values in enumerate(zip(answer["items"], [title[:60] for title in answer["titles"]],
+    rows = [[str(number), *map(str, values[:2]), *(v if isinstance(v, str) else f"{v:.3f}" for v in values[2:])]
+            for number, values in enumerate(zip(answer["items"], [title[:60] for title in answer["titles"]],
                                                answer["scores"], *(answer[name] for name in names)), 1)]
     table = [["", "item", "title", "score", *names], *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]

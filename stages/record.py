@@ -12,7 +12,6 @@ Params: the whole file
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -21,7 +20,7 @@ from llmgr.runtime.errors import UserError
 READS = ("seed", "data.dataset")
 
 
-def main(params: Any, name: str | None = None) -> None:
+def main(params, name: str | None = None) -> None:
     from llmgr.experiments import records
     from llmgr.reporting import evidence
     from llmgr.runtime.artifacts import write_bytes

@@ -11,7 +11,6 @@ Params: all that decides a result (shown on the page)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -20,19 +19,19 @@ READS = ("seed", "data.dataset", "data.max_session", "filter", "split", "encoder
          "model", "align", "tune", "tower", "slit", "gate", "evaluate", "bucket")
 
 
-def main(params: Any) -> None:
+def main(params) -> None:
     from llmgr.reporting import evidence, page, summary
     from llmgr.runtime.artifacts import replacing_folder, write_json, write_table, write_text
 
-    found = evidence.evidence(Path("reports"))
-    drawn = page.draw(found, params)
-    write_json("reports/metrics.json", summary.summary(found, params))
-    write_table("reports/plots/losses.csv", summary.losses(found["steps"]))
-    write_table("reports/plots/validation.csv", summary.validation(found["epochs"]))
+    content = evidence.evidence(Path("reports"))
+    drawn = page.draw(content, params)
+    write_json("reports/metrics.json", summary.summary(content, params))
+    write_table("reports/plots/losses.csv", summary.losses(content["steps"]))
+    write_table("reports/plots/validation.csv", summary.validation(content["epochs"]))
     with replacing_folder("reports/figures") as folder:
         for name, svg in drawn.items():
             write_text(folder / f"{name}.svg", svg)
-    write_text("reports/index.html", page.render(found, params, drawn))
+    write_text("reports/index.html", page.render(content, params, drawn))
     console.say("reports/index.html is ready")
 
 

@@ -7,13 +7,12 @@ Params: none
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
 
 
-def main(params: Any) -> None:
+def main(params) -> None:
     from llmgr.experiments.pages import Tables, pages
     from llmgr.runtime.artifacts import write_text
 

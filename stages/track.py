@@ -10,7 +10,6 @@ Params: the whole file, to log it; track says where to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -19,7 +18,7 @@ READS = ("seed", "data", "filter", "split", "encoder", "llm", "text_encoder", "m
          "launch", "gate", "evaluate", "bucket", "track")
 
 
-def main(params: Any) -> None:
+def main(params) -> None:
     from llmgr.reporting import tracking
     from llmgr.runtime.artifacts import require, write_json
     from llmgr.runtime.layout import PIPELINE

@@ -6,7 +6,7 @@ import torch
 from tiny import language_model
 from torch.nn import functional as F
 
-from llmgr.language_model.attention import NAME, attend_plainly, attends_apart, attention
+from llmgr.language_model.attention import NAME, attend_plainly, attention, separates_prompts
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -89,5 +89,5 @@ def test_models_whose_layers_hand_blocks_on_are_told_from_those_that_do_not(dtyp
     drops = language_model("llama", dropout=0.3).to(dtype)
     with torch.random.fork_rng():
         state = torch.get_rng_state()
-        assert [attends_apart(model) for model in (*models, drops)] == [True, True, True, True, False, False]
+        assert [separates_prompts(model) for model in (*models, drops)] == [True, True, True, True, False, False]
         assert torch.equal(torch.get_rng_state(), state) and not drops.training

@@ -223,7 +223,7 @@ def test_prompts_in_line_have_the_states_they_had_alone(kind, titles):
     assert torch.equal(line.real_BL[0, line.there_NW].sum(1)[:len(LISTS)], sizes)
     assert torch.equal(line.there_NW.flatten()[line.back_T[:line.tokens]], torch.arange(line.tokens))
     assert not line.real_BL[0, line.there_NW.flatten()[line.back_T[line.tokens:]]].any()
-    assert line.apiece(True).seen_N1WW.any(-1).all()
+    assert line.rows(True).seen_N1WW.any(-1).all()
     torch.testing.assert_close(model.hidden(line, session_RD), model.hidden(prompts, session_RD), atol=1e-5, rtol=1e-5)
 
 

@@ -188,7 +188,7 @@ def test_the_resume_folder_follows_what_decides_the_outcome(tmp_path, monkeypatc
 def test_abandoned_states_are_dropped_beyond_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    folders = [resume.waiting("tune", f"{number}") for number in range(resume.UNFINISHED_KEPT)]
+    folders = [resume.waiting("tune", f"{number}") for number in range(resume.UNFINISHED)]
     for age, folder in enumerate(folders):
         (folder / "state.pt").write_text("state")
         for path in (folder, folder / "state.pt"):
@@ -200,7 +200,7 @@ def test_abandoned_states_are_dropped_beyond_the_newest(tmp_path, monkeypatch):
     assert set(folders) - {p for p in folders if p.exists()} == {folders[-2]}, "the one that nobody touched for longest"
     assert newest.is_dir() and other.is_dir() and (tmp_path / ".resume/tune/a.lock").exists()
     assert resume.waiting("tune", "0") == folders[0] and (folders[0] / "state.pt").read_text() == "state"
-    assert len([p for p in folders if p.exists()]) == resume.UNFINISHED_KEPT - 1
+    assert len([p for p in folders if p.exists()]) == resume.UNFINISHED - 1
 
 
 def test_the_resume_folder_follows_the_code(tmp_path):

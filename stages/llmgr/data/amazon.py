@@ -195,7 +195,7 @@ def read_metadata(
     """
     form = RELEASES[release]
     names = {name.encode() for name in wanted}
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     bad: Counter[str] = Counter()
     total = repeated = untitled = 0
     other = ""
@@ -218,21 +218,21 @@ def read_metadata(
         item = record.get(form.item) if type(record) is dict else None
         if type(item) is not str:
             bad[f"{form.item} missing or no text"] += 1
-        elif item in found:
+        elif item in rows:
             repeated += 1
         elif item not in wanted:
             other = other or item
         else:
             title = record.get("title")
             untitled += type(title) is not str or not title.strip()
-            found[item] = {
+            rows[item] = {
                 "title": title if type(title) is str else "",
                 "brand": record.get(form.brand) if type(record.get(form.brand)) is str else "",
                 "category": _category(record.get(form.categories), record.get("main_category")),
                 "description": [text for field in form.descriptions for text in _texts(record.get(field))],
             }
     counts = checked(path, total, bad, max_bad_share)
-    return found, counts | {"repeated": repeated, "titles_missing_or_no_text": untitled, "other_item": other}
+    return rows, counts | {"repeated": repeated, "titles_missing_or_no_text": untitled, "other_item": other}
 
 
 def _record(line: bytes) -> Any:

@@ -43,10 +43,10 @@ def is_json(path: Path) -> bool:
 
 def ending(path: Path) -> str:
     """The ending that says what a file is, without .gz; UserError where it is none of those that can be read."""
-    found = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if found not in ENDINGS or (found == ".parquet" and path.name.endswith(".gz")):
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix not in ENDINGS or (suffix == ".parquet" and path.name.endswith(".gz")):
         raise UserError(f"{path.name} has an ending that says nothing of its format: name it {NAMED}")
-    return found
+    return suffix
 
 
 def check_format(path: Path) -> None:

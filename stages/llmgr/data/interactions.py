@@ -23,10 +23,10 @@ def k_core(frame: pl.DataFrame, core: int) -> tuple[pl.DataFrame, int]:
     """The largest subset in which every user and item has `core` rows, in the given order, and the rounds it took."""
     rounds = 0
     while True:
-        kept = frame.filter((pl.len().over("user") >= core) & (pl.len().over("item") >= core))
-        if kept.height == frame.height:
-            return kept, rounds
-        frame, rounds = kept, rounds + 1
+        core_rows = frame.filter((pl.len().over("user") >= core) & (pl.len().over("item") >= core))
+        if core_rows.height == frame.height:
+            return core_rows, rounds
+        frame, rounds = core_rows, rounds + 1
 
 
 def without_unseen(core: pl.DataFrame, share: float) -> tuple[pl.DataFrame, pl.DataFrame]:

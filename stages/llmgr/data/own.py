@@ -112,8 +112,8 @@ def column(path: Path, names: list[str], role: str, given: str | None, key: str 
 
 def required(path: Path, names: list[str], role: str, given: str | None) -> str:
     """As `column`; UserError names the nearest columns where there is none."""
-    if found := column(path, names, role, given):
-        return found
+    if name := column(path, names, role, given):
+        return name
     ratios = {name: max(difflib.SequenceMatcher(None, name.lower(), usual.lower()).ratio() for usual in USUAL[role])
               for name in names}
     nearest = max(ratios, key=ratios.__getitem__) if ratios else "NAME"
@@ -173,8 +173,8 @@ def read_interactions(path: Path, given: dict[str, str | None], session: str | N
             bad[f"{name} missing or unreadable"] += int(missing.sum())
             raw = raw.filter(~missing)
     rating = pl.col("rating").cast(pl.Float32, strict=False) if "rating" in raw.columns else pl.lit(None, pl.Float32)
-    result, found = dated(raw.select("user", "item", "timestamp", rating=rating, line="line"), taken["time"], bad)
-    return result, checked(path, total, bad, max_bad_share) | {"times": found, "columns": roles}
+    result, counts = dated(raw.select("user", "item", "timestamp", rating=rating, line="line"), taken["time"], bad)
+    return result, checked(path, total, bad, max_bad_share) | {"times": counts, "columns": roles}
 
 
 def json_columns(path: Path, roles: dict[str, str], bad: Counter[str]) -> tuple[pl.DataFrame, int]:

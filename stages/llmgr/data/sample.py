@@ -137,17 +137,17 @@ def _metadata(rng: np.random.Generator, shop: dict[str, Any]) -> list[bytes]:
     """Metadata lines: entities, tags, marketing and shared sentences; some items without text, some without a line."""
     lines = []
     for item, asin in enumerate(shop["asin"]):
-        told = {name: ATTRIBUTES[name][index[item]] for name, index in shop["words"].items() if rng.random() < 0.9}
+        known = {name: ATTRIBUTES[name][index[item]] for name, index in shop["words"].items() if rng.random() < 0.9}
         department, leaf = shop["leaves"][shop["leaf"][item]]
         brand, noun = BRANDS[shop["brand"][item]], DEPARTMENTS[department][leaf][rng.integers(2)]
-        title = " ".join(filter(None, (brand.replace("&", "&amp;"), told.get("style"), told.get("material"), noun)))
-        title += f", {told['color']}" if "color" in told else ""
+        title = " ".join(filter(None, (brand.replace("&", "&amp;"), known.get("style"), known.get("material"), noun)))
+        title += f", {known['color']}" if "color" in known else ""
         title += f", {rng.integers(4, 30)}{SIZE_UNITS[rng.integers(4)]}" if rng.random() < 0.5 else ""
         pieces = [title]
-        if "style" in told and "purpose" in told:
-            pieces = [f"This <b>{told['style'].lower()}</b> {noun.lower()} fits {told['purpose']}."]
-        if "material" in told and "color" in told:
-            pieces.append(f"Made of {told['material'].lower()} in {told['color'].lower()}&nbsp;tones.<br />")
+        if "style" in known and "purpose" in known:
+            pieces = [f"This <b>{known['style'].lower()}</b> {noun.lower()} fits {known['purpose']}."]
+        if "material" in known and "color" in known:
+            pieces.append(f"Made of {known['material'].lower()} in {known['color'].lower()}&nbsp;tones.<br />")
         pieces += [f"<p>{TEMPLATES[at]}</p>" for at in rng.choice(len(TEMPLATES), 2, replace=False)]
         pieces += [NOISE[rng.integers(len(NOISE))]] if rng.random() < 0.4 else []
         cut = 1 if rng.random() < 0.5 else len(pieces)

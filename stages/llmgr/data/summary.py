@@ -57,15 +57,15 @@ def summary(raw: pl.DataFrame, core: pl.DataFrame, table: pl.DataFrame, read: di
     }
 
 
-def told(name: str, found: dict[str, Any]) -> list[str]:
+def as_lines(name: str, summary: dict[str, Any]) -> list[str]:
     """A summary in lines for a terminal."""
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in found["dropped"].items() if count)
-    width = max(len(row["user"]) for row in found["examples"])
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items() if count)
+    width = max(len(row["user"]) for row in summary["examples"])
     return [
-        f"{name}: {found['rows']:,} rows, {found['users']:,} users, {found['items']:,} items, from {found['first']} to "
-        f"{found['last']}",
+        f"{name}: {summary['rows']:,} rows, {summary['users']:,} users, {summary['items']:,} items, from "
+        f"{summary['first']} to {summary['last']}",
         f"dropped: {dropped or 'nothing'}",
-        f"items with text: {found['share_with_text']:.1%}",
+        f"items with text: {summary['share_with_text']:.1%}",
         *(f"  {row['user'][:24]:{min(width, 24)}}  {row['time']}  {row['item'][:24]}  {row['title'][:60]}"
-          for row in found["examples"]),
+          for row in summary["examples"]),
     ]

@@ -23,7 +23,7 @@ COUNTED = ("bucket.cold", "bucket.warm")  # which sessions the buckets hold
 
 
 def changes(path: Path) -> dict[str, Any]:
-    """What a file of `-S key=value` options sets."""
+    """The values that a file of `-S key=value` options sets, by dotted key."""
     options = path.read_text().split()
     if options[::2] != ["-S"] * (len(options) // 2) or not options or len(options) % 2:
         raise UserError(f"{path} must hold -S key=value options and nothing else")
@@ -32,10 +32,9 @@ def changes(path: Path) -> dict[str, Any]:
 
 
 def options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What the preset changes in the experiment `content`.
+    """The values that the preset changes in the experiment `content`.
 
-    Texts that are dealt to other items are so in the base as well, by its own shuffled control; a base that reads none
-    stays.
+    A preset that shuffles the texts also takes the base's shuffled control as the base. A base without texts stays.
     """
     values, (base, _, text) = changes(path), content["model"]["base"].partition("-")
     if not values.get("model.base", "").endswith("-shuffled"):
@@ -64,25 +63,25 @@ class Ablation(NamedTuple):
 
 
 def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, Ablation]:
-    """The ablations that the experiment `content` can have, by name, itself first (as `llmgr`).
+    """The ablations of the experiment `content` by name; the experiment itself is the first, as `llmgr`.
 
-    A preset that changes nothing here, or asks for what these parameters do not have, is no ablation.
+    A preset that changes nothing here, or that these parameters cannot carry out, is no ablation.
     """
-    found = {TUNED: Ablation({}, decisive(content))}
+    ablations = {TUNED: Ablation({}, decisive(content))}
     for path in sorted(presets.glob("*.txt")):
         values = options(path, content)
         try:
             params, lines = whole(changed(content, values))
-            every, asked = flat(params), flat(build(Params, changed(content, values), ""))
-            if any(every[key] != asked[key] for key in values):
+            every, given = flat(params), flat(build(Params, changed(content, values), ""))
+            if any(every[key] != given[key] for key in values):
                 raise UserError("; ".join(lines))
             ablation = Ablation(values, decisive(changed(content, values)))
         except UserError as error:
             say(f"warning: {path.stem} is no ablation of these parameters: {error}")
             continue
-        if ablation.decisive != found[TUNED].decisive:
-            found[path.stem] = ablation
-    return found
+        if ablation.decisive != ablations[TUNED].decisive:
+            ablations[path.stem] = ablation
+    return ablations
 
 
 def collected(published: Published, content: Mapping[str, Any], asked: Mapping[str, Ablation]

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmgr.params.schema import Params
 from llmgr.ranking.metrics import gains, names
 from llmgr.runtime.errors import UserError
 from llmgr.training.cost import hardware
 
 if TYPE_CHECKING:
     import polars as pl
+    from numpy.typing import ArrayLike
     from torch import Tensor
 
+    from llmgr.params.schema import Params
     from llmgr.sessions.tensors import Sessions
-
 
 
 NAMES = {"fpmc": "FPMC", "caser": "Caser", "gru4rec": "GRU4Rec", "narm": "NARM", "stamp": "STAMP", "sasrec": "SASRec",
@@ -111,9 +111,9 @@ def fit(folder: Path, dataset: str, model: str, epochs: int, minutes: float, set
         begun = time.process_time()
         if begun - used > 60 * minutes:
             raise _Spent
-        found = plain(*arguments, **options)
+        value = plain(*arguments, **options)
         seconds.append(time.process_time() - begun)
-        return found
+        return value
 
     trainer._train_epoch = timed
     stopped = "limit"
@@ -123,12 +123,12 @@ def fit(folder: Path, dataset: str, model: str, epochs: int, minutes: float, set
     fitted = time.monotonic()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     trainer.model.load_state_dict(torch.load(trainer.saved_model_file)["state_dict"])
-    found = {name: _ranked(trainer, data) for name, data in (("valid", valid), ("test", test))}
+    results = {name: _ranked(trainer, data) for name, data in (("valid", valid), ("test", test))}
     return {"model": model, "dataset": dataset, "settings": dict(settings), "lean": lean, "epochs": len(seconds),
             "stopped": stopped,
             "fit_seconds": fitted - prepared, "training_cpu_seconds": sum(seconds),
             "samples_per_cpu_second": len(train._dataset) * len(seconds) / sum(seconds), "peak_memory_mb": memory,
-            "hardware": hardware(), "date": time.strftime("%Y-%m-%d"), **found}
+            "hardware": hardware(), "date": time.strftime("%Y-%m-%d"), **results}
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ def speed(params: Params, name: str, train: Sessions, items: int) -> dict[str, A
             "peak_memory_mb": memory, "hardware": hardware(), "date": time.strftime("%Y-%m-%d")}
 
 
-def standard_errors(ranks: Any) -> dict[str, float]:
+def standard_errors(ranks: ArrayLike) -> dict[str, float]:
     """Standard error of every metric over the sessions."""
-    found = gains(ranks)
-    return dict(zip(names(), (found.std(0) / len(found) ** 0.5).tolist()))
+    table = gains(ranks)
+    return dict(zip(names(), (table.std(0) / len(table) ** 0.5).tolist()))
 
 
 def best(fits: Iterable[Mapping[str, Any]], model: str) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
@@ -202,13 +202,13 @@ def best(fits: Iterable[Mapping[str, Any]], model: str) -> tuple[Mapping[str, An
     return max(own, key=lambda fit: fit["valid"][SELECTS]), plain[0]
 
 
-def markdown(found: Sequence[Ours], fits: Sequence[Mapping[str, Any]], samples: int, sessions: int) -> str:
+def markdown(encoders: Sequence[Ours], fits: Sequence[Mapping[str, Any]], samples: int, sessions: int) -> str:
     """Two tables, quality and cost, this project's figure before RecBole's."""
     quality = [["", "HR@20", "RecBole", "in s.e.", "NDCG@20", "RecBole", "in s.e.", "valid NDCG@20", "RecBole",
                 "settings", "RecBole's"]]
     cost = [["", "samples / CPU s", "RecBole", "times", "peak MB", "RecBole", "epochs", "RecBole", "CPU s of training",
              "RecBole", "share of all-item products"]]
-    for ours in found:
+    for ours in encoders:
         pair = best(fits, NAMES.get(ours.name, ""))
         fit, plain = pair or (None, None)
         row = [ours.name]
@@ -228,8 +228,8 @@ def markdown(found: Sequence[Ours], fits: Sequence[Mapping[str, Any]], samples: 
             str(ours.epochs), "–" if fit is None else _epochs(fit), f"{ours.epochs * samples / rate:.0f}",
             "–" if theirs is None else f"{fit['epochs'] * samples / theirs:.0f}",
             f"{ours.speed['products_share']:.0%}"])
-    machines = sorted({source["hardware"] for source in (*fits, *(ours.speed for ours in found))})
-    dates = sorted({source["date"] for source in (*fits, *(ours.speed for ours in found))})
+    machines = sorted({source["hardware"] for source in (*fits, *(ours.speed for ours in encoders))})
+    dates = sorted({source["date"] for source in (*fits, *(ours.speed for ours in encoders))})
     return (f"{sessions:,} test sessions, {samples:,} training samples; {'; '.join(machines)}; {', '.join(dates)}.\n\n"
             f"{_table(quality)}\n{_table(cost)}\n{NOTES}")
 
@@ -292,9 +292,9 @@ def _ranked(trainer: Any, data: Any) -> dict[str, float]:
 
     from llmgr.ranking.metrics import metrics, ranks
 
-    model, found = trainer.model.eval(), []
+    model, parts = trainer.model.eval(), []
     with torch.no_grad():
         for batch, *_ in data:
             batch = batch.to(trainer.device)
-            found.append(ranks(model.full_sort_predict(batch).view(len(batch), -1), batch[model.ITEM_ID]).cpu())
-    return metrics(torch.cat(found))
+            parts.append(ranks(model.full_sort_predict(batch).view(len(batch), -1), batch[model.ITEM_ID]).cpu())
+    return metrics(torch.cat(parts))

@@ -78,7 +78,7 @@ def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optim
 
     A batch's seconds are those of its fastest step of several, as a product's are: what else runs only adds to them.
     """
-    found: Counter[str] = Counter()
+    figures: Counter[str] = Counter()
     device = job.device
     for number, batch in enumerate(batches):
         least = float("inf")
@@ -92,8 +92,8 @@ def steps(job: BehaviourJob, batches: list[Tensor], optimizer: torch.optim.Optim
                 torch.cuda.synchronize()
             least = min(least, time.perf_counter() - start)
         if number >= warm:
-            found.update(seconds=least, tokens=loss.tokens, targets=loss.targets, prompts=len(batch))
-    return dict(found)
+            figures.update(seconds=least, tokens=loss.tokens, targets=loss.targets, prompts=len(batch))
+    return dict(figures)
 
 
 def shares(job: BehaviourJob, batches: list[Tensor]) -> list[tuple[str, float]]:

@@ -121,5 +121,5 @@ class Recorder:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            found = function()
-        return found, graph.replay
+            result = function()
+        return result, graph.replay

@@ -1,4 +1,4 @@
-"""How a language model reads prompts: padded, packed into rows, in blocks of like length, or replayed on a GPU.
+"""How a language model reads prompts: padded, packed into rows, in blocks of similar length, or replayed on a GPU.
 
 The hidden states are the same in every form but for rounding. Without `Execution.prepare` prompts are packed or padded.
 """
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmgr.language_model.attention import Apiece
+from llmgr.language_model.attention import PromptRows
 from llmgr.language_model.cuda_graphs import Recorder, Replayed
 from llmgr.language_model.lora import join_products
 from llmgr.language_model.packing import PromptBatch
+from llmgr.params.training import Launch, Training
 from llmgr.text.vectors import position_offset
 
 
 class Execution:
     """Runs a language model over prompts.
 
-    `causal`: tokens attend to the left only. `packs`: prompts may share a row, since each is read at a token of its
-    own. `separable`: the layers keep prompts of one row apart (`llmgr.language_model.attention.attends_apart`).
+    `causal`: tokens attend only to the left. `packs`: prompts may share a row, since each is read at a token of its
+    own. `separable`: prompts in one row need not see each other (`llmgr.language_model.attention.separates_prompts`).
     """
 
     def __init__(self, language_model: nn.Module, *, causal: bool, packs: bool, separable: bool) -> None:
@@ -29,10 +30,11 @@ class Execution:
         self.replayed: Replayed | None = None
         self.offset = position_offset(language_model)
 
-    def prepare(self, settings: Any, launch: Any, device: torch.device, recorder: Recorder | None = None) -> None:
-        """Choose what trains fastest on `device` and arrange the layers for it; to be called once.
+    def prepare(self, settings: Training, launch: Launch, device: torch.device,
+                recorder: Recorder | None = None) -> None:
+        """Choose the fastest way to train on `device` and set the layers up for it; to be called once.
 
-        `settings` is the align or tune section, `launch` the section of that name.
+        `settings` is the align or tune section.
         """
         if settings.gradient_checkpointing:
             self.checkpoint_activations()
@@ -47,7 +49,8 @@ class Execution:
                                      [p for p in self.language_model.parameters() if p.requires_grad], recorder)
 
     def arranged(self, prompts: PromptBatch, least: int) -> PromptBatch:
-        """The prompts of a step end to end, where they may share a row: in one row, or in rows of `least` tokens."""
+        """The prompts of a step as they are read fastest; `least` is the number of tokens in a row of packed
+        prompts."""
         if not self.packs:
             return prompts
         if self.replayed is not None:
@@ -59,7 +62,7 @@ class Execution:
         position_BL = prompts.position_BL + self.offset
         if prompts.there_NW is not None:
             run = self.states if self.replayed is None or not torch.is_grad_enabled() else self.replayed
-            return run(embeds_BLH, position_BL, *prompts.apiece(self.causal))
+            return run(embeds_BLH, position_BL, *prompts.rows(self.causal))
         if prompts.blocks is not None:
             return self.states(embeds_BLH, position_BL, blocks=prompts.blocks)
         return self.language_model(inputs_embeds=embeds_BLH, position_ids=position_BL,
@@ -67,14 +70,14 @@ class Execution:
 
     def states(self, embeds_1TH: Tensor, position_1T: Tensor, *rows: Tensor, blocks: list[Tensor] | None = None
                ) -> Tensor:
-        """Hidden states [1, T, H] of prompts end to end. Each attends to itself alone: in `blocks`, or in the `rows` of
-        an `Apiece`."""
+        """Hidden states [1, T, H] of prompts end to end; each attends only to itself, by `blocks` or the `rows` of a
+        `PromptRows`."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_1TH.device)
         return self.language_model(inputs_embeds=embeds_1TH, position_ids=position_1T, attention_mask=mask,
-                                   blocks=Apiece(*rows) if rows else blocks).last_hidden_state
+                                   blocks=PromptRows(*rows) if rows else blocks).last_hidden_state
 
     def _cast_anew(self, *inputs: Tensor) -> Tensor:
-        """`states` with weights that autocast casts every time: a recording would keep the copies of its first day."""
+        """`states` without autocast's cache of cast weights, since a recording would keep the first copies for ever."""
         kind = inputs[0].device.type
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             return self.states(*inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,17 +12,20 @@ from torch import nn
 from llmgr.runtime.artifacts import require
 from llmgr.runtime.errors import UserError, disk_is_full, out_of_memory
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")  # what is read of a configuration
 
 
 def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, random: int | None = None,
-                        place: torch.device | None = None, called: str | None = None) -> nn.Module:
+                        device: torch.device | None = None, called: str | None = None) -> nn.Module:
     """The frozen transformer (no heads) in `folder`, without remote code, in evaluation mode.
 
     With the seed `random` its architecture alone is taken (`folder` may then be a config.json by any name) and its
-    weights are drawn, as before a pretraining, at `place`. UserError where there is no whole model to load, which names
-    it as the user `called` it.
+    weights are drawn, as before a pretraining, on `device`. UserError where there is no whole model to load, which
+    names it as the user `called` it.
     """
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
@@ -44,7 +47,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype = torch.float32, 
                 raise ValueError(f"weights that no *.safetensors holds as config.json shapes them: {len(drawn)}, such "
                                  f"as {drawn[0]}")
         else:
-            with torch.random.fork_rng(), place or nullcontext():
+            with torch.random.fork_rng(), device or nullcontext():
                 torch.manual_seed(random)
                 model = AutoModel.from_config(AutoConfig.from_pretrained(config), dtype=dtype,
                                               attn_implementation=_implementation(config), trust_remote_code=False)
@@ -88,7 +91,7 @@ def _implementation(config: Path) -> str:
     return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
 
 
-def load_tokenizer(folder: str | Path, called: str | None = None) -> Any:
+def load_tokenizer(folder: str | Path, called: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, without remote code; UserError where there is none that can be read, which names it
     as the user `called` it."""
     from transformers import AutoTokenizer
@@ -103,7 +106,7 @@ def load_tokenizer(folder: str | Path, called: str | None = None) -> Any:
                         ) from None
 
 
-def check_weights(model: nn.Module, tokenizer: Any, called: str) -> None:
+def check_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, called: str) -> None:
     """UserError where a model and its tokenizer load, but the weights are none or the two do not belong together."""
     broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     if broken:
@@ -131,7 +134,7 @@ def check_prompts(model: nn.Module, called: str) -> None:
                         "their own: choose another model, such as a LLaMA, Qwen, BERT or MPNet model")
 
 
-def is_causal(config: Any) -> bool:
+def is_causal(config: PretrainedConfig) -> bool:
     """Whether the architecture attends to the left only."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

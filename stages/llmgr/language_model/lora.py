@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmgr.params.models import Model
 from llmgr.runtime.artifacts import save_tensors, write_json
 from llmgr.runtime.errors import UserError
 
@@ -17,26 +18,26 @@ ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "val
                     "out_lin", "c_attn", "query_key_value", "Wqkv", "q", "k", "v")
 
 
-def add_adapters(model: nn.Module, params: Any) -> nn.Module:
-    """The language model with LoRA on `params.lora_targets` (peft); unchanged for lora_r=0.
+def add_adapters(model: nn.Module, section: Model) -> nn.Module:
+    """The language model with LoRA on `section.lora_targets` (peft); unchanged for lora_r=0.
 
     UserError where a target does not exist, naming those that do.
     """
-    if params.lora_r == 0:
+    if section.lora_r == 0:
         return model
     from peft import LoraConfig, get_peft_model
 
     present = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules()
                       if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"})
-    targets = params.lora_targets
+    targets = section.lora_targets
     if targets == ["auto"]:
         targets = [name for name in present if name in ATTENTION_LAYERS]
     missing = [name for name in targets if name not in present]
     if missing or not targets:
-        raise UserError(f"model.lora_targets={','.join(params.lora_targets)}: the backbone has no linear layer "
+        raise UserError(f"model.lora_targets={','.join(section.lora_targets)}: the backbone has no linear layer "
                         f"{', '.join(missing) or 'of a known attention'}; it has {', '.join(present)}")
-    config = LoraConfig(r=params.lora_r, lora_alpha=params.lora_alpha, target_modules=targets,
-                        lora_dropout=params.lora_dropout, bias="none")
+    config = LoraConfig(r=section.lora_r, lora_alpha=section.lora_alpha, target_modules=targets,
+                        lora_dropout=section.lora_dropout, bias="none")
     with warnings.catch_warnings():  # peft asks transformers for something by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         adapted = get_peft_model(model, config)

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmgr.language_model.attention import Apiece
+from llmgr.language_model.attention import PromptRows
+from llmgr.params.training import Training
 from llmgr.sessions.batching import by_length
 
 TEXT, NODE, GRAPH = 0, 1, 2
@@ -24,12 +24,10 @@ class PromptBatch:
 
     token_BL: text token ids. kind_BL: TEXT, NODE or GRAPH. ref_BL: the item of a node slot, the readout of a graph
     slot. position_BL: position ids. branch_BL: 0 in the trunk, else the branch's number. limit_BL: trunk positions
-    below it are visible. real_BL: False at padding. segment_BL: which of a row's prompts a token belongs to (one a row
-    unless packed). row_R, column_R: where hidden states are read. slots_N: where slots of a kind stand, once counted.
-    blocks: what prompts do not see of themselves, where they attend in blocks of like length
-    (`llmgr.language_model.attention.Apart`).
-    there_NW, back_T: where tokens stand, where each prompt attends in a row of its own
-    (`llmgr.language_model.attention.Apiece`).
+    below it are visible. real_BL: False at padding. segment_BL: the prompt of a row that a token belongs to (a row has
+    one unless packed). row_R, column_R: where hidden states are read. slots_N: the indices of the slots of each kind,
+    once computed. blocks: the masks of `llmgr.language_model.attention.Separate`, where prompts attend in blocks.
+    there_NW, back_T: as in `llmgr.language_model.attention.PromptRows`, where prompts attend in rows of their own.
     """
 
     token_BL: Tensor
@@ -48,18 +46,19 @@ class PromptBatch:
     back_T: Tensor | None = None
 
     def slots(self, kind: int) -> Tensor:
-        """Where the slots of NODE or GRAPH stand among the B x L tokens [N]."""
+        """The indices [N] of the NODE or GRAPH slots among the B x L tokens."""
         if self.slots_N is not None:
             return self.slots_N[kind]
         return (self.kind_BL == kind).flatten().nonzero()[:, 0]
 
     @property
     def tokens(self) -> int:
-        """Useful tokens: slots and text, without padding."""
+        """The number of useful tokens: slots and text, without padding."""
         return int(self.real_BL.sum())
 
     def mask(self, causal: bool) -> Tensor:
-        """Which key (last axis) a query sees, bool [B, 1, L, L]; padding sees the first token, so no row is empty."""
+        """Whether a query sees a key (last axis), bool [B, 1, L, L]; padding sees the first token, so no row is
+        empty."""
         own_BLL = self.segment_BL[:, None, :] == self.segment_BL[:, :, None]
         if not causal:
             return (self.real_BL[:, None, :] & own_BLL)[:, None]
@@ -96,10 +95,10 @@ class PromptBatch:
                            start_B[self.row_R] + self.column_R)
 
     def end_to_end(self, causal: bool) -> PromptBatch:
-        """The same prompts end to end in one row, those of like length together, and where each attends (on the CPU).
+        """The same prompts end to end in one row, in blocks of similar length, with the blocks' masks (on the CPU).
 
-        They are padded to the longest of their block, which costs less than the padding of a row, and no token meets
-        one of another prompt at all.
+        Each is padded to the longest of its block, which costs less than padding a row, and no score between two
+        prompts is computed.
         """
         size_B = self.real_BL.sum(1)
         start_B, end, blocks, fields_1T = torch.empty_like(size_B), 0, [], [[] for _ in TOKEN_FIELDS]
@@ -116,10 +115,10 @@ class PromptBatch:
                            start_B[self.row_R] + self.column_R, blocks=blocks)
 
     def in_line(self) -> PromptBatch:
-        """The same prompts end to end in one row, and where each attends; few sizes differ, so that each can be kept.
+        """The same prompts end to end in one row, in one of few sizes, so that each size can be recorded.
 
-        Tokens, prompts and the longest prompt's length are rounded up (`rounded`), with a place and a row or more that
-        hold none.
+        The numbers of tokens and prompts and the longest prompt's length are rounded up (`rounded`); at least one
+        column and one row have no token.
         """
         size_B = self.real_BL.sum(1)
         prompt_N, column_N = self.real_BL.nonzero(as_tuple=True)
@@ -135,12 +134,12 @@ class PromptBatch:
         return PromptBatch(*fields_1T, segment_1T, torch.zeros_like(self.row_R),
                            (size_B.cumsum(0) - size_B)[self.row_R] + self.column_R, there_NW=there_NW, back_T=back_T)
 
-    def apiece(self, causal: bool) -> Apiece:
-        """How prompts in line attend; an entry without a token sees its row's first."""
+    def rows(self, causal: bool) -> PromptRows:
+        """How prompts in line attend; an entry without a token sees the first of its row."""
         fields = {name: getattr(self, name)[0][self.there_NW] for name in TOKEN_FIELDS if name != "segment_BL"}
         seen_N1WW = replace(self, **fields, segment_BL=torch.zeros_like(self.there_NW)).mask(causal)
         first_W = torch.arange(self.there_NW.shape[1], device=self.there_NW.device) == 0
-        return Apiece(self.there_NW, self.back_T, seen_N1WW | ~fields["real_BL"][:, None, :, None] & first_W)
+        return PromptRows(self.there_NW, self.back_T, seen_N1WW | ~fields["real_BL"][:, None, :, None] & first_W)
 
     def to(self, device: torch.device) -> PromptBatch:
         """The same batch on another device: prompts are laid out on the CPU, where a GPU would wait for every count."""
@@ -152,13 +151,13 @@ class PromptBatch:
 
 
 def rounded(count: int, sizes: int) -> int:
-    """The next of `sizes` equally spaced numbers from one power of two to the next, `count` itself where it is one."""
+    """`count` rounded up to one of few numbers: `sizes` of them, equally spaced, between two powers of two."""
     step = max(1, 2 ** (count - 1).bit_length() // 2 // sizes)
     return -(-count // step) * step
 
 
 def first_fit(sizes: list[int], width: int) -> tuple[list[int], list[int]]:
-    """The row of each prompt, put into the first that has room, and how many tokens each row then holds."""
+    """The row of each prompt, which is the first with room for it, and the number of tokens in each row."""
     rows: list[int] = []
     filled: list[int] = []
     for size in sizes:
@@ -171,10 +170,10 @@ def first_fit(sizes: list[int], width: int) -> tuple[list[int], list[int]]:
 
 
 def row_width(sizes: list[int], least: int) -> int:
-    """How wide rows may be, for prompts of `sizes` (longest first): what costs least up to twice the least width.
+    """The width of rows for prompts of `sizes` (longest first): the cheapest from the least width to twice that.
 
-    The cost is that of the rows' cells, padding included, and of their attention, which grows with their width. The
-    most promising widths are tried: those whose rows could be full.
+    The cost is that of all cells, padding included, and of attention, which grows with the width. Only the WIDTHS most
+    promising widths are tried: those whose rows could be full.
     """
     least, total = max(least, sizes[0]), sum(sizes)
 
@@ -191,10 +190,10 @@ def row_width(sizes: list[int], least: int) -> int:
 PACKED = 64  # tokens of a row of packed prompts, at least
 
 
-def drawn_steps(order: Tensor, length: Tensor, settings: Any, packs: bool) -> list[list[Tensor]]:
-    """Steps of accumulate x batch_size samples in `order`, each in micro-batches.
+def drawn_steps(order: Tensor, length: Tensor, settings: Training, packs: bool) -> list[list[Tensor]]:
+    """Steps of accumulate x batch_size samples in `order`, each divided into micro-batches.
 
-    Where prompts are packed any will do; else a micro-batch holds samples of like `length`, so that little is padding.
+    Unless prompts are packed (`packs`), a micro-batch has samples of similar `length`, so that little is padding.
     """
     size = settings.batch_size
     steps = order.split(size * settings.accumulate)

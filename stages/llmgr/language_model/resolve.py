@@ -78,12 +78,12 @@ def _cached(name: str, revision: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        _weights(found, name)
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        _weights(folder, name)
     except (LocalEntryNotFoundError, UserError, ValueError, OSError):
         return None
-    whole = (found / "config.json").exists() and any((found / file).exists() for file in TOKENIZER_FILES)
-    return found if whole else None
+    whole = (folder / "config.json").exists() and any((folder / file).exists() for file in TOKENIZER_FILES)
+    return folder if whole else None
 
 
 def _fetch(name: str, revision: str, folder: Path, section: str) -> str:

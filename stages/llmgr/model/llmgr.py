@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmgr.encoders.layers import Dropout
-from llmgr.language_model.attention import attends_apart
+from llmgr.language_model.attention import separates_prompts
 from llmgr.language_model.execution import Execution
 from llmgr.language_model.loading import is_causal
 from llmgr.language_model.lora import add_adapters
@@ -38,7 +38,7 @@ class Llmgr(nn.Module):
         if self.causal and self.readout != "last":
             raise UserError(f"model.readout={self.readout} reads nothing useful under causal attention: "
                             "set model.readout=last")
-        separable = attends_apart(language_model)
+        separable = separates_prompts(language_model)
         self.positions = config.max_position_embeddings - position_offset(language_model)
         self.register_buffer("vectors", vectors_VD, persistent=False)
         self.encoder = encoder.requires_grad_(False)

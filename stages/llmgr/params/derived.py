@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llmgr.params.checks import one_of
 from llmgr.params.encoders import encoders, trained
@@ -53,7 +53,7 @@ def cross_fits(base: str) -> bool:
     return encoder not in WHOLE and text != "linear"
 
 
-def base_scores(params: Any) -> bool:
+def base_scores(params: Params) -> bool:
     """Whether LLMGR's logits start from its base's scores, too."""
     return params.tune.folds > 0 and cross_fits(params.model.base)
 

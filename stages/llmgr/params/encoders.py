@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 
@@ -251,7 +251,7 @@ def encoders() -> list[str]:
     return [name for name, hint in hints.items() if dataclasses.is_dataclass(hint) and hint is not EncoderTraining]
 
 
-def trained(section: Any) -> list[str]:
+def trained(section: Encoder) -> list[str]:
     """Names of the models that the `encoder` section asks for: encoders, then controls such as `gcsan-text`."""
     return [*section.names, *(f"{name}-{text}" for name in section.controls for text in section.control_texts),
             *(f"{name}-linear" for name in section.linear_controls)]

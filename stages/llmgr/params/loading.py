@@ -90,7 +90,7 @@ FIRST = {"unexpected_keyword_argument": 0, "missing": 1}  # said before the rest
 def _refusal(error: ValidationError, kind: type, prefix: str) -> str:
     """The first of what is wrong, as one sentence that names the key as one types it."""
     wrong = min(error.errors(include_url=False), key=lambda one: FIRST.get(one["type"], 2))
-    key, section, bounds = _place(kind, wrong["loc"])
+    key, section, bounds = _location(kind, wrong["loc"])
     key, context, value = prefix + key, wrong.get("ctx", {}), shown(wrong["input"])
     if wrong["type"] == "unexpected_keyword_argument":
         parent, _, own = key.rpartition(".")
@@ -116,7 +116,7 @@ def _refusal(error: ValidationError, kind: type, prefix: str) -> str:
     return f"{key}={value} {words.format(**context) if context else words}"
 
 
-def _place(kind: type, path: tuple[int | str, ...]) -> tuple[str, type, dict[str, float]]:
+def _location(kind: type, path: tuple[int | str, ...]) -> tuple[str, type, dict[str, float]]:
     """A value's dotted key, the section that it is or stands in, and its bounds; list places do not count."""
     section, key, bounds = kind, [], {}
     for part in path:

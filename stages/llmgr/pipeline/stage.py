@@ -60,9 +60,9 @@ def run(main: Callable[..., None], doc: str, reads: Sequence[str], options: dict
         _fail("interrupted; run the same command again to go on from the last checkpoint", status=130)
     except Exception as error:
         if disk_is_full(error):
-            told = " ".join(str(error).splitlines()[0][:160].split())
-            _fail(f"the disk is full or a file limit was reached ({told}); free some space and run `dvc repro` again: "
-                  "finished files are whole and training goes on from its last checkpoint")
+            reason = " ".join(str(error).splitlines()[0][:160].split())
+            _fail(f"the disk is full or a file limit was reached ({reason}); free some space and run `dvc repro` "
+                  "again: finished files are whole and training goes on from its last checkpoint")
         if out_of_memory(error):
             _fail(f"out of memory: {what_helps(Path(sys.argv[0]).stem)}")
         _fail(traceback.format_exc(), status=1)

@@ -202,12 +202,12 @@ def _put_back(root: Path, setting_up: float | None) -> list[str]:
     _remove(root / ".dvc/tmp/exps/rwlock")  # or another stash, made later, would be taken for this one
     if not made or _references(root, EXEC) or not -1 <= int(made) - setting_up <= STASHED:
         return []
-    done, place = [], "stash@{0}"
+    done, stash = [], "stash@{0}"
     if not _clean(root):
         _git(root, "stash", "push", "-q", "-m", "heal: what stood in the files")
-        done, place = ["what stood in the files is in `git stash list`"], "stash@{1}"
-    if _git(root, "stash", "pop", "-q", "--index", place, check=False).returncode:
-        return [*done, f"your changes, which DVC had put aside, do not fit here: `git stash pop {place}`"]
+        done, stash = ["what stood in the files is in `git stash list`"], "stash@{1}"
+    if _git(root, "stash", "pop", "-q", "--index", stash, check=False).returncode:
+        return [*done, f"your changes, which DVC had put aside, do not fit here: `git stash pop {stash}`"]
     return ["your changes, which DVC had put aside, are back", *done]
 
 
@@ -254,18 +254,18 @@ def _runs(process: int) -> bool:
 
 
 def _references(root: Path, prefix: str) -> list[tuple[str, str]]:
-    found = _git(root, "for-each-ref", "--format=%(refname) %(objectname)", prefix, check=False)
-    return [tuple(line.split()) for line in found.stdout.decode().splitlines()]
+    output = _git(root, "for-each-ref", "--format=%(refname) %(objectname)", prefix, check=False)
+    return [tuple(line.split()) for line in output.stdout.decode().splitlines()]
 
 
 def _commit(root: Path, name: str) -> str:
-    found = _git(root, "rev-parse", "-q", "--verify", f"{name}^{{commit}}", check=False)
-    return found.stdout.decode().strip()
+    output = _git(root, "rev-parse", "-q", "--verify", f"{name}^{{commit}}", check=False)
+    return output.stdout.decode().strip()
 
 
 def _git_folder(root: Path) -> Path | None:
-    found = _git(root, "rev-parse", "--absolute-git-dir", check=False)
-    return Path(os.fsdecode(found.stdout).strip()) if found.returncode == 0 else None
+    output = _git(root, "rev-parse", "--absolute-git-dir", check=False)
+    return Path(os.fsdecode(output.stdout).strip()) if output.returncode == 0 else None
 
 
 def _git(root: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:

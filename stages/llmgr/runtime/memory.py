@@ -1,4 +1,4 @@
-"""Memory: what the machine and its control group have, and what helps a stage that ran out of it."""
+"""The memory of the machine and its control group, and advice for a stage that ran out of it."""
 from __future__ import annotations
 
 import os
@@ -26,11 +26,11 @@ HELP = {
     "bucket": ["lower bucket.resamples"],
     "seeds": ["lower bucket.resamples"],
 }
-"""What a stage's memory hangs on, by the script's name."""
+"""What lowers a stage's memory, by the name of its script."""
 
 
 def what_helps(stage: str) -> str:
-    """What a user can do where `stage` runs out of memory."""
+    """The advice for a user whose stage ran out of memory."""
     return "; ".join(HELP.get(stage, ["close other programs, or take a machine with more memory"]))
 
 
@@ -48,20 +48,20 @@ def available() -> float:
 
 def _groups() -> list[tuple[float, float]]:
     """Limit and use, without what can be given back, of every control group that bounds this process."""
-    found = []
+    limits = []
     for folder, names in _folders():
         try:
             limit, used = (float((folder / name).read_text()) for name in names)
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            found.append((limit, used - float(stat.get("total_inactive_file", stat.get("inactive_file", 0)))))
+            limits.append((limit, used - float(stat.get("total_inactive_file", stat.get("inactive_file", 0)))))
         except (OSError, ValueError):  # no such file, or `max`
             continue
-    return found
+    return limits
 
 
 def _folders() -> list[tuple[Path, tuple[str, str]]]:
     """Folders of the control groups, this process's own and those above it, of version 2 and of version 1."""
-    found = []
+    folders = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -73,5 +73,5 @@ def _folders() -> list[tuple[Path, tuple[str, str]]]:
         root, names = (GROUPS, ("memory.max", "memory.current")) if kinds == "" else (
             GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
         own = root / path.lstrip("/")
-        found += [(folder, names) for folder in (own, *own.parents) if folder == root or root in folder.parents]
-    return found
+        folders += [(folder, names) for folder in (own, *own.parents) if folder == root or root in folder.parents]
+    return folders

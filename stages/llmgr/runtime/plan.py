@@ -1,4 +1,4 @@
-"""Where a stage stands in the pipeline, and how long it and the rest took the last time."""
+"""A stage's position in the pipeline, and how long it and the following stages took the last time."""
 from __future__ import annotations
 
 import contextlib
@@ -14,20 +14,20 @@ from llmgr.runtime.console import WORKERS, first, say
 
 
 def stages(root: Path) -> list[str]:
-    """The names of all stages that dvc.yaml in `root` makes of params.yaml, in their order there."""
+    """The names of all stages of dvc.yaml in `root`, in order, with the matrices that params.yaml fills."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content, params = (yaml.load((root / name).read_bytes(), loader) for name in ("dvc.yaml", "params.yaml"))
-    found = []
+    names = []
     for name, stage in content["stages"].items():
         lists = [_filled(values, params) for values in stage.get("matrix", {}).values()]
-        found += [f"{name}@{'-'.join(map(str, chosen))}" if chosen else name for chosen in itertools.product(*lists)]
-    return found
+        names += [f"{name}@{'-'.join(map(str, chosen))}" if chosen else name for chosen in itertools.product(*lists)]
+    return names
 
 
 def _filled(values: Any, params: Any) -> list[Any]:
-    """A matrix's list, or what the parameter that it names holds."""
+    """The list of a matrix, which stands there or in the parameter that it names."""
     if isinstance(values, list):
         return values
     for part in values.removeprefix("${").removesuffix("}").split("."):
@@ -36,10 +36,10 @@ def _filled(values: Any, params: Any) -> list[Any]:
 
 
 class Timed:
-    """Says where the stage that DVC runs stands, and remembers in `place` how long it took."""
+    """Says where the stage that DVC runs stands, and remembers below `root` how long it took."""
 
-    def __init__(self, place: Path) -> None:
-        self.path, self.begun = place / ".resume/seconds.json", time.monotonic()
+    def __init__(self, root: Path) -> None:
+        self.path, self.begun = root / ".resume/seconds.json", time.monotonic()
         speaks = first() and WORKERS not in os.environ  # what started the workers does
         self.name = os.environ.get("DVC_STAGE", "").rpartition(":")[2] if speaks else ""
 

@@ -1,4 +1,4 @@
-"""Which modules of the library a script can reach: what its results depend on, beside parameters and inputs."""
+"""The modules of the library that a script can reach: its results depend on them, beside parameters and inputs."""
 from __future__ import annotations
 
 import ast
@@ -6,14 +6,14 @@ import functools
 from pathlib import Path
 
 FRAME = ("runtime", "params", "pipeline")
-"""Rooms that decide how a stage is started, told what to do and fails, not what it computes."""
+"""Rooms that decide how a stage starts, reads its parameters and fails, but not what it computes."""
 LIBRARY = Path(__file__).resolve().parent.parent
 DISPATCH = {"encoders/registry.py": "encoders"}
 """Modules that import the files of a room by name while they run."""
 
 
 def reached(script: str | Path) -> list[Path]:
-    """Files of llmgr that a script imports, directly or not and wherever the import stands, without the frame.
+    """Files of llmgr that a script imports, directly or through others, without those of FRAME.
 
     All of them where there is no such file: code typed at a prompt may reach anything.
     """
@@ -40,14 +40,13 @@ def rooms(script: str | Path) -> list[str]:
 
 @functools.cache
 def imported(file: Path) -> frozenset[Path]:
-    """Modules of llmgr that one file names in its imports, those for type checking included; a room's `__init__` holds
-    words alone."""
-    found: set[Path] = set()
+    """The modules of llmgr that one file imports, also for type checking only. A room's `__init__` has no code."""
+    files: set[Path] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmgr":
             below = node.module.split(".")[1:]
             for parts in (below, *([*below, alias.name] for alias in node.names)):
                 path = LIBRARY.joinpath(*parts).with_suffix(".py")
                 if parts and path.is_file():
-                    found.add(path)
-    return frozenset(found)
+                    files.add(path)
+    return frozenset(files)

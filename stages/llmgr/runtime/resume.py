@@ -16,8 +16,8 @@ from llmgr.runtime.console import first, say
 from llmgr.runtime.ownership import hold
 from llmgr.runtime.reach import LIBRARY, reached
 
-UNFINISHED_KEPT = 5
-"""Interrupted trainings (and downloads) of a stage that wait to be gone on with; older ones are dropped."""
+UNFINISHED = 5
+"""How many interrupted trainings (or downloads) of a stage wait to be resumed; older ones are dropped."""
 
 
 def home() -> Path:
@@ -26,13 +26,13 @@ def home() -> Path:
 
 
 def resume_folder(stage: str, params: dict[str, Any], inputs: Iterable[str | Path]) -> Path:
-    """Where a stage keeps what it needs to go on after an interruption.
+    """The folder in which a stage keeps what it needs to resume after an interruption.
 
-    The folder's name is a fingerprint of everything that decides the outcome: the parameters read, the inputs'
-    contents, the code that the running script can reach. Thread and process counts (`launch`) decide rounding alone:
-    they stand in the checkpoint, any number goes on from it, and one that differs says so. The folder lies outside
-    DVC's outs; of two runs of the same work at the same time the second gets a folder of its own. What waits there for
-    parameters that nobody came back to is dropped once there are `UNFINISHED_KEPT` newer ones.
+    Its name is a fingerprint of everything that decides the outcome: the parameters, the content of the inputs, and the
+    code that the running script can reach. Thread and process counts (`launch`) decide only rounding. They stand in the
+    checkpoint: any number of processes can resume it, and a different one is reported. The folder lies outside DVC's
+    outs. Of two runs of the same work at the same time, the second gets a folder of its own. A folder that nobody comes
+    back to is dropped once there are `UNFINISHED` newer ones.
     """
     print_of = hashlib.sha256()
     deciding = {key: value for key, value in params.items() if not key.startswith("launch.")}
@@ -49,12 +49,12 @@ def resume_folder(stage: str, params: dict[str, Any], inputs: Iterable[str | Pat
 
 
 def waiting(stage: str, name: str) -> Path:
-    """The folder `name` of what a stage left unfinished, made where it is not; old ones of the stage are dropped."""
+    """The folder `name` for unfinished work of a stage, made if missing; the stage's oldest ones are dropped."""
     folder = home() / ".resume" / stage / name
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
-    for path in sorted(others, key=_last_used, reverse=True)[UNFINISHED_KEPT - 1:]:
+    for path in sorted(others, key=_last_used, reverse=True)[UNFINISHED - 1:]:
         shutil.rmtree(path, ignore_errors=True)
     return folder
 

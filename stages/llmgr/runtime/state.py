@@ -1,4 +1,4 @@
-"""State that an interrupted stage goes on from: written with its digest, the one before it beside it."""
+"""The state from which an interrupted stage resumes: written with its digest, beside the state before it."""
 from __future__ import annotations
 
 import hashlib
@@ -13,7 +13,7 @@ MARK = b"llmgr state 1\n"
 
 
 def former(path: Path) -> Path:
-    """Where the state before the one at `path` lies."""
+    """The path of the state before the one at `path`."""
     return path.with_name(f"{path.name}.former")
 
 
@@ -38,12 +38,12 @@ def read_state(path: Path) -> bytes | None:
 
 
 def states(path: Path) -> Iterator[Path]:
-    """The places that hold a state, the newest first."""
-    yield from (place for place in (path, former(path)) if place.exists() or place.is_symlink())
+    """The files that hold a state, the newest first."""
+    yield from (file for file in (path, former(path)) if file.exists() or file.is_symlink())
 
 
 def discard(path: Path) -> None:
-    """Remove what stands at `path`, be it a folder."""
+    """Remove a file or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -9,10 +9,14 @@ import re
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmgr.runtime.artifacts import read_table
 from llmgr.serving.package import ITEMS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 NAME, BEST = "llmgr", "best"
 NEEDS = ("mlflow", "torch", "numpy", "scipy", "polars", "pyarrow", "safetensors", "tqdm")
@@ -20,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 SCORE, DATASET = "valid.ndcg_at_20", "dataset"  # tags of a version
 
 
-def log_package(client: Any, run_id: str, dataset: str, score: float, folder: str | Path) -> str:
+def log_package(client: MlflowClient, run_id: str, dataset: str, score: float, folder: str | Path) -> str:
     """Log the package with a run, register it as `llmgr`, and return its version.
 
     The alias best-DATASET moves to it where its `score`, NDCG@20 on validation, is at least that of the version that
@@ -57,7 +61,7 @@ def save_model(path: Path, folder: str | Path) -> None:
     about.write_text(about.read_text().replace(f"{HERE}{os.sep}", ""))  # nothing about this machine goes out
 
 
-def _registered(client: Any) -> None:
+def _registered(client: MlflowClient) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -66,7 +70,7 @@ def _registered(client: Any) -> None:
         client.create_registered_model(NAME, description="Recommendations without a language model per request.")
 
 
-def _version(client: Any, alias: str) -> Any:
+def _version(client: MlflowClient, alias: str) -> ModelVersion | None:
     from mlflow.exceptions import MlflowException
 
     try:
