@@ -3,7 +3,8 @@
 Shape legend: the capital letters at the end of a tensor's name are its dimensions.
 B sessions of a batch, S clicks of a session, N nodes of a session graph, L tokens of a prompt, R readouts (samples),
 M nodes and C clicks of all graphs of a batch end to end, E edges, V items (V+1 rows with padding), D width of the
-session encoder, H width of the language model, T width of the text features, K columns of an output's table.
+session encoder, H width of the language model, T width of the text features, K columns of an output's table. A digit
+is an axis of that size.
 A module that uses another letter, or one of these otherwise, says so in its docstring after "Shapes:".
 Item ids start at 1; 0 is padding.
 """

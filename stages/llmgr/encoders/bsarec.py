@@ -12,6 +12,8 @@ Deviation: beta is the square of what is learned, drawn from N(0, 1), and dropou
 rescaler, as in the authors' code.
 Deviation: positions count back from the last click, which the paper's left padding comes to. As with the other
 encoders every prefix is a sample; the loss is the paper's, cross-entropy over all items.
+
+Shapes: R queries (all clicks or the last), N lengths of a session, F components of the transform.
 """
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ Deviation: the paper scores [z; user] with item vectors twice as wide; here a li
 input's item vectors, and those are scored (as RecBole, which adds a ReLU that only forbids negative session vectors).
 One target a sample (T = 1), cross-entropy over all items in place of a binary loss, and weight decay is the training's
 setting, for all encoders alike. RecBole pads after the last click. User 0 is nobody, its vector zero.
+
+Shapes: W rows of the image, N vertical filters.
 """
 from __future__ import annotations
 

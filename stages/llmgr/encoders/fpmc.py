@@ -2,6 +2,8 @@
 
 With baskets of one item (equation 10 without the term that no candidate changes): the score of item i for user u after
 item l is <U_u, I_i> + <L_l, N_i>.
+
+Shapes: E = 3 D width of the item factors.
 """
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ Deviation: the paper ranks sampled items (TOP1, BPR) over session-parallel mini-
 Here every prefix is a sample and dropout falls on the item vectors (both from Tan et al., DLRS 2016, arXiv 1606.08117),
 the loss is cross-entropy over all items, and the output rows are the input vectors, all as in RecBole. The reset gate
 acts behind the state's matrix (PyTorch's form), in the paper before it.
+
+Shapes: H width of the GRU.
 """
 from __future__ import annotations
 

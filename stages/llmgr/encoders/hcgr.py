@@ -7,6 +7,8 @@ gives the session's point, items are ranked by geodesic distance d(x, y) = arcos
 loss on distances joins the cross-entropy. Maps and optimiser are geoopt's.
 
 Deviation: the authors' code is not public; where this file had to choose a layer, it says so below.
+
+Shapes: E = D + 1 coordinates of a point, R relations of two nodes.
 """
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The interface of a session encoder, and the layers that several encoders share."""
+"""The interface of a session encoder, and the layers that several encoders share.
+
+Shapes: E width of the item vectors, which is D unless an encoder says otherwise.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -6,6 +6,8 @@ emb_i^T B [global; local] (section 3.5), which is an inner product with the sess
 
 Deviation: one GRU serves both encoders, as in RecBole and the authors' code; its reset gate acts behind the state's
 matrix (PyTorch's form), in the paper before it.
+
+Shapes: H width of the GRU.
 """
 from __future__ import annotations
 

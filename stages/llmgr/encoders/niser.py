@@ -2,6 +2,8 @@
 
 SR-GNN whose item vectors (equation 2) and session vectors (equation 6) have unit length, so that a popular item gains
 nothing by a long vector; scores are sigma * cosine (equation 7). NISER+ adds position vectors to the click states.
+
+Shapes: E width of the item vectors, which is D here.
 """
 from __future__ import annotations
 

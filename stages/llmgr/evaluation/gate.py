@@ -5,6 +5,8 @@ rare item is noise and its text is as good as any other, so its text should coun
 graph model for head items" (arXiv 2402.16539, discussion), in a few dozen numbers. They are fitted on validation
 sessions, which no scorer was trained on, by softmax cross-entropy with seen items masked, unless the scorer `repeat` is
 fused.
+
+Shapes: M scorers, N bands, S sessions, X seen items.
 """
 from __future__ import annotations
 

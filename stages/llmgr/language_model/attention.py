@@ -1,5 +1,8 @@
 """The language model's attention: plain products for training on a CPU, and separate attention for prompts end to
-end."""
+end.
+
+Shapes: N prompts, T columns of a line of prompts, W columns of a row.
+"""
 from __future__ import annotations
 
 import itertools

@@ -1,6 +1,8 @@
 """How a language model reads prompts: padded, packed into rows, in blocks of similar length, or replayed on a GPU.
 
 The hidden states are the same in every form but for rounding. Without `Execution.prepare` prompts are packed or padded.
+
+Shapes: T columns of a line of prompts, N prompts and W columns of a row.
 """
 from __future__ import annotations
 

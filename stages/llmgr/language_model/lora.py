@@ -1,4 +1,7 @@
-"""LoRA adapters (Hu et al., ICLR 2022): added by peft, computed with fewer products."""
+"""LoRA adapters (Hu et al., ICLR 2022): added by peft, computed with fewer products.
+
+Shapes: N rows, I inputs, O outputs, R rank of the adapter.
+"""
 from __future__ import annotations
 
 import warnings

@@ -1,4 +1,7 @@
-"""Prompts as padded batches, and the same prompts end to end, so that little is computed at padding."""
+"""Prompts as padded batches, and the same prompts end to end, so that little is computed at padding.
+
+Shapes: N prompts or slots, T columns of a line of prompts, W columns of a row.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,7 @@
-"""A small LLaMA trained from scratch on item texts, for machines that reach no model hub."""
+"""A small LLaMA trained from scratch on item texts, for machines that reach no model hub.
+
+Shapes: N texts, L tokens of a text.
+"""
 from __future__ import annotations
 
 from pathlib import Path

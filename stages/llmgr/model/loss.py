@@ -1,4 +1,7 @@
-"""The loss of both stages: softmax cross-entropy over all items, with weighted targets and smoothing by text."""
+"""The loss of both stages: softmax cross-entropy over all items, with weighted targets and smoothing by text.
+
+Shapes: N neighbours of an item.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -6,6 +6,8 @@ A slot `{nodes}`, `{last}`, `{edges}` or `{graph}` is filled by a projected node
 Stage 2's prompt is a trunk (the clicks) and a branch (the question). The branch of a prefix of p clicks sees the trunk
 up to click p and itself, at the positions it would have in a prompt of that prefix alone. So one pass over a session
 with a branch for every prefix gives the same hidden states as a prompt a prefix (under causal attention).
+
+Shapes: P prefixes of a session, W columns of a piece, C candidates, M samples.
 """
 from __future__ import annotations
 

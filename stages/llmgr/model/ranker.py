@@ -1,4 +1,7 @@
-"""LLMGR's logits of all items for sessions, which training, validation, evaluation and serving share."""
+"""LLMGR's logits of all items for sessions, which training, validation, evaluation and serving share.
+
+Shapes: N training samples, U users.
+"""
 from __future__ import annotations
 
 from weakref import WeakKeyDictionary

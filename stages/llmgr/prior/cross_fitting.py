@@ -2,6 +2,8 @@
 
 A model's scores of its own training sessions are too good, and a model that is fitted to them would trust them too
 much. Cross-fitted scores (stacked generalisation, Wolpert 1992) avoid that.
+
+Shapes: U users, N training samples.
 """
 from __future__ import annotations
 

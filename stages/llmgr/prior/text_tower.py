@@ -1,4 +1,7 @@
-"""The text tower: a text encoder, tuned so that an item's vector is close to those of the clicks before it."""
+"""The text tower: a text encoder, tuned so that an item's vector is close to those of the clicks before it.
+
+Shapes: N texts, L tokens of a text, T tokens that occur in some text.
+"""
 from __future__ import annotations
 
 import math

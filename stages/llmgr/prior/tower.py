@@ -1,4 +1,7 @@
-"""Scores by the item vectors of a tuned text tower."""
+"""Scores by the item vectors of a tuned text tower.
+
+Shapes: U users.
+"""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,7 @@
-"""Training of the text tower, over all users and without each fold of them."""
+"""Training of the text tower, over all users and without each fold of them.
+
+Shapes: U distinct items of a batch, P distinct targets, N clicks or training samples, S sessions.
+"""
 from __future__ import annotations
 
 from pathlib import Path

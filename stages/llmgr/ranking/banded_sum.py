@@ -3,6 +3,8 @@
 z_j = sum_m w[m, band(j)] s_m,j + b[band(j)], where band(j) is the band of item j's training interactions. The gate
 fuses finished models this way, and the prior adds up its parts this way. Softmax cross-entropy of such a sum is convex
 in w and b, and one optimiser fits both.
+
+Shapes: M scorers, N bands.
 """
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training of the student: it learns LLMGR's queries of training prefixes (Hinton et al. 2015, arXiv 1503.02531)."""
+"""Training of the student: it learns LLMGR's queries of training prefixes (Hinton et al. 2015, arXiv 1503.02531).
+
+Shapes: I = 3 K inputs of the student.
+"""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -3,6 +3,8 @@
 A new item has a text and no clicks. The text tower's stored tokens give its vector. A linear map of that vector, fitted
 to the trained items, replaces the vectors that training on clicks would have given. The similarity of words replaces
 its row and column of the item-item matrix. Its band is that of items that were never a target.
+
+Shapes: N new items, T stored tokens.
 """
 from __future__ import annotations
 

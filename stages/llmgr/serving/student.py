@@ -2,6 +2,8 @@
 
 LLMGR's logits are its prior's plus the products of a query and the items' rows in a table. Only the query needs the
 language model. So the student predicts the query, and the table and the prior's weights are LLMGR's.
+
+Shapes: I = 3 K inputs.
 """
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Item text vectors: mean hidden states of a language model, their principal components, their similarity."""
+"""Item text vectors: mean hidden states of a language model, their principal components, their similarity.
+
+Shapes: H width of the text vectors.
+"""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
