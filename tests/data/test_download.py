@@ -313,7 +313,7 @@ def test_checksums_of_a_mirror_folder_count(home):
         pass
 
 
-def test_a_relative_mirror_is_found_from_an_experiment_copy(home, monkeypatch):
+def test_a_relative_mirror_works_from_an_experiments_copy(home, monkeypatch):
     (home / "mirror").mkdir()
     (home / "mirror" / NAME).write_bytes(DATA)
     copy = home / "copy"

@@ -56,7 +56,7 @@ def test_all_formats_give_the_same_interactions(tmp_path, ending):
 @pytest.mark.parametrize("names", [
     ("userId", "asin", "unixReviewTime"), ("visitor", "sku", "ts"), ("Reviewer-ID", "Product ID", "Date"),
     ("customer_id", "article_id", "t_dat")])
-def test_usual_columns_are_found(tmp_path, names):
+def test_usual_columns_are_recognised(tmp_path, names):
     table, counts = read(clicks(tmp_path / "c.csv", names=names))
     assert table.height == 36 and counts["columns"] == dict(zip(("user", "item", "time"), names))
 

@@ -149,7 +149,7 @@ def hit_at_1(name: str, folder: Path, shuffle: bool) -> float:
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_it_learns_a_markov_chain_and_not_its_shuffled_twin(name, tmp_path):
+def test_it_learns_a_markov_chain_and_not_a_shuffled_one(name, tmp_path):
     assert hit_at_1(name, tmp_path, shuffle=False) > HITS.get(name, 0.9)
     assert hit_at_1(name, tmp_path, shuffle=True) < 0.3
 

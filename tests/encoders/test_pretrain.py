@@ -32,7 +32,7 @@ def test_a_control_learns_at_its_own_rate(place: Path, name: str, peak: float) -
     assert rates[0] == pytest.approx(peak, rel=0.2) and rates.max() <= peak
 
 
-def test_a_name_that_does_not_exist_is_told_the_nearest(place: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(place: Path) -> None:
     said = run(place, "pretrain.py", "--encoder", "grurec", status=2)
     assert said == "error: params.yaml has no section encoder.grurec; the nearest is encoder.gru4rec\n"
 

@@ -139,7 +139,7 @@ def test_word_knn_is_a_decayed_sum_of_the_cosines_of_rare_words(tmp_path: Path, 
             assert row[candidate] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_likeness_of_all_pairs_of_items_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_similarity_of_all_pairs_of_items_is_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     items, two = 2000, torch.arange(2)
     clicks = torch.tensor([[3, 5], [7, 0]], dtype=torch.int32)
     sessions = Sessions(clicks, two, torch.tensor([2, 1]), torch.tensor([1, 1]))
@@ -159,7 +159,7 @@ def test_items_without_a_shared_word_are_like_none() -> None:
         np.array([[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0] * 5, [0, 1, 0, 1, 0], [0] * 5]))
 
 
-def test_the_most_alike_are_the_largest_products_of_other_items() -> None:
+def test_the_most_similar_items_have_the_largest_products() -> None:
     generator = np.random.default_rng(3)
     dense = np.where(generator.random((700, 30)) < 0.2, generator.random((700, 30)), 0)
     dense[0] = 0

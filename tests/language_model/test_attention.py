@@ -47,7 +47,7 @@ def test_a_model_trains_on_what_it_scores_with(kind):
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prompts_attend_apart_as_in_one_row_under_a_mask(groups, dtype):
+def test_prompts_attend_separately_as_in_one_row_under_a_mask(groups, dtype):
     torch.manual_seed(0)
     module, sizes = types.SimpleNamespace(num_key_value_groups=groups, is_causal=True), [(3, 2), (1, 7), (2, 4)]
     total = sum(n * length for n, length in sizes)
@@ -71,7 +71,7 @@ def test_prompts_attend_apart_as_in_one_row_under_a_mask(groups, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_whose_layers_hand_blocks_on_are_told_from_those_that_do_not(dtype):
+def test_models_whose_layers_pass_blocks_on_are_recognised(dtype):
     from transformers import GPT2Config, GPT2Model, MPNetConfig, MPNetModel, OPTConfig, OPTModel
 
     size = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -53,7 +53,7 @@ def test_a_local_folder_is_copied_without_pickles_and_code(folder, tmp_path):
     assert load_tokenizer(target)("ab")["input_ids"] == tokenizer()("ab")["input_ids"]
 
 
-def test_a_folder_is_found_from_the_repository_root(folder, tmp_path, monkeypatch):
+def test_a_folder_is_resolved_from_the_repository_root(folder, tmp_path, monkeypatch):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     target.mkdir(), elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

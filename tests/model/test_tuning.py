@@ -346,7 +346,7 @@ def test_a_targets_weight_falls_with_the_users_later_targets(over, targets):
     assert found == pytest.approx((loss * share / share.mean()).sum().item(), rel=1e-4)
 
 
-def test_the_items_alike_are_those_of_the_catalogues_words_or_of_the_shuffled_ones(tmp_path):
+def test_similar_items_come_from_the_catalogues_words_or_from_shuffled_ones(tmp_path):
     files = Layout(tmp_path / "data", "", "")
     files.items.parent.mkdir(parents=True)
     titles = ["red lipstick", "nail file", "red lipstick case", "steel nail file", "lipstick case", "red brush"]
@@ -619,6 +619,6 @@ def test_scores_of_a_session_are_those_of_training_and_validation_counts_right()
     assert found["valid_hr_at_20"] == 1.0, "twelve items"
 
 
-def test_validation_takes_the_sessions_asked_for():
+def test_validation_takes_the_number_of_sessions_in_the_parameters():
     assert len(behave(llmgr(), valid_sessions=5).valid) == 5
     assert len(behave(llmgr()).valid) == COUNT

@@ -1,4 +1,4 @@
-"""The base out of fold: who is left out of what, what that leaves, and which of them scores a session."""
+"""The cross-fitted base: who is left out, what that changes, and which fold scores a session."""
 from __future__ import annotations
 
 from pathlib import Path

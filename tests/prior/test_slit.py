@@ -54,11 +54,11 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     clicks = dense(train["items"].to_list(), decay)
     target = np.eye(ITEMS + 1)[train["target"].to_numpy()]
     words = word_matrix(item_texts("data/core/items.parquet", "words")).toarray()
-    likeness = words @ words.T
-    B = np.linalg.solve(clicks.T @ clicks + ridge * np.eye(ITEMS + 1), clicks.T @ target + ridge * share * likeness)
+    similarity = words @ words.T
+    B = np.linalg.solve(clicks.T @ clicks + ridge * np.eye(ITEMS + 1), clicks.T @ target + ridge * share * similarity)
 
     def loss(at: np.ndarray) -> float:
-        return ((clicks @ at - target) ** 2).sum() + ridge * ((at - share * likeness) ** 2).sum()
+        return ((clicks @ at - target) ** 2).sum() + ridge * ((at - share * similarity) ** 2).sum()
 
     step = np.random.default_rng(0).normal(size=B.shape)
     assert loss(B) < min(loss(B + 1e-3 * step), loss(B - 1e-3 * step))
@@ -77,7 +77,7 @@ def test_scores_equal_the_closed_form(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.testing.assert_close(score(some), expected[some], atol=2e-5, rtol=1e-4)
 
 
-def test_the_tolerance_of_the_solver_is_kept() -> None:
+def test_the_solver_meets_its_tolerance() -> None:
     draw = np.random.default_rng(1)
     clicks = csr_array((draw.random((300, 40)) < 0.2) * draw.random((300, 40)) * draw.gamma(0.3, 5, 40))
     model = slit.Slit(clicks, draw.integers(1, 40, 300), 0.5)
@@ -121,7 +121,7 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
     catalogue()
     train, frame = read_sessions("data/sessions/train.parquet", 50)
     words = catalogue_words(FILES.items)
-    likeness = (words @ words.T).toarray()
+    similarity = (words @ words.T).toarray()
     clicks = dense(frame["items"].to_list(), 0.7)
     target, user = np.eye(ITEMS + 1)[frame["target"].to_numpy()], frame["user"].to_numpy()
     monkeypatch.setattr(left_out, "BLOCK", 20)
@@ -136,14 +136,14 @@ def test_what_a_user_clicked_is_left_out_of_what_scores_that_user(tmp_path: Path
         for row, sample in enumerate(samples.tolist()):
             kept = user != asked["user"][sample]
             S, T = clicks[kept], target[kept]
-            B = np.linalg.solve(S.T @ S + ridge * np.eye(ITEMS + 1), S.T @ T + ridge * share * likeness)
+            B = np.linalg.solve(S.T @ S + ridge * np.eye(ITEMS + 1), S.T @ T + ridge * share * similarity)
             expected = dense([asked["items"][sample].to_list()], 0.7)[0] @ B
             np.testing.assert_allclose(scores[row].numpy(), expected, atol=2e-5, rtol=1e-3)
             np.testing.assert_array_equal(own.toarray()[row], target[~kept].sum(0))
     train.user[:] = 0  # nobody in particular: all were fitted
     train = train.subset(torch.arange(len(train)))
     S = clicks
-    B = np.linalg.solve(S.T @ S + ridge * np.eye(ITEMS + 1), S.T @ target + ridge * share * likeness)
+    B = np.linalg.solve(S.T @ S + ridge * np.eye(ITEMS + 1), S.T @ target + ridge * share * similarity)
     np.testing.assert_allclose(model(train, torch.arange(len(train)))[0].numpy(), clicks @ B, atol=2e-5, rtol=1e-3)
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_formed_is_refused_in_a_sentence(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("base", ["gcsan", "hcgr", "fpmc"])
-def test_a_control_over_the_linear_model_learns_scores_and_is_kept_with_it(
+def test_a_control_over_the_linear_model_learns_scores_and_is_saved_with_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     project(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -67,7 +67,7 @@ def test_it_starts_as_the_whitened_text_vectors_however_texts_are_batched(kind, 
     torch.testing.assert_close(model(some), vectors[some], **slack)
 
 
-def test_whitened_vectors_differ_alike_in_every_direction():
+def test_whitened_vectors_vary_equally_in_every_direction():
     vectors = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor(
         [3.0, 2.0, 1.0, 1.0, 0.5, 0.0])) + 4
     mean, axes = whitening(vectors)
@@ -255,7 +255,7 @@ def test_texts_without_tokens_and_batches_of_one_stay_finite(kind):
     assert float(job(small_tower(), prefixes()).loss(torch.tensor([3])).total) == pytest.approx(0, abs=1e-6)
 
 
-def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
+def test_a_disabled_tower_leaves_only_a_config(tmp_path):
     ready(tmp_path)
     set_up(tmp_path, tower__enabled=False)
     assert stage("tower", root=tmp_path) == 0
@@ -267,7 +267,7 @@ def test_where_it_is_not_asked_for_the_stage_says_so_and_no_more(tmp_path):
 @pytest.mark.parametrize("change, told", [
     ({"tower__max_text_tokens": 701}, "tower.max_text_tokens=701 exceeds the text encoder's 700 positions"),
     ({"tune__folds": USERS + 1}, f"tune.folds={USERS + 1} are more than the {USERS} users")])
-def test_what_cannot_be_tuned_is_told_in_a_sentence(tmp_path, capfd, change, told):
+def test_what_cannot_be_tuned_is_refused_in_a_sentence(tmp_path, capfd, change, told):
     ready(tmp_path)
     set_up(tmp_path, **{"tune__linear": True, "tower__enabled": True, "tune__folds": 3} | change)
     assert stage("tower", root=tmp_path) == 2
@@ -355,7 +355,7 @@ def test_the_linear_start_weighs_the_towers_scores_as_those_of_a_session_it_has_
     assert float(term.tower_weight.detach().abs().max()) > 0
 
 
-def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path, monkeypatch):
+def test_an_ablation_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path, monkeypatch):
     ready(tmp_path)
     monkeypatch.chdir(tmp_path)
     params = load("params.yaml")
@@ -369,7 +369,7 @@ def test_a_twin_of_random_weights_or_shuffled_texts_has_a_tower_of_them(tmp_path
     assert not torch.equal(own.token, dealt.token)
 
 
-def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_the_texts_dealt_out_to_a_twin(tmp_path, monkeypatch):
+def test_a_tower_of_tokens_is_drawn_by_the_seed_and_reads_an_ablations_shuffled_texts(tmp_path, monkeypatch):
     ready(tmp_path, tower__encoder="tokens")
     monkeypatch.chdir(tmp_path)
     write_json(tmp_path / "models/text_encoder/text_encoder.json", {"width": 12})

@@ -28,8 +28,8 @@ NEW = pl.DataFrame({"item": ["N1", "N2"], "title": ["red rose cream", "blue oat 
 
 
 def test_a_text_is_read_as_the_tower_reads_it(readable: Package) -> None:
-    twin = pl.DataFrame({"item": ["twin"], "title": [TEXTS[4]]})
-    added = Recommender(readable).add_items(twin).package
+    copy = pl.DataFrame({"item": ["copy"], "title": [TEXTS[4]]})
+    added = Recommender(readable).add_items(copy).package
     assert torch.allclose(added.tensors["tower"][-1], readable.tensors["tower"][5], atol=1e-5)
 
 
@@ -51,15 +51,15 @@ def test_a_new_item_is_recommended_by_its_text_and_its_clicks_count(readable: Pa
         assert score[near] > score[far], part
 
 
-def test_the_row_of_a_new_item_is_its_likeness_and_its_column_what_a_click_adds(readable: Package) -> None:
+def test_the_row_of_a_new_item_is_its_similarity_and_its_column_what_a_click_adds(readable: Package) -> None:
     added = Recommender(readable).add_items(NEW).package
     matrix = sparse(added, "transitions").toarray()
     known = readable.tensors["words.share"].numpy()
     own = unit_words(["", *TEXTS, *NEW["title"]], bytes(readable.tensors["words.known"].numpy()).decode().split("\n"),
                      readable.tensors["words.idf"].numpy())
-    likeness = (own @ own.T).toarray()
-    assert np.allclose(matrix[1:ITEMS + 1, ITEMS + 2], likeness[1:ITEMS + 1, ITEMS + 2] * known[1:], atol=1e-6)
-    strongest = np.sort(likeness[ITEMS + 2, :ITEMS + 1])[-6:] * known.max()
+    similarity = (own @ own.T).toarray()
+    assert np.allclose(matrix[1:ITEMS + 1, ITEMS + 2], similarity[1:ITEMS + 1, ITEMS + 2] * known[1:], atol=1e-6)
+    strongest = np.sort(similarity[ITEMS + 2, :ITEMS + 1])[-6:] * known.max()
     assert np.allclose(np.sort(matrix[ITEMS + 2, :ITEMS + 1])[-6:], strongest, atol=1e-6)
     assert np.count_nonzero(matrix[ITEMS + 2, :ITEMS + 1]) <= 7
 

@@ -140,7 +140,7 @@ def test_shuffled_texts_and_shuffled_vectors_go_to_the_same_items(tmp_path):
 
 
 @pytest.mark.parametrize("whiten", [False, True])
-def test_texts_that_are_all_alike_have_no_components(whiten):
+def test_identical_texts_have_no_components(whiten):
     torch.manual_seed(0)
     alike = torch.nn.functional.normalize(torch.randn(1, 16), dim=1).repeat(30, 1)
     alike = torch.cat((torch.zeros(1, 16), alike + 4e-8 * torch.randn(30, 16)))

@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path, capsys, place, 
     assert job.calls == 15 - 8, "a repository may be moved"
 
 
-def test_a_checkpoint_that_memory_does_not_hold_is_kept(tmp_path, monkeypatch):
+def test_a_checkpoint_too_large_for_memory_stays(tmp_path, monkeypatch):
     write_state(tmp_path / "state.pt", b"whole")
 
     def load(*_, **__):
@@ -361,7 +361,7 @@ def test_what_a_finished_training_writes(tmp_path):
     assert cost["samples_per_second"] == pytest.approx(240 / cost["training_seconds"], rel=1e-2)
 
 
-def test_arithmetic_is_what_was_asked_for_and_auto_says_why(capsys):
+def test_precision_follows_the_parameter_and_auto_says_why(capsys):
     assert precision.arithmetic("fp32") is torch.float32
     assert precision.arithmetic("bf16") is torch.bfloat16
     assert capsys.readouterr().err == ""

@@ -148,7 +148,7 @@ def test_a_checkpoints_count_of_steps_goes_where_the_weights_are(monkeypatch) ->
     assert steps[0]["step"].device.type == "cpu"
 
 
-def test_deepspeed_is_imported_where_it_is_asked_for_alone_and_only_the_first_speaks(together) -> None:
+def test_deepspeed_is_imported_only_where_it_is_used_and_only_the_first_process_prints(together) -> None:
     assert [together["imported", s] for s in STRATEGIES] == [False, True, True]
     assert together["said"].count("tune: epoch 1 ") == len(STRATEGIES) * (len(CASES) + 3)
     assert not [line for line in together["said"].splitlines() if "c10d" in line or "DeepSpeed" in line]
@@ -269,7 +269,7 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, settings, gpus, wor
         pass
 
 
-def test_a_cpu_that_was_asked_for_hides_the_gpus(monkeypatch) -> None:
+def test_the_device_cpu_hides_the_gpus(monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert launcher.device(SimpleNamespace(device="cpu", processes=1)).type == "cpu"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -17,14 +17,10 @@ Shapes: R queries (all clicks or the last), N lengths of a session, F components
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder, Settings, at
-from llmgr.sessions.graphs import GraphBatch
+from llmgr.encoders.layers import AttentionBlock, BlockEncoder, Dropout, Settings, at
 
 
 class FrequencyRescaler(nn.Module):
@@ -74,37 +70,15 @@ class Block(AttentionBlock):
         return self.fed(self.alpha * rescaled + (1 - self.alpha) * self.attended(x_BSD, mask_BS, last_B))
 
 
-class Bsarec(SessionEncoder):
+class Bsarec(BlockEncoder):
     """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
 
     def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
-        super().__init__(dim)
-        self.position = nn.Embedding(settings.max_session, dim)
-        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, settings, dropout) for _ in range(settings.layers))
+        super().__init__(dim, dropout, settings.max_session,
+                         (Block(dim, settings, dropout) for _ in range(settings.layers)))
 
-    @torch.no_grad()
-    def initialise(self, items: ItemVectors) -> None:
-        """The authors': N(0, 0.02) for the ID embeddings and all matrices, biases 0, N(0, 1) for the roots of beta."""
-        super().initialise(items)
-        nn.init.normal_(items.table.weight[1:], std=0.02)
-        nn.init.normal_(self.position.weight, std=0.02)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-            elif isinstance(layer, FrequencyRescaler):
-                nn.init.normal_(layer.root_D)
-
-    def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
-        mask, last = batch.mask_BS(), batch.length_B - 1
-        back_BS = last[:, None] - torch.arange(mask.shape[1], device=mask.device)
-        x_BSD = F.embedding(batch.items_BS, vectors_VD) + self.position(back_BS.clamp(min=0))
-        x_BSD = self.dropout(self.norm(x_BSD))
-        for block in self.blocks[:-1]:
-            x_BSD = block(x_BSD, mask)
-        return self.blocks[-1](x_BSD, mask, last)[:, 0]
-
-    def readout_parameters(self) -> Iterator[nn.Parameter]:
-        """What `tune.train_encoder=partial` trains: the last block."""
-        return self.blocks[-1].parameters()
+    def draw(self, layer: nn.Module) -> None:
+        """The authors' initial values: as SASRec, and N(0, 1) for the roots of beta."""
+        super().draw(layer)
+        if isinstance(layer, FrequencyRescaler):
+            nn.init.normal_(layer.root_D)

@@ -4,7 +4,7 @@ Shapes: E width of the item vectors, which is D unless an encoder says otherwise
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +215,47 @@ class AttentionBlock(nn.Module):
     def fed(self, x: Tensor) -> Tensor:
         """The feed-forward layer, dropout, residual and layer norm: [B, any, D] -> the same."""
         return self.norm_inner(x + self.dropout(self.inner(x)))
+
+
+class BlockEncoder(SessionEncoder):
+    """What SASRec and BSARec share: item and position vectors, layer norm, dropout, blocks, the last click's output.
+
+    Positions count back from the last click.
+    """
+
+    def __init__(self, dim: int, dropout: float, longest: int, blocks: Iterable[AttentionBlock]) -> None:
+        super().__init__(dim)
+        self.position = nn.Embedding(longest, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+
+    @torch.no_grad()
+    def initialise(self, items: ItemVectors) -> None:
+        """N(0, 0.02) for the ID embeddings and all weights, biases 0."""
+        super().initialise(items)
+        nn.init.normal_(items.table.weight[1:], std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+        for layer in self.modules():
+            self.draw(layer)
+
+    def draw(self, layer: nn.Module) -> None:
+        """Draw the initial values of one layer."""
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
+        mask, last = batch.mask_BS(), batch.length_B - 1
+        back_BS = last[:, None] - torch.arange(mask.shape[1], device=mask.device)
+        x_BSD = F.embedding(batch.items_BS, vectors_VD) + self.position(back_BS.clamp(min=0))
+        x_BSD = self.dropout(self.norm(x_BSD))
+        for block in self.blocks[:-1]:
+            x_BSD = block(x_BSD, mask)
+        return self.blocks[-1](x_BSD, mask, last)[:, 0]
+
+    def readout_parameters(self) -> Iterator[nn.Parameter]:
+        """What `tune.train_encoder=partial` trains: the last block."""
+        return self.blocks[-1].parameters()
 
 
 def clicked(h_BND: Tensor, batch: GraphBatch) -> Tensor:

@@ -11,47 +11,15 @@ all as in RecBole. RecBole counts positions from the first click.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from llmgr.encoders.layers import AttentionBlock, Dropout, ItemVectors, SessionEncoder, Settings
-from llmgr.sessions.graphs import GraphBatch
+from llmgr.encoders.layers import AttentionBlock, BlockEncoder, Settings
 
 
-class Sasrec(SessionEncoder):
-    """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]."""
+class Sasrec(BlockEncoder):
+    """GraphBatch, item vectors [V+1, D] -> session vectors [B, D]. Initial values are RecBole's."""
 
     def __init__(self, dim: int, dropout: float, settings: Settings) -> None:
-        super().__init__(dim)
-        self.position = nn.Embedding(settings.max_session, dim)
-        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
-        self.blocks = nn.ModuleList(
+        super().__init__(dim, dropout, settings.max_session, (
             AttentionBlock(dim, settings.heads, dropout, causal=True, attention_dropout=dropout, activation=nn.GELU)
-            for _ in range(settings.layers))
-
-    @torch.no_grad()
-    def initialise(self, items: ItemVectors) -> None:
-        """RecBole's: N(0, 0.02) for the ID embeddings and all weights, biases 0."""
-        super().initialise(items)
-        nn.init.normal_(items.table.weight[1:], std=0.02)
-        nn.init.normal_(self.position.weight, std=0.02)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, batch: GraphBatch, vectors_VD: Tensor) -> Tensor:
-        mask, last = batch.mask_BS(), batch.length_B - 1
-        back_BS = last[:, None] - torch.arange(mask.shape[1], device=mask.device)
-        x_BSD = F.embedding(batch.items_BS, vectors_VD) + self.position(back_BS.clamp(min=0))
-        x_BSD = self.dropout(self.norm(x_BSD))
-        for block in self.blocks[:-1]:
-            x_BSD = block(x_BSD, mask)
-        return self.blocks[-1](x_BSD, mask, last)[:, 0]
-
-    def readout_parameters(self) -> Iterator[nn.Parameter]:
-        """What `tune.train_encoder=partial` trains: the last block."""
-        return self.blocks[-1].parameters()
+            for _ in range(settings.layers)))
