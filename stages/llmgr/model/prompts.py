@@ -212,7 +212,7 @@ class BehaviourPrompts:
         return layout.batch(real_BP.nonzero()[:, 0], column_BP[real_BP])
 
     def _clicks(self, layout: Assembly, graphs: GraphBatch) -> Tensor:
-        """Add node slots or marks, each followed by its title where titles are on; returns the columns after the clicks."""
+        """Add node slots or marks, each followed by its title where titles are on; returns the columns behind them."""
         if self.titles is None:
             return layout.add(NODE, graphs.items_BS, graphs.mask_BS()) + 1
         table, count = self.titles

@@ -11,12 +11,12 @@ from llmgr.runtime.errors import UserError
 
 @dataclass
 class Columns:
-    """Columns of `data.interactions` and `data.items`; null finds them by the usual names."""
+    """The columns of `data.interactions` and `data.items`; null takes the usual names."""
 
     user: OptionalText
     """Who clicked."""
     item: OptionalText
-    """Which item, in both files; where `data.items` has no such column it is found there by the usual names."""
+    """Which item, in both files; where `data.items` has no such column, its usual names are tried."""
     time: OptionalText
     """When: a number of any unit, or an ISO date."""
     title: OptionalText
@@ -31,13 +31,15 @@ class Columns:
 
 @dataclass
 class Data:
+    """Where the data comes from."""
+
     dataset: Text
     """`sample`, a name of the catalogue (`beauty`, `office`, `music`, `pantry`, ...), `RELEASE:Category`, or `files`:
     `data.interactions` and `data.items`."""
     interactions: OptionalText
     """With `dataset=files`: Parquet, CSV, TSV, JSON lines or RecBole's .inter of who clicked what and when."""
     items: OptionalText
-    """With `dataset=files`: the items' texts, in any of these formats; null finds them in `interactions`."""
+    """With `dataset=files`: the items' texts, in any of these formats; null takes them from `interactions`."""
     session: OptionalText
     """With `dataset=files`: the column of `interactions` that says which rows are one session; null: a user's are."""
     columns: Columns
@@ -56,7 +58,8 @@ class Data:
     sample_items: Count
     """Items of the embedded sample."""
     sample_seed: Seed
-    """Seed of the simulator; apart from `seed`, so that another seed trains on the same data and downloads nothing."""
+    """Seed of the simulator; separate from `seed`, so that another seed trains on the same data and downloads
+    nothing."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -68,6 +71,8 @@ class Data:
 
 @dataclass
 class Filter:
+    """What is removed from the data, and how item texts are cleaned."""
+
     core: Count
     """Least number of interactions of every user and item (k of the k-core)."""
     duplicates: Literal["first", "last", "keep"]
@@ -89,10 +94,13 @@ class Filter:
 
 @dataclass
 class Split:
+    """How sessions are divided into training, validation and test."""
+
     ties: Literal["hash", "file"]
     """Order among equal timestamps: a seeded hash of (user, item), or the order of the file (common, leaks)."""
     seed: Seed
-    """Key of that hash; apart from `seed`, so that another seed trains and tests on the same sessions."""
+    """Key of that hash; separate from `seed`, so that another seed trains and tests on the same sessions."""
     selection: Flag
-    """For choosing parameters: a session's last training item is no target, so that validation sessions end in a click
-    that was never one, as test sessions do. What has fitted its sessions often gains less. Test is not scored then."""
+    """For choosing parameters: a session's last training item is not a target, so that validation sessions, like test
+    sessions, end in a click that never was one. Models that overfit their sessions often gain less. Test is not scored
+    then."""

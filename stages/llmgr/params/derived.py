@@ -1,4 +1,4 @@
-"""Parameters that follow from others: what cannot be made here, since a part of it is not trained, is left out."""
+"""Parameters that follow from others: what needs an untrained part is left out or replaced."""
 from __future__ import annotations
 
 import dataclasses
@@ -14,18 +14,18 @@ TEXTS = ("text", "shuffled", "linear")  # what may follow an encoder's name
 
 
 class Derived(NamedTuple):
-    """Parameters that can be carried out, and a line on each thing in which they differ from those given."""
+    """Parameters that can be carried out, and a line on each difference from the given ones."""
 
     params: Params
     lines: list[str]
 
 
 def derived(given: Params) -> Derived:
-    """What is left out or replaced because other parameters ask for no part of it.
+    """Leave out or replace what other parameters do not provide.
 
-    Another base where `model.base` is not trained; no folds without a prior; no tower beside a prior without
-    folds; no gate of a model that is not made; LLMGR where `bucket.ours` is not made. UserError for names that no
-    parameters could make.
+    Another base replaces a `model.base` that is not trained; LLMGR replaces a `bucket.ours` that is not made. Folds
+    without a prior, a tower beside a prior without folds, and gates of models that are not made are left out. UserError
+    for names that no parameters could make.
     """
     lines: list[str] = []
     params = _with_base(given, lines)
@@ -48,24 +48,24 @@ def derived(given: Params) -> Derived:
 
 
 def cross_fits(base: str) -> bool:
-    """Whether a base can be trained without a part of the users, for `tune.folds`."""
+    """Whether a base can be cross-fitted, that is, trained without a part of the users."""
     encoder, _, text = base.partition("-")
     return encoder not in WHOLE and text != "linear"
 
 
 def base_scores(params: Params) -> bool:
-    """Whether LLMGR's logits start from its base's scores, too."""
+    """Whether LLMGR's prior has its base's scores."""
     return params.tune.folds > 0 and cross_fits(params.model.base)
 
 
 def models(params: Params) -> list[str]:
-    """Every model that these parameters make, but for gates, in the order of every table."""
+    """Every model that these parameters make except gates, in the order of all tables."""
     return [*BASELINES, *([TOWER] if params.tower.enabled else []), *trained(params.encoder),
             *([PRIOR] if params.tune.linear else []), "llmgr"]
 
 
 def possible() -> list[str]:
-    """Every model that some parameters make, but for gates."""
+    """Every model that some parameters could make except gates."""
     return [*BASELINES, TOWER, *(name for base in encoders() for name in (base, *(f"{base}-{text}" for text in TEXTS))),
             PRIOR, "llmgr"]
 
@@ -105,7 +105,7 @@ def _with_gates(params: Params, lines: list[str]) -> Params:
 
 
 def _maker(model: str) -> str:
-    """What would have made a model, as the end of a sentence."""
+    """The parameters that would have made a model, as the end of a sentence."""
     if model == TOWER:
         return "tower.enabled and tune.folds do not make"
     if model == PRIOR:

@@ -28,12 +28,16 @@ from llmgr.runtime.errors import UserError
 
 @dataclass
 class Fpmc:
+    """FPMC (Rendle et al. 2010)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
 
 
 @dataclass
 class Caser:
+    """Caser (Tang & Wang 2018)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     length: Count
@@ -46,6 +50,8 @@ class Caser:
 
 @dataclass
 class Gru4rec:
+    """GRU4Rec (Hidasi et al. 2016)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     hidden: Count
@@ -56,6 +62,8 @@ class Gru4rec:
 
 @dataclass
 class Narm:
+    """NARM (Li et al. 2017)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     hidden: Count
@@ -68,12 +76,16 @@ class Narm:
 
 @dataclass
 class Stamp:
+    """STAMP (Liu et al. 2018)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
 
 
 @dataclass
 class Sasrec:
+    """SASRec (Kang & McAuley 2018)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     layers: Layers
@@ -84,6 +96,8 @@ class Sasrec:
 
 @dataclass
 class Bsarec:
+    """BSARec (Shin et al. 2024)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     layers: Layers
@@ -98,6 +112,8 @@ class Bsarec:
 
 @dataclass
 class Srgnn:
+    """SR-GNN (Wu et al. 2019)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: Layers
@@ -106,6 +122,8 @@ class Srgnn:
 
 @dataclass
 class Gcsan:
+    """GC-SAN (Xu et al. 2019)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: Layers
@@ -120,6 +138,8 @@ class Gcsan:
 
 @dataclass
 class Niser:
+    """NISER (Gupta et al. 2019)."""
+
     lr: Rate
     """Peak learning rate of Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: Layers
@@ -132,6 +152,8 @@ class Niser:
 
 @dataclass
 class Hcgr:
+    """HCGR (Guo et al. 2023)."""
+
     lr: Rate
     """Peak learning rate of Riemannian Adam; `auto` chooses among encoder.training.rates."""
     gnn_layers: Layers
@@ -141,20 +163,22 @@ class Hcgr:
     contrast: NotNegative
     """Weight of the contrastive ranking loss beside the cross-entropy; 0 leaves it out."""
     margin: NotNegative
-    """Distance by which the ranking loss wants the target nearer than other items."""
+    """Margin of the ranking loss: how much closer the target should be than other items."""
     negatives: Count
     """Other items drawn for each session's ranking loss."""
 
 
 @dataclass
 class EncoderTraining:
+    """How encoders and controls are trained."""
+
     epochs: Count
-    """Most passes over all prefixes; the learning rate falls along a cosine over these."""
+    """The largest number of passes over all prefixes; the learning rate falls along a cosine over them."""
     rates: Numbers
-    """Peak learning rates among which validation NDCG@20 chooses where an encoder's `lr`, or `encoder.text_lr`, is
-    `auto`: by successive rejects, see llmgr.training.rates."""
+    """Peak learning rates to choose from where an encoder's `lr`, or `encoder.text_lr`, is `auto`: by validation
+    NDCG@20 with successive rejects (llmgr.training.rates)."""
     rungs: Wholes
-    """Epochs after each of which the worst of these rates is given up, after the last all but the best."""
+    """Epochs after which the worst of these rates is rejected; after the last rung only the best remains."""
     patience: Count
     """Epochs without a better validation NDCG@20 after which training stops."""
     batch_size: Count
@@ -175,7 +199,7 @@ class EncoderTraining:
     Products of width 64 gain nothing: on a Zen 4 with AVX-512 bf16, SR-GNN and GC-SAN train 0.44 times as fast in it.
     """
     checkpoint_seconds: NotNegative
-    """Seconds between checkpoints; an interruption loses at most so much."""
+    """Seconds between checkpoints; an interruption loses no more."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -188,16 +212,19 @@ class EncoderTraining:
 
 @dataclass
 class Encoder:
+    """Which session encoders are trained, and their settings."""
+
     names: Words
-    """Session encoders that learn from item ids alone. What needs a model that is trained nowhere is left out, with a
-    line that says so (`llmgr.params.derived`): gates, the base (another one stands in), folds, tower."""
+    """Session encoders that learn from item ids alone. Gates, folds and a tower that need an untrained model are left
+    out, and another base replaces an untrained one; a line says so (`llmgr.params.derived`)."""
     controls: Words
     """Encoders that are trained once more with item vectors that add a linear map of the item's text vector."""
     control_texts: Annotated[list[Literal["text", "shuffled"]], Several]
-    """What the controls read: `text`, the item's own, and `shuffled`, another item's. NAME-text names one."""
+    """The texts of the controls: `text` (the item's own) and `shuffled` (another item's). A control is called
+    NAME-text."""
     linear_controls: Words
-    """Encoders that are trained as NAME-linear: item vectors as NAME-text, and logits that start from the linear model
-    that LLMGR's start from (`tune.linear`): without `tune.folds` the nearest model without a language model. Their loss
+    """Encoders that are trained as NAME-linear: with item vectors as NAME-text, over the same linear model as LLMGR's
+    prior (`tune.linear`). Without `tune.folds` it is LLMGR's closest counterpart without a language model. Their loss
     is the softmax cross-entropy over all items, whatever the encoder's own."""
     dim: Count
     """Width d of item and session vectors."""

@@ -24,10 +24,13 @@ from llmgr.runtime.errors import UserError
 
 @dataclass
 class Gate:
+    """Late fusion: which models gates fuse, and how they are fitted."""
+
     fuse: Annotated[dict[Text, Words], Mapped]
-    """Gates by name, each the scorers that it fuses: models of the report, or `repeat`, which marks clicked items."""
+    """The models that each gate fuses, by the gate's name; `repeat` is a scorer that marks clicked items."""
     edges: Wholes
-    """Lower ends of the bands of training interactions, each with weights of its own; below the first lies one more."""
+    """Lower ends of the bands of training interactions. Each band has its own weights; one more lies below the
+    first."""
     sessions: Natural
     """Validation sessions that gates are fitted on, drawn by seed; 0 takes all."""
 
@@ -48,6 +51,8 @@ class Gate:
 
 @dataclass
 class Evaluate:
+    """Ranking, and the settings of the neighbour baselines."""
+
     batch_size: Count
     """Sessions scored at a time."""
     text_dim: Count
@@ -66,6 +71,8 @@ class Evaluate:
 
 @dataclass
 class Bucket:
+    """The groups of targets that results are reported for, and the tests of differences."""
+
     ours: Text
     """The model whose differences from all others are tested and reported: `llmgr`, or a gate such as `gated-llmgr`."""
     resamples: Annotated[Whole, Field(ge=100)]
@@ -93,6 +100,8 @@ class Bucket:
 
 @dataclass
 class Track:
+    """Where results are published."""
+
     experiment: Text
     """MLflow experiment that runs are filed under."""
     trials: Words

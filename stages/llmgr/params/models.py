@@ -23,6 +23,8 @@ from llmgr.runtime.errors import UserError
 
 @dataclass
 class Scratch:
+    """The small LLaMA that `llm.name=scratch` trains."""
+
     layers: Count
     """Decoder blocks of the small LLaMA."""
     width: Count
@@ -56,6 +58,8 @@ class Scratch:
 
 @dataclass
 class Llm:
+    """The language model."""
+
     name: Text
     """The language model of the prompts: hub id (owner/model), local folder with safetensors, or `scratch`: a small
     LLaMA trained on the texts."""
@@ -79,7 +83,7 @@ class TextEncoder:
     revision: Text
     """Hub revision; what it resolved to is recorded in models/text_encoder/text_encoder.json."""
     max_text_tokens: Count
-    """Tokens of an item's text that the text vectors see."""
+    """Tokens of an item's text that its text vector is made of."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -90,6 +94,8 @@ class TextEncoder:
 
 @dataclass
 class Model:
+    """LLMGR: adapters, readout, output layer and texts."""
+
     base: Text
     """The pretrained encoder whose item vectors and session graph LLMGR reads: `gcsan`, or a control's `gcsan-text`."""
     lora_r: Natural
@@ -103,19 +109,19 @@ class Model:
     lora_targets: Words
     """Names of the linear layers that get adapters; `auto` takes the attention projections."""
     attention: Literal["native", "causal"]
-    """`native` keeps the backbone's own masking; `causal` puts a bidirectional one under a causal mask."""
+    """`native` uses the backbone's own mask; `causal` puts a bidirectional backbone under a causal mask."""
     readout: Literal["auto", "last", "first", "mean"]
-    """Where the hidden state h is read; `auto`: `last` under causal attention, `first` else."""
+    """The token whose hidden state h is read; `auto` is `last` under causal attention and `first` otherwise."""
     output: Literal["linear", "items"]
     """`linear`: the paper's free layer over items; `items`: (W h)·[x_i ; text_i]."""
     text_dim: Count
     """Principal components of the text vectors in the `items` output."""
     weights: Literal["pretrained", "random"]
-    """`random` draws the language model anew: the ablation that tells what its pretraining is worth."""
+    """`random` starts the language model from random weights: the ablation of its pretraining."""
     texts: Literal["own", "shuffled"]
-    """`shuffled` deals the texts out to other items, here and in the prompts: the ablation that tells what they add."""
+    """`shuffled` shuffles the texts among the items, here and in the prompts: the ablation of the texts."""
     node_text: Flag
-    """Node slots read the item's text features beside its vector: what the text says for no more tokens."""
+    """Node slots read the item's text features beside its vector, which takes no more tokens."""
 
     @model_validator(mode="after")
     def check(self) -> Self:

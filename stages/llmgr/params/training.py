@@ -1,4 +1,4 @@
-"""The two stages of LLMGR's training, and the prior that its logits start from."""
+"""The two stages of LLMGR's training, and the models of its prior."""
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
@@ -11,6 +11,8 @@ from llmgr.runtime.errors import UserError
 
 @dataclass
 class Training:
+    """What the training of align, tune and tower shares."""
+
     epochs: Count
     """Passes over the stage's prompts."""
     batch_size: Count
@@ -28,13 +30,15 @@ class Training:
     precision: Literal["auto", "fp32", "bf16"]
     """Arithmetic of the language model; `auto` takes bf16 where the machine multiplies it faster."""
     gradient_checkpointing: Flag
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory for about a third more time."""
     checkpoint_seconds: NotNegative
-    """Seconds between checkpoints; an interruption loses at most so much."""
+    """Seconds between checkpoints; an interruption loses no more."""
 
 
 @dataclass
 class Align(Training):
+    """Stage 1: alignment of nodes and texts."""
+
     enabled: Flag
     """False skips stage 1: tuning starts from an untrained bridge (the paper's RQ3)."""
     candidates: Annotated[Whole, Field(ge=2)]
@@ -45,6 +49,8 @@ class Align(Training):
 
 @dataclass
 class Tune(Training):
+    """Stage 2: tuning on behaviour, and the prior."""
+
     epochs: Whole
     targets: Literal["prefix", "positions"]
     """`prefix`: a prompt a prefix, as the paper; `positions`: one prompt a session, every position a target."""
@@ -54,9 +60,9 @@ class Tune(Training):
     samples: Natural
     """Training prompts an epoch, drawn by seed; 0 takes all."""
     train_encoder: Literal["all", "partial", "none"]
-    """What of the graph encoder learns in stage 2: everything, its readout, nothing. Item embeddings stay frozen."""
+    """The part of the graph encoder that stage 2 trains: all, its readout, or none. Item embeddings stay frozen."""
     titles: Flag
-    """Titles stand beside the node slots; with `prompt: titles` they do in their place."""
+    """Write each item's title beside its node slot; with `prompt: titles`, in place of it."""
     title_tokens: Count
     """Tokens of each title in a prompt."""
     edges: Flag
@@ -64,22 +70,22 @@ class Tune(Training):
     valid_sessions: Natural
     """Validation sessions scored after each epoch, drawn by seed; 0 takes all."""
     text_smoothing: Share
-    """Label smoothing (Szegedy et al., CVPR 2016) by text: the share of a target's weight in the loss of training that
-    goes to the ten items whose title and brand share most words with its own. 0 leaves it all to the target."""
+    """Label smoothing (Szegedy et al., CVPR 2016) by text: the share of a target's weight in the training loss that
+    goes to the ten items whose title and brand share most words with its own. 0 switches it off."""
     recency: Share
-    """A target's weight in training is this to the power of how many later targets its user has, scaled to a mean of 1:
-    what users click last, on sparse data oftener a cold item, is nearer to what is to be predicted. The training loss
-    is weighted so, the validation loss is not; the prior is fitted to prefixes drawn likewise. 1 weighs all
-    alike, which without `linear` spares memory: the logits need not be formed."""
+    """A target's weight in the training loss is this to the power of the number of its user's later targets, scaled to
+    a mean of 1: the last clicks, on sparse data more often cold items, are most like what is to be predicted. The prior
+    is fitted to prefixes drawn with these weights; the validation loss is not weighted. With 1 all targets weigh the
+    same, which without `linear` saves memory, since the logits are not formed."""
     linear: Flag
-    """The logits start from a linear item-item model in closed form (slit-text), every session scored by what others
-    clicked, with weights by how often an item is a target; LLMGR learns what that leaves open."""
+    """Add the prior to LLMGR's logits: the scores of a linear item-item model in closed form (slit-text), fitted to the
+    clicks of other users and weighted by how often an item is a target. LLMGR learns what that leaves open."""
     folds: Natural
-    """With `linear`, the logits start from the scores of `model.base`, too, weighted alike. It is trained once more
-    without each of so many parts of the users: a training session is scored by the one that has not met its user, whose
-    item vectors LLMGR then reads, too; validation and test sessions by the base itself, which has not met their
-    targets. 0 leaves the base's scores out. Not over a base that has something of each user (fpmc, caser), a curved
-    space of items (hcgr) or a linear model of its own."""
+    """With `linear`, the prior also has the scores of `model.base`, cross-fitted: the base is trained once more without
+    each of so many parts of the users. A training session is scored by the base that was trained without its user,
+    whose item vectors LLMGR then reads; validation and test sessions are scored by the base itself, which was not
+    trained on their targets. 0 leaves the base's scores out. Not possible for a base with parameters for each user
+    (fpmc, caser), items on a curved space (hcgr) or a linear model of its own."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -94,21 +100,21 @@ class Tune(Training):
 
 @dataclass
 class Tower(Training):
-    """A text encoder tuned on item texts, all its weights: a prefix's next item lies near its clicks."""
+    """The text tower: a text encoder, all weights tuned so that a prefix's next item is close to its clicks."""
 
     enabled: Flag
-    """Tune one, and with `tune.folds` one without each fold of the users, for LLMGR's logits to start from its scores,
-    too. In one process."""
+    """Tune a tower, and with `tune.folds` one without each fold of the users, and add its scores to LLMGR's prior. In
+    one process."""
     encoder: Literal["tokens", "language-model"]
-    """language-model: the mean of the text encoder's last hidden states; of MiniLM's size minutes on a GPU, a day on a
-    CPU's core, with other rates (stages/presets/language-model-tower.txt). tokens: the mean of vectors of the text's
-    tokens, drawn at random whatever `model.weights`, without a language model: minutes on a CPU."""
+    """language-model: the mean of the text encoder's last hidden states; at MiniLM's size it takes minutes on a GPU and
+    a day on one CPU core, at other rates (stages/presets/language-model-tower.txt). tokens: the mean of vectors of the
+    text's tokens, which start at random whatever `model.weights` says, without a language model: minutes on a CPU."""
     batch_size: Whole
-    """Training prefixes a micro-batch, those of a session together; the targets of one are told from each other."""
+    """Training prefixes a micro-batch, those of a session together; each target is ranked among the batch's targets."""
     max_text_tokens: Count
     """Tokens of each item's text."""
     decay: Share
-    """A click's weight falls by this factor a step back in the session; 0: the last alone."""
+    """A click's weight falls by this factor for each step back in the session; 0 reads only the last click."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -120,30 +126,33 @@ class Tower(Training):
 
 @dataclass
 class Slit:
-    """The linear item-item model, wherever it stands: as a baseline, and under the logits of LLMGR and of a control."""
+    """The linear item-item model: as a baseline, in LLMGR's prior, and under a control's logits."""
 
     ridge: Annotated[Number, Field(ge=0.01)]
-    """Weight of the ridge, in clicks, at least 0.01, below which single precision solves it wrongly; the larger, the
-    less is learned of rare transitions."""
+    """Weight of the ridge, in clicks; the larger, the less is learned of rare transitions. At least 0.01, below which
+    single precision is too coarse."""
     decay: Share
-    """An item's weight falls by this factor a step back in the session; 0: the last alone."""
+    """A click's weight falls by this factor for each step back in the session; 0 reads only the last click."""
     text: NotNegative
-    """The ridge shrinks a weight to this share of the similarity of two items' texts, everywhere but in the baseline
-    `slit`."""
+    """The ridge shrinks the weight between two items towards this share of the similarity of their texts; not in the
+    baseline `slit`."""
 
 
 @dataclass
 class Launch:
+    """Processes and devices of align and tune."""
+
     processes: Count
-    """Processes that align and tune run in, each on a GPU of its own or on the CPU; torchrun's number goes first."""
+    """Number of processes for align and tune, each on a GPU of its own or on the CPU; torchrun's number has
+    priority."""
     strategy: Literal["ddp", "zero2", "zero3"]
-    """How several divide the work: `ddp`, the whole model in each; DeepSpeed ZeRO-2 divides gradients and the
-    optimiser's state, too, ZeRO-3 all weights. Results differ by rounding alone (and by where dropout strikes)."""
+    """How several processes divide the work. `ddp`: the whole model in each; DeepSpeed's `zero2` divides the gradients
+    and the optimiser's state, `zero3` also all weights. Results differ only by rounding, and by the dropout drawn."""
     device: Literal["auto", "cpu", "cuda"]
-    """Where align and tune compute; `auto` takes the GPU where there is one."""
+    """The device of align and tune; `auto` takes a GPU if there is one."""
     compile: Flag
-    """Compile the language model's layers on a GPU (torch.compile), which takes minutes at first, so that a step starts
-    fewer kernels. Not with zero3. Results differ by rounding alone."""
+    """Compile the language model's layers on a GPU (torch.compile), so that a step starts fewer kernels; the first step
+    takes minutes. Not with zero3. Results differ only by rounding."""
 
     @model_validator(mode="after")
     def check(self) -> Self:

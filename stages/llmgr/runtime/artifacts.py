@@ -9,9 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmgr.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 @contextlib.contextmanager
@@ -30,8 +33,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what `replacing` and `replacing_folder` left of `name` in `folder` in a process that is no more; another
-    run may be writing there."""
+    """Remove the temporary files of `name` in `folder` that ended processes left; those of running ones stay."""
     for leftover in folder.glob(f".{name}.tmp"):
         writer = leftover.name.split(".")[-2]
         if writer == str(os.getpid()) or not (writer.isdigit() and _runs(int(writer))):
@@ -96,14 +98,14 @@ def read_json(path: str | Path) -> Any:
         raise damaged(path, error) from None
 
 
-def write_table(path: str | Path, frame: Any) -> None:
+def write_table(path: str | Path, frame: pl.DataFrame) -> None:
     """Write a polars frame atomically: Parquet, or CSV where the name ends so."""
     buffer = io.BytesIO()
     frame.write_csv(buffer) if Path(path).suffix == ".csv" else frame.write_parquet(buffer, compression="zstd")
     write_bytes(path, buffer.getvalue())
 
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """Read a Parquet file that an earlier stage wrote, or some of its columns, as a polars frame.
 
     UserError where it is missing or damaged.
