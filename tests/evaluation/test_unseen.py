@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from llmgr.evaluation.unseen import rank_unseen
 from llmgr.runtime.artifacts import save_tensors
-from llmgr.serving.package import FOLDER, write_package
+from llmgr.runtime.layout import PIPELINE
+from llmgr.serving.package import write_package
 from llmgr.serving.recommender import Recommender
 from llmgr.text.items import item_texts
 from llmgr.text.vectors import encode_texts
@@ -42,7 +43,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("data/core", "data/sessions", "models/text_encoder"):
         Path(folder).mkdir(parents=True)
-    write_package(FOLDER, readable_package())
+    write_package(PIPELINE.recommender, readable_package())
     catalogue(IDS, TEXTS, 1).write_parquet(FILES.items)
     catalogue(NEW["item"], NEW["title"], ITEMS + 1).write_parquet(FILES.unseen_items)
     sessions(SESSIONS).write_parquet(FILES.sessions("unseen"))
@@ -57,7 +58,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_are_those_of_the_package_with_the_items_added(project: None) -> None:
     found = rank_unseen(PARAMS, FILES)
-    added = Recommender.load(FOLDER).add_items(pl.DataFrame(NEW))
+    added = Recommender.load(PIPELINE.recommender).add_items(pl.DataFrame(NEW))
     for place, (clicks, target) in enumerate(SESSIONS):
         answer = added.recommend([[added.ids[n - 1] for n in clicks]], k=99, exclude_seen=False)["items"][0].to_list()
         assert found.targets[place] == target
@@ -71,7 +72,7 @@ def test_ranks_are_those_of_the_package_with_the_items_added(project: None) -> N
 def test_the_tower_and_text_knn_stand_beside_it(project: None) -> None:
     found = rank_unseen(PARAMS, FILES)
     assert found.among.keys() == {"served", "tower", "text-knn"}
-    tower = Recommender.load(FOLDER).add_items(pl.DataFrame(NEW)).package.tensors["tower"]
+    tower = Recommender.load(PIPELINE.recommender).add_items(pl.DataFrame(NEW)).package.tensors["tower"]
     scores = (0.7 * tower[5] + tower[1]) @ tower.T
     assert found.among["tower"]["all"][0] == (scores[1:] >= scores[ITEMS + 1]).sum()
     figures = found.figures()

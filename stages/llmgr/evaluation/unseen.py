@@ -20,7 +20,7 @@ from llmgr.ranking.metrics import metrics, ranks
 from llmgr.runtime.artifacts import load_tensors, read_table
 from llmgr.runtime.layout import Layout
 from llmgr.serving.new_items import with_items
-from llmgr.serving.package import FOLDER, load_package
+from llmgr.serving.package import load_package
 from llmgr.serving.scoring import Scorer
 from llmgr.sessions.reading import catalogue_size, read_sessions, read_split, seen_items
 from llmgr.text.items import item_texts
@@ -55,7 +55,7 @@ class Unseen:
 @torch.inference_mode()
 def rank_unseen(params: Params, files: Layout) -> Unseen:
     """Rank the sessions that end in an item held out of training; UserError where the package reads no new texts."""
-    before = load_package(FOLDER)
+    before = load_package(files.recommender)
     after = with_items(before, read_table(files.unseen_items).sort("item_id").select(
         "item", pl.col("title").replace("", None), "text"))
     sessions, frame = read_sessions(files.sessions("unseen"), params.data.max_session)
@@ -66,8 +66,8 @@ def rank_unseen(params: Params, files: Layout) -> Unseen:
         name: lambda samples, of=of: click_similarity(sessions, samples, *of) for name, of in vectors.items()}}
     every, _ = rank_models(scores, sessions, BATCH, seen_items(frame))
     new, _ = rank_models({name: among(score, known) for name, score in scores.items()}, shifted(sessions, known), BATCH)
-    return Unseen(sessions.target, {name: {"all": kept, "all_unseen": unseen, "new": new[name]}
-                                    for name, (kept, unseen) in every.items()}, len(after.items) - known,
+    return Unseen(sessions.target, {name: {"all": rank, "all_unseen": unseen, "new": new[name]}
+                                    for name, (rank, unseen) in every.items()}, len(after.items) - known,
                   changed_ranks(before, after, read_split(files, "test", params.data.max_session)[0]))
 
 
