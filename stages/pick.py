@@ -13,6 +13,7 @@ Params: track; the keys in which the experiments differ
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llmgr.pipeline import stage
 from llmgr.runtime import console
@@ -21,7 +22,7 @@ READS = ("track",)
 OPTIONS = {"model": "the encoder, control or llmgr whose experiments are compared", "dataset": "their data.dataset"}
 
 
-def main(params, model: str, dataset: str) -> None:
+def main(params: Any, model: str, dataset: str) -> None:
     import csv
     import io
 

@@ -34,10 +34,10 @@ def main(params) -> None:
         gaps = buckets.pooled(ranks, ours, params.bucket.resamples, params.seed) if len(ranks) > 1 else {}
     except UserError as error:
         say(f"warning: no paired differences: {error}")
-    write_json("reports/seeds.json", {"figures": by_seed, "ours": ours, "resamples": params.bucket.resamples,
+    write_json("reports/seeds.json", {"figures": found, "ours": ours, "resamples": params.bucket.resamples,
                                       "differences": gaps})
     for model in models:
-        mean, deviation, *_ = seeds.spread(by_seed, model, seeds.COLUMNS[0])
+        mean, deviation, *_ = seeds.spread(found, model, seeds.COLUMNS[0])
         say(f"{model}: HR@20 {mean:.4f}, deviation {deviation:.4f}" + (
             f"; {ours} minus it {gaps[model]['test']['hr_at_20']['difference']:+.4f}, p "
             f"{gaps[model]['test']['hr_at_20']['p']:.2g}" if model in gaps else ""))

@@ -15,7 +15,6 @@ from llmgr.reporting.buckets import COMPARED
 from llmgr.reporting.seeds import Figures
 from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError
-from llmgr.runtime.layout import PIPELINE
 
 PRESETS = Path(__file__).resolve().parent.parent.parent / "presets" / "ablations"
 UNPUBLISHED = ("MLflow has no run of what params.yaml asks for, so the report will not show these: `dvc repro track`")
@@ -23,7 +22,7 @@ COUNTED = ("bucket.cold", "bucket.warm")  # which sessions the buckets hold
 
 
 def changes(path: Path) -> dict[str, Any]:
-    """The values that a file of `-S key=value` options sets, by dotted key."""
+    """What a file of `-S key=value` options sets."""
     options = path.read_text().split()
     if options[::2] != ["-S"] * (len(options) // 2) or not options or len(options) % 2:
         raise UserError(f"{path} must hold -S key=value options and nothing else")
@@ -32,9 +31,10 @@ def changes(path: Path) -> dict[str, Any]:
 
 
 def options(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that the preset changes in the experiment `content`.
+    """What the preset changes in the experiment `content`.
 
-    A preset that shuffles the texts also takes the base's shuffled control as the base. A base without texts stays.
+    Texts that are dealt to other items are so in the base as well, by its own shuffled control; a base that reads none
+    stays.
     """
     values, (base, _, text) = changes(path), content["model"]["base"].partition("-")
     if not values.get("model.base", "").endswith("-shuffled"):
@@ -63,25 +63,25 @@ class Ablation(NamedTuple):
 
 
 def possible(content: Mapping[str, Any], presets: Path = PRESETS) -> dict[str, Ablation]:
-    """The ablations of the experiment `content` by name; the experiment itself is the first, as `llmgr`.
+    """The ablations that the experiment `content` can have, by name, itself first (as `llmgr`).
 
-    A preset that changes nothing here, or that these parameters cannot carry out, is no ablation.
+    A preset that changes nothing here, or asks for what these parameters do not have, is no ablation.
     """
-    ablations = {TUNED: Ablation({}, decisive(content))}
+    found = {TUNED: Ablation({}, decisive(content))}
     for path in sorted(presets.glob("*.txt")):
         values = options(path, content)
         try:
             params, lines = whole(changed(content, values))
-            every, given = flat(params), flat(build(Params, changed(content, values), ""))
-            if any(every[key] != given[key] for key in values):
+            every, asked = flat(params), flat(build(Params, changed(content, values), ""))
+            if any(every[key] != asked[key] for key in values):
                 raise UserError("; ".join(lines))
             ablation = Ablation(values, decisive(changed(content, values)))
         except UserError as error:
             say(f"warning: {path.stem} is no ablation of these parameters: {error}")
             continue
-        if ablation.decisive != ablations[TUNED].decisive:
-            ablations[path.stem] = ablation
-    return ablations
+        if ablation.decisive != found[TUNED].decisive:
+            found[path.stem] = ablation
+    return found
 
 
 def collected(published: Published, content: Mapping[str, Any], asked: Mapping[str, Ablation]

@@ -10,7 +10,6 @@ import yaml
 
 from llmgr.experiments.published import Published
 from llmgr.runtime.errors import UserError
-from llmgr.runtime.layout import PIPELINE
 
 VALIDATION = "valid.all/"
 SELECTS = "ndcg_at_20"  # on validation sessions, as for an encoder's epochs
@@ -32,7 +31,7 @@ class Trial(NamedTuple):
 
 
 class Search(NamedTuple):
-    """The keys in which trials differ, and the best trial for each combination of their values, best first."""
+    """The keys in which trials differ, and the trials, best first, one for each set of their values."""
 
     keys: list[str]
     trials: list[Trial]
@@ -50,13 +49,12 @@ def trials(published: Published, model: str, dataset: str, commit: str) -> list[
         for run in published.runs(**tags, dataset=dataset) if run.commit == commit]
 
 
-def search(trials: Sequence[Trial], model: str) -> Search:
-    """The search that the trials make up; UserError where they differ in nothing, or in what makes them
-    incomparable."""
-    values = {key: sorted({json.dumps(trial.parameters[key]) for trial in trials}) for key in
-              (trials[0].parameters if trials else ())}
+def search(found: Sequence[Trial], model: str) -> Search:
+    """What was searched and how it went; UserError where the trials are no search of this model's parameters."""
+    values = {key: sorted({json.dumps(trial.parameters[key]) for trial in found}) for key in
+              (found[0].parameters if found else ())}
     differing = [key for key, seen in values.items() if len(seen) > 1]
-    bases = {trial.parameters["model.base"] for trial in trials}
+    bases = {trial.parameters["model.base"] for trial in found}
     roles = {key: role(key, model, bases) for key in differing}
     searched = [key for key in differing if roles[key] == "searched"]
     for key in differing:
@@ -74,13 +72,13 @@ def search(trials: Sequence[Trial], model: str) -> Search:
         raise UserError(f"{len(found)} experiments of this commit trained {model} on this dataset, and no two differ "
                         f"in its parameters: {how} and run `dvc queue start -j 1`")
     best: dict[str, Trial] = {}
-    for trial in sorted(trials, key=lambda trial: -trial.metrics[SELECTS]):
+    for trial in sorted(found, key=lambda trial: -trial.metrics[SELECTS]):
         best.setdefault(json.dumps([trial.parameters[key] for key in searched]), trial)
     return Search(searched, list(best.values()))
 
 
 def is_means(key: str) -> bool:
-    """Whether a parameter decides only how something is done or fetched, not the result."""
+    """Whether a parameter says how something is done or fetched, and not what."""
     return key.startswith(MEANS) or key.endswith((".checkpoint_seconds", ".gradient_checkpointing"))
 
 

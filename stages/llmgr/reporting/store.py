@@ -15,7 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from llmgr.runtime.artifacts import replacing
@@ -23,12 +23,6 @@ from llmgr.runtime.console import say
 from llmgr.runtime.errors import UserError, disk_is_full
 from llmgr.runtime.masking import masked
 from llmgr.runtime.resume import home
-
-if TYPE_CHECKING:
-    from types import ModuleType
-    
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 PROBE_SECONDS = "5"
 FORMER = "llmgr.former"  # tag of an experiment that had another name before a move: that name
@@ -67,7 +61,7 @@ def file_of(address: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def opened(experiment: str, uri: str | None, again: str) -> Iterator[tuple[MlflowClient, str]]:
+def opened(experiment: str, uri: str | None, again: str) -> Iterator[tuple[Any, str]]:
     """A client of the store and the experiment's id, while no other process publishes.
 
     UserError where that fails; `again` is the command that repeats it. Waiting is bounded, and said.
@@ -86,7 +80,7 @@ def opened(experiment: str, uri: str | None, again: str) -> Iterator[tuple[Mlflo
         yield client, _experiment(client, experiment, address)
 
 
-def reading(uri: str | None) -> MlflowClient | None:
+def reading(uri: str | None) -> Any:
     """A client to read runs with; None where there is no store yet. UserError as `opened`."""
     address = address_of(uri)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -195,7 +189,7 @@ def _check_server(address: str) -> None:
             sqlalchemy.create_engine(address).connect().close()
 
 
-def _create(mlflow: ModuleType, address: str) -> None:
+def _create(mlflow: Any, address: str) -> None:
     """A new sqlite store takes its name when it is whole: one that was killed or ran full halfway never opens again."""
     file = file_of(address)
     if file is None or file.exists():
@@ -206,7 +200,7 @@ def _create(mlflow: ModuleType, address: str) -> None:
         _client(mlflow, f"sqlite:///{temporary}")
 
 
-def _client(mlflow: ModuleType, address: str) -> MlflowClient:
+def _client(mlflow: Any, address: str) -> Any:
     """A client whose store has answered; a server that does not answer is given up after a few seconds."""
     patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": PROBE_SECONDS, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in patience}
@@ -220,7 +214,7 @@ def _client(mlflow: ModuleType, address: str) -> MlflowClient:
     return client
 
 
-def _experiment(client: MlflowClient, name: str, address: str) -> str:
+def _experiment(client: Any, name: str, address: str) -> str:
     # A database store would put artifacts below the current folder, which in DVC's temporary copies vanishes.
     location = None if address.startswith("http") else (beside(address) / "mlartifacts").resolve().as_uri()
     existing = client.get_experiment_by_name(name)
@@ -238,7 +232,7 @@ def _experiment(client: MlflowClient, name: str, address: str) -> str:
     return existing.experiment_id
 
 
-def finished(client: MlflowClient, experiment_id: str, key: str, tag: str) -> Run | None:
+def finished(client: Any, experiment_id: str, key: str, tag: str) -> Any:
     """The finished run whose `tag` is `key`, in the experiment or in what it was before a move; else None.
 
     What killed publishers left there, with the runs below it, is deleted.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmgr.params.loading import flat
 from llmgr.params.names import HEADLINE, SERVED
@@ -29,10 +29,6 @@ from llmgr.reporting.store import address_of, finished, opened
 from llmgr.runtime.artifacts import digest, read_json
 from llmgr.runtime.masking import masked, masked_all
 from llmgr.serving.registry import log_package
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 KEY = "llmgr.key"
 LAYOUT = "2"  # of a run: what was published in another is not what is published now
@@ -144,13 +140,12 @@ def texts(parameters: Mapping[str, Any]) -> dict[str, str]:
             for name, value in masked_all(parameters).items()}
 
 
-def _begun(client: MlflowClient, experiment_id: str, identity: str, name: str, further: Mapping[str, str],
-           start: int) -> Run:
+def _begun(client: Any, experiment_id: str, identity: str, name: str, further: Mapping[str, str], start: int) -> Any:
     labels = {tag: masked(value) for tag, value in {**tags(identity), **further}.items()}
     return client.create_run(experiment_id, start_time=start, tags=labels, run_name=name)
 
 
-def _log_parameters(client: MlflowClient, run_id: str, parameters: Mapping) -> None:
+def _log_parameters(client: Any, run_id: str, parameters: Mapping) -> None:
     from mlflow.entities import Param
 
     written = [Param(name, text) for name, text in texts(parameters).items()]
@@ -158,7 +153,7 @@ def _log_parameters(client: MlflowClient, run_id: str, parameters: Mapping) -> N
         client.log_batch(run_id, params=written[start:start + 100])
 
 
-def _log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float], points: Iterator, end: int) -> None:
+def _log_metrics(client: Any, run_id: str, values: Mapping[str, float], points: Iterator, end: int) -> None:
     from mlflow.entities import Metric
 
     logged = [Metric(name, value, end, 0) for name, value in values.items()]
@@ -167,8 +162,7 @@ def _log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float],
         client.log_batch(run_id, metrics=logged[start:start + 1000])
 
 
-def _fill(client: MlflowClient, run: Run, logged: Mapping, results: Mapping, params: Params, reports: Path,
-          end: int) -> None:
+def _fill(client: Any, run: Any, logged: Mapping, results: Mapping, params: Params, reports: Path, end: int) -> None:
     """Everything of the experiment's own run."""
     run_id = run.info.run_id
     _log_parameters(client, run_id, logged)
@@ -191,7 +185,7 @@ def _fill(client: MlflowClient, run: Run, logged: Mapping, results: Mapping, par
             client.log_artifact(run_id, str(path), folder)
 
 
-def _log_inputs(client: MlflowClient, run_id: str) -> None:
+def _log_inputs(client: Any, run_id: str) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     client.log_inputs(run_id, [
@@ -200,7 +194,7 @@ def _log_inputs(client: MlflowClient, run_id: str) -> None:
         for path, content in datasets(Path("dvc.lock"), Path("data")).items()])
 
 
-def _publish_model(client: MlflowClient, parent: Run, model: str, logged: Mapping, results: Mapping, params: Params,
+def _publish_model(client: Any, parent: Any, model: str, logged: Mapping, results: Mapping, params: Params,
                    reports: Path) -> None:
     """A model's run below the experiment's: the same metrics, its own parameters and training curves."""
     part = "tune" if model == MAIN else model
@@ -216,7 +210,7 @@ def _publish_model(client: MlflowClient, parent: Run, model: str, logged: Mappin
     client.set_terminated(run_id, "FINISHED", end_time=end)
 
 
-def _save_columns(client: MlflowClient, experiment_id: str) -> None:
+def _save_columns(client: Any, experiment_id: str) -> None:
     """A column set in MLflow's own way: .../#/experiments/ID/runs?viewStateShareKey=columns shows ten metrics."""
     shown = [*(f"metrics.`{name}`" for name in runs.COLUMNS), "tags.`dataset`", "tags.`base`", "tags.`seed`",
              "attributes.`Duration`"]
