@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from llmgr.params.loading import flat, whole
 from llmgr.reporting import store, tracking
 from llmgr.runtime.errors import UserError
+from llmgr.runtime.layout import PIPELINE
 
-DATA = ("data/core", "data/sessions")
+DATA = (PIPELINE.items.parent.as_posix(), PIPELINE.sessions("train").parent.as_posix())
 """What models are trained and scored on."""
 
 
