@@ -4,10 +4,12 @@
   python stages/recommend.py --sessions sessions.parquet --out recommended.parquet
   python stages/recommend.py --add new.csv
   python stages/recommend.py B0001 B0002 --block
+  python stages/recommend.py --vectors FOLDER --sessions sessions.parquet
 
 A file of sessions is Parquet or JSON lines with a list `items`, or CSV whose `items` are parted by spaces; what is
 written is Parquet or JSON lines. The same command goes on where it was killed. A file of new items has the columns
-item and title, and may have text; an item that the package has gets its new text.
+item and title, and may have text; an item that the package has gets its new text. --vectors writes items.parquet and,
+for a file of sessions, sessions.parquet: vectors whose inner products are scores, for a vector store of your own.
 """
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ def main() -> int:
     parser.add_argument("--sessions", type=Path, help="a file of sessions")
     parser.add_argument("--out", type=Path, help="the file to write their recommendations to")
     parser.add_argument("--add", type=Path, help="a file of new items, or new texts, for the package")
+    parser.add_argument("--vectors", type=Path, help="a folder to write item vectors, and those of --sessions, to")
     parser.add_argument("--remove", action="store_true", help="take the items out of the package")
     parser.add_argument("--block", action="store_true", help="do not recommend the items from now on")
     parser.add_argument("--unblock", action="store_true", help="recommend the items again")
@@ -59,10 +62,17 @@ def _work(arguments: argparse.Namespace) -> None:
     from llmgr.runtime.errors import UserError
     from llmgr.serving.bulk import recommend_file
     from llmgr.serving.recommender import Recommender
+    from llmgr.serving.vectors import write_vectors
 
     changes = [name for name in ("add", "remove", "block", "unblock") if getattr(arguments, name)]
     if changes:
         _change(arguments, changes)
+        return
+    if arguments.vectors:
+        if arguments.items or arguments.out:
+            raise UserError("--vectors goes with --sessions alone: leave out item ids and --out")
+        write_vectors(Recommender.load(arguments.package), arguments.vectors, arguments.sessions)
+        print(f"vectors in {arguments.vectors}")
         return
     given = (bool(arguments.items), arguments.sessions is not None)
     if sum(given) != 1 or (arguments.sessions is None) != (arguments.out is None):

@@ -58,7 +58,7 @@ def _recommended(recommender: Recommender, folder: Path, sessions: Path, out: Pa
                  exclude_seen: bool) -> int:
     _begin(parts, {"package": digest(folder / CONFIG), "sessions": digest(sessions), "k": int(k),
                    "exclude_seen": exclude_seen, "rows": ROWS})
-    rows = _rows(sessions)
+    rows = read_sessions(sessions)
     done = _done(parts, out.suffix)
     total = _count(sessions)
     bar, number = Bar(total, min(done * ROWS, total), f"recommend: {sessions.name}"), done
@@ -95,8 +95,10 @@ def _done(parts: Path, form: str) -> int:
     return done
 
 
-def _rows(path: Path) -> Rows:
+def read_sessions(path: Path) -> Rows:
     """Names and item ids of the sessions of a file; UserError names the row that has none."""
+    if path.suffix not in FORMS or not path.is_file():
+        raise UserError(f"{path} must be a .parquet, .csv or .jsonl file of sessions")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

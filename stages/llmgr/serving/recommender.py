@@ -98,6 +98,13 @@ class Recommender:
                                    "scores": pl.List(pl.Float64), "unknown": pl.List(pl.String),
                                    "popular": pl.Boolean, **more})
 
+    def session_vectors(self, sessions: Sequence[Sequence[str]]) -> list[list[float]]:
+        """A vector for each session, empty where no click is known; see `Scorer.item_vectors`."""
+        numbers = [self._read(session).numbers for session in checked(sessions)]
+        known = [session for session in numbers if session]
+        vectors = iter(self.scorer.session_vectors(self._graphs(known)).tolist() if known else ())
+        return [next(vectors) if session else [] for session in numbers]
+
     def _read(self, session: Sequence[str]) -> Read:
         numbers = [self.number.get(item, 0) for item in session]
         unknown = dict.fromkeys(item for item, number in zip(session, numbers) if not number)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from llmgr.encoders.registry import build_encoder, family
 from llmgr.ranking.banded_sum import weighted_sum
+from llmgr.runtime.errors import UserError
 from llmgr.serving.student import Student
 from llmgr.sessions.clicks import last_clicks
 from llmgr.text.vectors import click_sum
@@ -112,6 +113,43 @@ class Scorer:
         # the package's type: with another one SciPy would copy all indices of its matrix for a product
         clicks.indices, clicks.indptr = clicks.indices.astype(np.int32), clicks.indptr.astype(np.int32)
         return clicks
+
+    @torch.inference_mode()
+    def item_vectors(self) -> Tensor:
+        """Vectors [V+1, D] whose inner products with `session_vectors` are the scores without two sparse parts.
+
+        These parts are what the item-item matrix adds, and the weight of clicked items. Row 0 has no meaning. UserError
+        where the encoder's scores are no inner products.
+        """
+        bias_V, columns = self.weight_V["bias"], []
+        if self.base is not None:
+            about = self.package.config["encoder"]
+            table_VD = self.encoder.logits(torch.eye(about["dim"]), self.base).T
+            probe = torch.randn(8, about["dim"], generator=torch.Generator().manual_seed(0))
+            if not torch.allclose(self.encoder.logits(probe, self.base), probe @ table_VD.T, rtol=1e-4, atol=1e-4):
+                raise UserError(f"the scores of the encoder {about['name']} are no inner products, so no vectors can "
+                                "stand for them: package another model.base")
+            columns.append(table_VD * self.weight_V["base_weight"][:, None])
+        if self.tower is not None:
+            columns.append(self.tower * self.weight_V["tower_weight"][:, None])
+        if self.student is not None:
+            columns.append(self.table)
+            bias_V = bias_V + self.package.tensors.get("student.bias", torch.zeros(1))
+        return torch.cat([*columns, bias_V[:, None]], 1)
+
+    @torch.inference_mode()
+    def session_vectors(self, graphs: GraphBatch) -> Tensor:
+        """Vectors [B, D] of session graphs, see `item_vectors`."""
+        graphs = replace(graphs, user_B=torch.zeros_like(graphs.user_B))
+        columns = []
+        if self.base is not None:
+            columns.append(self.encoder(graphs, self.base))
+        if self.tower is not None:
+            about = self.package.config["tower"]
+            columns.append(click_sum(graphs, self.tower, about["decay"]) * about["scale"])
+        if self.student is not None:
+            columns.append(self.student(graphs, self.table))
+        return torch.cat([*columns, torch.ones(len(graphs.length_B), 1)], 1)
 
     def because(self, graphs: GraphBatch, items_BK: Tensor) -> Tensor:
         """The click that adds most to the transition and text scores of items [B, K], as item ids; 0 where none
