@@ -76,8 +76,8 @@ bench: $(VENV)/.installed  # the tuning step's speed against the machine's
 bench-serve: $(VENV)/.installed  # the recommender's speed on one core
 	OMP_NUM_THREADS=1 $(BIN)/python stages/bench_serve.py
 
-mlflow: $(VENV)/.installed  # open http://127.0.0.1:5000 and compare experiments
-	$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+mlflow: $(VENV)/.installed  # open http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=columns and compare experiments
+	$(BIN)/mlflow server --workers 1 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
 	rm -rf .resume .pytest_cache .ruff_cache
