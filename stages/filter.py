@@ -26,7 +26,7 @@ def main(params) -> None:
 
     from llmgr.data import cleaning, interactions, summary
     from llmgr.data.times import remarks
-    from llmgr.runtime.artifacts import read_json, require, write_json, write_table
+    from llmgr.runtime.artifacts import read_json, require, write_json
     from llmgr.runtime.errors import UserError
 
     options = params.filter
@@ -52,22 +52,7 @@ def main(params) -> None:
         raise UserError(f"no user and item of {source['dataset']} has {options.core} interactions with the others: "
                         f"lower filter.core={options.core}")
     core, unseen = interactions.without_unseen(core, options.unseen_share)
-    counts = pl.concat([core, unseen]).group_by("item").agg(count=pl.len().cast(pl.Int32))
-    table = (
-        pl.DataFrame(items, schema=dict.fromkeys(cleaning.FIELDS, pl.String)).join(counts, on="item").sort("item")
-        .with_columns(pl.col("text").replace("", cleaning.UNKNOWN),
-                      unseen=pl.col("item").is_in(unseen["item"].unique().to_list()))
-        .sort("unseen", maintain_order=True).with_columns(item_id=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
-        .select("item_id", *cleaning.FIELDS, "count", "unseen")
-    )
-    for name, rows, of in (("", core, table.filter(~pl.col("unseen"))), ("unseen_", unseen, table.filter("unseen"))):
-        for kind, frame in (("interactions", rows), ("items", of.drop("unseen"))):
-            path = Path(f"data/core/{name}{kind}.parquet")
-            if name and unseen.is_empty():
-                path.unlink(missing_ok=True)
-            else:
-                write_table(path, frame)
-    table = table.filter(~pl.col("unseen"))
+    table = write_core(core, unseen, items)
 
     after = size(core)
     repeated = raw.height - unique.height
@@ -95,6 +80,32 @@ def main(params) -> None:
         console.say(line)
     console.say(f"{after['users']} users, {after['items']} items, {after['interactions']} interactions "
               f"after {rounds} rounds")
+
+
+def write_core(core, unseen, items):
+    """Write data/core/: the core's interactions and items, and those held out. Returns the core's table of items."""
+    import polars as pl
+
+    from llmgr.data import cleaning
+    from llmgr.runtime.artifacts import write_table
+
+    counts = pl.concat([core, unseen]).group_by("item").agg(count=pl.len().cast(pl.Int32))
+    table = (
+        pl.DataFrame(items, schema=dict.fromkeys(cleaning.FIELDS, pl.String)).join(counts, on="item").sort("item")
+        .with_columns(pl.col("text").replace("", cleaning.UNKNOWN),
+                      unseen=pl.col("item").is_in(unseen["item"].unique().to_list()))
+        .sort("unseen", maintain_order=True).with_columns(item_id=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
+        .select("item_id", *cleaning.FIELDS, "count", "unseen")
+    )
+    known = table.filter(~pl.col("unseen"))
+    for name, rows, of in (("", core, known), ("unseen_", unseen, table.filter("unseen"))):
+        for kind, frame in (("interactions", rows), ("items", of.drop("unseen"))):
+            path = Path(f"data/core/{name}{kind}.parquet")
+            if name and unseen.is_empty():
+                path.unlink(missing_ok=True)
+            else:
+                write_table(path, frame)
+    return known
 
 
 def readers(source, data, max_bad_share):

@@ -386,9 +386,8 @@ def test_files_are_answered_row_by_row(folder: Path, recommender: Recommender, t
     assert not list(tmp_path.glob(".*")), "nothing is left beside it"
 
 
-@pytest.mark.parametrize("out", ["out.parquet", "out.jsonl"])
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder: Path, tmp_path: Path, out: str,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(folder: Path, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list]:
+    """A file of sessions, answered in whole-OUT and killed at the fourth part in OUT; the batches scored since."""
     monkeypatch.setattr(bulk, "ROWS", 4)
     sessions, scored = write_sessions(tmp_path / "sessions.parquet", SESSIONS), []
     bulk.recommend_file(folder, sessions, tmp_path / f"whole-{out}", 3)
@@ -403,6 +402,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder: Path, tmp_path:
     monkeypatch.setattr(Recommender, "recommend", killed)
     with pytest.raises(KeyboardInterrupt):
         bulk.recommend_file(folder, sessions, tmp_path / out, 3)
+    return sessions, scored
+
+
+@pytest.mark.parametrize("out", ["out.parquet", "out.jsonl"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(folder: Path, tmp_path: Path, out: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions, scored = interrupted(folder, tmp_path, out, monkeypatch)
     assert not (tmp_path / out).exists()
     bulk.recommend_file(folder, sessions, tmp_path / out, 3)
     assert len(scored) == 4 + 3, "the three parts that were there are not scored again"
@@ -424,20 +430,7 @@ def flip(path: Path) -> None:
 ], ids=["byte", "about", "empty-about", "gap", "empty"])
 def test_damaged_parts_are_ranked_again(folder: Path, tmp_path: Path, out: str, harm: Callable, again: int,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "ROWS", 4)
-    sessions, scored = write_sessions(tmp_path / "sessions.parquet", SESSIONS), []
-    bulk.recommend_file(folder, sessions, tmp_path / f"whole-{out}", 3)
-    plain = Recommender.recommend
-
-    def killed(self: Recommender, batch: list, *rest: object) -> pl.DataFrame:
-        scored.append(batch)
-        if len(scored) == 4:
-            raise KeyboardInterrupt
-        return plain(self, batch, *rest)
-
-    monkeypatch.setattr(Recommender, "recommend", killed)
-    with pytest.raises(KeyboardInterrupt):
-        bulk.recommend_file(folder, sessions, tmp_path / out, 3)
+    sessions, scored = interrupted(folder, tmp_path, out, monkeypatch)
     harm(tmp_path / f".{out}.parts", Path(out).suffix)
     bulk.recommend_file(folder, sessions, tmp_path / out, 3)
     assert len(scored) == 4 + again
